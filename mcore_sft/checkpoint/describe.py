@@ -1,0 +1,71 @@
+"""What a checkpoint says of itself, so that it needs nothing beside it to become a Hugging Face folder.
+
+    step_N/config.yaml                    the resolved configuration of the run
+    step_N/model/config.json              architecture of the model it grew from
+    step_N/model/generation_config.json   how to generate, the learned stop tokens included
+    step_N/model/tokenizer files          as the dataset was made with
+    step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mcore_sft import config as configuration
+from mcore_sft.config import RunConfig
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
+
+RECORD = "mcore_sft.json"
+MODEL = "model"
+CONFIG = "config.yaml"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
+    """Write into `folder` all of a checkpoint but its weights."""
+    (folder / CONFIG).write_text(configuration.dump(config), encoding="utf-8")
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    prompt = Prompt.load(config.prompt, tokenizer)
+    model = folder / MODEL
+    tokenizer.save(model)
+    _write(model / "config.json", _architecture(config))
+    _write(model / "generation_config.json", _generation(config.model.path, prompt, tokenizer.bos_id))
+    _write(
+        model / RECORD,
+        {
+            "format": 1,
+            "name": config.name,
+            "prompt": prompt.describe(),
+            "prompt_fingerprint": prompt.fingerprint,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "dataset_fingerprint": dataset.fingerprint,
+        },
+    )
+
+
+def _architecture(config: RunConfig) -> dict[str, Any]:
+    """config.json of the base model, with the precision that the weights now have."""
+    found: dict[str, Any] = json.loads((config.model.path / "config.json").read_text("utf-8"))
+    for key in ("dtype", "torch_dtype"):
+        if key in found:
+            found[key] = DTYPES[config.train.precision]
+    return found
+
+
+def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any]:
+    """The base model's generation settings; generation ends at what the model learned to end with."""
+    path = base / "generation_config.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    stops = found.get("eos_token_id", [])
+    stops = stops if isinstance(stops, list) else [stops]
+    learned = list(prompt.stop_ids)
+    found["eos_token_id"] = learned + [stop for stop in stops if stop not in learned]
+    if bos_id is not None:
+        found.setdefault("bos_token_id", bos_id)
+    return found
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

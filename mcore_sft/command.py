@@ -1,0 +1,50 @@
+"""What the commands share: `--config FILE key=value ...` in, one clear sentence out when it fails."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from mcore_sft import config
+from mcore_sft.config import RunConfig
+from mcore_sft.errors import UserError
+
+
+def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
+    """Arguments that every command takes; a command adds its own."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument(
+        "--config", required=config_required, metavar="FILE", help="experiment file (configs/*.yaml)"
+    )
+    made.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    made.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-5"
+    )
+    return made
+
+
+def experiment(arguments: argparse.Namespace) -> RunConfig:
+    """The experiment that the command line names; prints it and exits where that was asked."""
+    loaded = config.load(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config.dump(loaded), end="")
+        raise SystemExit(0)
+    return loaded
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command; an error meant for the user is one sentence on stderr and exit code 2.
+
+    Every error meant for the user is a `UserError`; anything else is a defect of ours and keeps
+    its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

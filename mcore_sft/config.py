@@ -1,0 +1,382 @@
+"""All that a run can be told: one YAML file, dotted overrides, typed sections.
+
+    defaults < YAML file < key=value overrides
+
+Everything is checked before anything is loaded: an unknown key, a wrong type or an impossible
+combination raises `ConfigError`, which names the key, what was expected and the nearest known key.
+This module imports no torch, so that a typo costs a fraction of a second.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mcore_sft.errors import UserError
+
+
+class ConfigError(UserError):
+    """The configuration cannot be used; the message is meant for the user."""
+
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """One part of the configuration; a component receives its own and nothing else."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    path: Path
+    """Hugging Face folder (config.json, safetensors) that training starts from."""
+    tokenizer: Path | None = None
+    """Folder, tokenizer.json or sentencepiece .model; without it, the model's own."""
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation: `auto` is local on CPU and Transformer Engine on CUDA."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer is read from."""
+        return self.tokenizer or self.path
+
+
+class PromptConfig(Section):
+    template: str = "llama3-instruct"
+    """Chat markup: a shipped name, a YAML file, or `chat` for the tokenizer's chat template."""
+    instruction: str | None = "generic/math"
+    """What stands around the problem: a shipped name, a YAML file, or none."""
+
+
+class SourceConfig(Section):
+    path: str
+    """JSON lines, Parquet, a glob of them, or the name of a Hugging Face dataset."""
+    split: str = "train"
+    """Split, where `path` is the name of a Hugging Face dataset."""
+    problem: str = "problem"
+    """Column that holds the problem."""
+    solution: str = "generated_solution"
+    """Column that holds the solution, which is what is learned."""
+    limit: Count | None = None
+    """Read so many rows and no more."""
+
+
+class DataConfig(Section):
+    packed: Path | None = None
+    """Folder of the packed dataset; without it, `data` beside the run's checkpoints."""
+    root: Path = Path(".")
+    """Folder that relative paths of sources and benchmarks start from."""
+    train: tuple[SourceConfig, ...] = ()
+    """Sources to train on."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Sources of the validation loss."""
+    sequence_length: Count = 4096
+    """Tokens in one pack; a longer example is dropped and counted, never cut."""
+    seed: int = 42
+    """Seed of the shuffles within the packing and of the order of packs."""
+    workers: CountOrZero = 0
+    """Processes that tokenize; 0 is one per core. The bytes written do not depend on it."""
+
+
+class ParallelConfig(Section):
+    tensor: Count = 1
+    """Tensor-parallel ranks."""
+    sequence: bool = False
+    """Sequence parallelism over the tensor-parallel ranks."""
+    pipeline: Count = 1
+    """Pipeline stages. Data parallelism is what is left of the world."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor of at least 2, given 1")
+        return self
+
+
+class TrainConfig(Section):
+    steps: Count = 1000
+    """Optimizer steps."""
+    global_batch: Count = 512
+    """Examples a step; the loader takes the nearest fixed number of packs."""
+    micro_batch: Count = 1
+    """Packs joined in one row of a forward pass."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Parameters and activations; gradients, moments and main weights are fp32 in both."""
+    seed: int = 42
+    """Seed of the order in which packs are visited."""
+    last_step: Literal["drop", "pad"] = "drop"
+    """An epoch's last partial step is left out, or filled with fully masked packs."""
+    validate_every: CountOrZero = 0
+    """Steps between validation losses; 0 is never."""
+    validation_packs: CountOrZero = 0
+    """Packs of a validation loss; 0 is all of them."""
+
+
+class OptimizerConfig(Section):
+    lr: Positive = 2e-5
+    """Peak learning rate of AdamW."""
+    min_lr: NonNegative = 0.0
+    """Where linear and cosine schedules end."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warmup."""
+    warmup_steps: CountOrZero = 0
+    """Steps of linear warmup from zero."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay of the first and second moments."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    decay_1d: bool = True
+    """Decay norms and biases too, as torch's AdamW does; false leaves them out, as Megatron does."""
+    clip_grad: Positive | None = None
+    """Largest gradient norm; none is no clipping."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: CountOrZero = 0
+    """Steps between checkpoints; the last step is always kept. 0 is only then."""
+    keep: CountOrZero = 0
+    """Newest checkpoints that stay; 0 is all."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint of this run, if there is one."""
+
+
+class BenchmarkConfig(Section):
+    name: str
+    """A shipped benchmark, or any name if `path` is given."""
+    path: str | None = None
+    """JSON lines that hold it; without it, the shipped benchmark's own dataset."""
+    problem: str | None = None
+    """Column that holds the problem; without it, the benchmark's own."""
+    answer: str | None = None
+    """Column that holds the right answer; without it, the benchmark's own."""
+    limit: Count | None = None
+    """Ask the first so many problems and no more."""
+
+
+class EvaluationConfig(Section):
+    engine: Literal["transformers"] = "transformers"
+    """What generates the answers."""
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """What is asked."""
+    max_new_tokens: Count = 2048
+    """Longest answer, in tokens."""
+    temperature: NonNegative = 0.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of sampling; 1 is all."""
+    seed: int = 42
+    """Seed of sampling."""
+    batch_size: Count = 32
+    """Problems generated side by side."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Weights while generating."""
+    timeout: Positive = 10.0
+    """Seconds that grading one answer may take."""
+
+
+class LogConfig(Section):
+    every: Count = 1
+    """Steps between lines on the console; the JSON lines hold every step."""
+
+
+class RunConfig(Section):
+    """One experiment: every command reads the sections it needs."""
+
+    name: str
+    """Name of the experiment."""
+    output: Path | None = None
+    """Folder of the run; without it, results/NAME."""
+    model: ModelConfig
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
+                f"train.steps {self.train.steps}; the learning rate would never be reached"
+            )
+        if self.data.sequence_length % self.parallel.tensor and self.parallel.sequence:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is not a multiple of "
+                f"parallel.tensor {self.parallel.tensor}, which parallel.sequence needs"
+            )
+        if self.train.validate_every and not self.data.validation:
+            raise ValueError("train.validate_every is set but data.validation names no source")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints, logs and curves of this run lie."""
+        return self.output or Path("results") / self.name
+
+    @property
+    def packed(self) -> Path:
+        """Where the packed dataset of this run lies."""
+        return self.data.packed or self.folder / "data"
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the experiment at `path`, apply `overrides` ("optimizer.lr=1e-5") and check it all."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give --config FILE") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return parse(tree, overrides)
+
+
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Check the nested mapping `tree` with `overrides` applied; raises `ConfigError`."""
+    return cast(RunConfig, parse_section(RunConfig, tree, overrides))
+
+
+def parse_section(
+    section: type[Section], tree: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Section:
+    """Check `tree` as one section, for a command that has no experiment file."""
+    plain = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        _apply(plain, override)
+    try:
+        return section.model_validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(section, error)) from None
+
+
+def dump(config: Section) -> str:
+    """The whole configuration, defaults included, as YAML that `load` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of an experiment file, for editors."""
+    return RunConfig.model_json_schema()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-5` as text; here it is the number it looks like."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one "dotted.key=value" in `tree`; numbers in the key index lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as optimizer.lr=1e-5")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[: depth + 1]))
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a section")
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {key}: {key.rpartition('.')[0]} is not a section")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {key}: expected an index below {len(node)}, given {part!r}")
+    return int(part)
+
+
+def _explain(section: type[Section], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}{_suggestion(section, key)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: required, but not given")
+        elif problem["type"] == "value_error":
+            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
+        else:
+            expected = problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"{key}: {expected}, given {problem['input']!r}")
+    return "\n".join(lines)
+
+
+def _suggestion(section: type[Section], key: str) -> str:
+    """The known key nearest to `key`: first by its whole path, then by its last word."""
+    plain = ".".join(part for part in key.split(".") if not part.isdigit())
+    known = list(_keys(section))
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
+    if not near:
+        last = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = [last[word] for word in difflib.get_close_matches(plain.rpartition(".")[2], last, n=1)]
+    return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        nested = _section_in(field.annotation)
+        if nested is None:
+            yield prefix + name
+        else:
+            yield prefix + name
+            yield from _keys(nested, f"{prefix}{name}.")
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

@@ -1,0 +1,1 @@
+"""Rows -> conversations -> examples -> packs -> batches."""

@@ -1,0 +1,89 @@
+"""A packed dataset in, the batches of any step out: arithmetic, with nothing to remember.
+
+(seed, step, rank) -> packs -> batches
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mcore_sft.data.batch import Batch, collate
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.pack import Pack
+
+
+class Loader:
+    """Batches of every step for one data-parallel rank.
+
+    A step takes `packs_per_step` packs: the multiple of size x micro_batch that is nearest to
+    `global_batch` examples. Micro-batch j of rank r takes the packs after those of rank r - 1, so
+    that a step consumes the same packs in the same order for every number of ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        last_step: Literal["drop", "pad"],
+        rank: int,
+        size: int,
+        pad_id: int,
+        align: int = 1,
+    ) -> None:
+        """`align` rounds the length of a row up; packs do not depend on it."""
+        self._dataset = dataset
+        self._micro_batch = micro_batch
+        self._seed = seed
+        self._rank = rank
+        self._size = size
+        self._pad_id = pad_id
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self.length = -(-dataset.sequence_length // align) * align
+        unit = size * micro_batch
+        examples_per_pack = dataset.num_examples / len(dataset)
+        self.packs_per_step = max(1, round(global_batch / examples_per_pack / unit)) * unit
+        self.examples_per_step = self.packs_per_step * examples_per_pack
+        whole, rest = divmod(len(dataset), self.packs_per_step)
+        self.steps_per_epoch = whole + (1 if rest and last_step == "pad" else 0)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"the dataset has {len(dataset)} packs, fewer than the {self.packs_per_step} of a "
+                f"step (train.global_batch {global_batch}); lower train.global_batch, fill up with "
+                "train.last_step=pad, or give more data"
+            )
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of `step`; past the end of the data, packs are empty."""
+        begin = step % self.steps_per_epoch * self.packs_per_step
+        packs = self._permutation(self.epoch(step))[begin : begin + self.packs_per_step]
+        count = self.packs_per_step // (self._size * self._micro_batch)
+        return [self._batch(packs, micro) for micro in range(count)]
+
+    def validation_batches(self, limit: int = 0) -> Iterator[Batch]:
+        """This rank's share of all packs, or the first `limit`; as many batches for each rank."""
+        packs = np.arange(min(limit or len(self._dataset), len(self._dataset)), dtype=np.int64)
+        count = -(-len(packs) // (self._size * self._micro_batch))
+        return (self._batch(packs, micro) for micro in range(count))
+
+    def _batch(self, packs: npt.NDArray[np.int64], micro: int) -> Batch:
+        begin = (micro * self._size + self._rank) * self._micro_batch
+        ids = packs[begin : begin + self._micro_batch].tolist()
+        real = [self._dataset.pack(index) for index in ids]
+        empty = [Pack.empty()] * (self._micro_batch - len(real))
+        return collate([*real, *empty], self.length, pad_id=self._pad_id)
+
+    def _permute(self, epoch: int) -> npt.NDArray[np.int64]:
+        # The raw stream of PCG64 is the same in every version of numpy; its shuffles need not be.
+        draws = np.random.PCG64([self._seed, epoch]).random_raw(len(self._dataset))
+        return np.argsort(np.asarray(draws), kind="stable").astype(np.int64)

@@ -1,0 +1,251 @@
+"""Prompts as token ids in, answers out: the transformers engine.
+
+    ids of each prompt  ->  batches of like length, left-padded  ->  tokens  ->  text, finish reason
+
+B = rows of a batch, T = prompt length, S = tokens seen so far, V = vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mcore_sft.config import EvaluationConfig
+from mcore_sft.evaluation.errors import EvaluationError
+from mcore_sft.runtime.device import device
+
+FinishReason = Literal["stop", "length"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Rows that are done are taken out of the cache once they are this share of a batch: copying the
+# cache costs about as much as some ten steps of the rows that leave.
+_SHARE_DONE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to answer; `seed` decides a sampled answer, in whatever batch it falls."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the model wrote: all its tokens, the stop token included, and its text without special
+    tokens."""
+
+    index: int
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+class TransformersEngine:
+    """A Hugging Face folder that answers prompts, several side by side."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: EvaluationConfig,
+        *,
+        stop_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self._config = config
+        self._decode = decode
+        self._device = device()
+        self._folder = folder
+        self._model = _load(folder, config).to(self._device).eval()
+        self._stop = torch.tensor(sorted({*stop_ids, *_eos_ids(self._model)}), device=self._device)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse prompts that the model cannot take, before any time is spent; `EvaluationError`."""
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        new = self._config.max_new_tokens
+        if limit is not None and longest + new > limit:
+            fits = limit - longest
+            mend = (
+                f"set evaluation.max_new_tokens to {fits} or less"
+                if fits > 0
+                else "shorten the prompts or use a model of a longer context"
+            )
+            raise EvaluationError(
+                f"{self._folder}: the longest prompt has {longest} tokens, which with "
+                f"evaluation.max_new_tokens {new} makes {longest + new}, above the model's "
+                f"max_position_embeddings {limit}; {mend}"
+            )
+        rows = self._model.get_input_embeddings().num_embeddings
+        largest = max((max(request.prompt_ids, default=0) for request in requests), default=0)
+        if largest >= rows:
+            raise EvaluationError(
+                f"{self._folder}: the tokenizer gives id {largest} but the model has {rows} "
+                "embeddings; give the tokenizer that belongs to the model"
+            )
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Answer all `requests`, batch by batch; prompts of like length share a batch."""
+        self.check(requests)
+        ordered = sorted(requests, key=lambda request: (len(request.prompt_ids), request.index))
+        size = self._config.batch_size
+        # the longest first: what does not fit into memory shows at once
+        starts = reversed(range(0, len(ordered), size))
+        for start in starts:
+            yield self._batch(ordered[start : start + size])
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request]) -> list[Completion]:
+        rows = _Rows(requests, self._device)
+        written: list[list[int]] = [[] for _ in requests]
+        limit = self._config.max_new_tokens
+        logits_BV = self._forward(rows.tokens_BT, rows)
+        for step in range(limit):
+            tokens_B = rows.choose(logits_BV, self._config)
+            for row, token in zip(rows.alive, tokens_B.tolist(), strict=True):
+                if not rows.finished[row]:
+                    written[row].append(token)
+            rows.finish(torch.isin(tokens_B, self._stop))
+            if all(rows.finished) or step == limit - 1:
+                break
+            tokens_B = tokens_B[rows.drop_finished()]
+            logits_BV = self._forward(tokens_B[:, None], rows)
+        return [
+            self._completion(request, tokens, done)
+            for request, tokens, done in zip(requests, written, rows.finished, strict=True)
+        ]
+
+    def _forward(self, tokens_BT: torch.Tensor, rows: "_Rows") -> torch.Tensor:
+        """Logits [B, V] of what follows the last of `tokens_BT`."""
+        out = self._model(
+            input_ids=tokens_BT,
+            attention_mask=rows.grow(tokens_BT.shape[1]),
+            position_ids=rows.positions(tokens_BT.shape[1]),
+            past_key_values=rows.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _completion(self, request: Request, tokens: list[int], done: bool) -> Completion:
+        body = tokens[:-1] if done else tokens
+        return Completion(
+            index=request.index,
+            tokens=tuple(tokens),
+            text=self._decode(body),
+            finish_reason="stop" if done else "length",
+        )
+
+
+class _Rows:
+    """The rows of a batch that are still in the cache."""
+
+    def __init__(self, requests: Sequence[Request], where: torch.device) -> None:
+        from transformers import DynamicCache
+
+        longest = max(len(request.prompt_ids) for request in requests)
+        pads = [longest - len(request.prompt_ids) for request in requests]
+        self.tokens_BT = torch.tensor(
+            [[0] * pad + list(r.prompt_ids) for pad, r in zip(pads, requests, strict=True)],
+            device=where,
+        )
+        self._pads_B1 = torch.tensor(pads, device=where)[:, None]
+        self._seen = 0
+        self.cache: Any = DynamicCache()
+        self.alive = list(range(len(requests)))
+        self.finished = [False] * len(requests)
+        self._chance = [torch.Generator().manual_seed(request.seed) for request in requests]
+
+    def grow(self, new: int) -> torch.Tensor:
+        """Attention mask [B, S] after `new` more tokens: padding on the left is never seen."""
+        self._seen += new
+        steps_S = torch.arange(self._seen, device=self._pads_B1.device)
+        return (steps_S[None] >= self._pads_B1).long()
+
+    def positions(self, new: int) -> torch.Tensor:
+        """Positions [B, new] of the newest tokens, which begin at 0 after the padding."""
+        steps = torch.arange(self._seen - new, self._seen, device=self._pads_B1.device)
+        return (steps[None] - self._pads_B1).clamp_min(0)
+
+    def choose(self, logits_BV: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
+        """The next token [B] of each row."""
+        if config.temperature == 0:
+            return logits_BV.argmax(-1)
+        draws = [torch.rand((), generator=self._chance[row]).item() for row in self.alive]
+        draws_B1 = torch.tensor(draws, device=logits_BV.device)[:, None]
+        return _sample(logits_BV / config.temperature, config.top_p, draws_B1)
+
+    def finish(self, stopped_B: torch.Tensor) -> None:
+        """Note which rows have said their stop token."""
+        for row, stopped in zip(self.alive, stopped_B.tolist(), strict=True):
+            self.finished[row] |= stopped
+
+    def drop_finished(self) -> torch.Tensor:
+        """Take finished rows out where they are many; positions [B'] of the rows that stay."""
+        stay = [place for place, row in enumerate(self.alive) if not self.finished[row]]
+        if len(self.alive) - len(stay) < _SHARE_DONE * len(self.alive):
+            stay = list(range(len(self.alive)))
+        chosen = torch.tensor(stay, device=self._pads_B1.device)
+        if len(stay) < len(self.alive):
+            self.alive = [self.alive[place] for place in stay]
+            self._pads_B1 = self._pads_B1[chosen]
+            self.cache.batch_select_indices(chosen)
+        return chosen
+
+
+def seed_of(seed: int, problem: str, sample: int) -> int:
+    """A seed of its own for each answer, so that resuming and batching change no answer."""
+    digest = hashlib.sha256(f"{seed}\0{problem}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _sample(logits_BV: torch.Tensor, top_p: float, draws_B1: torch.Tensor) -> torch.Tensor:
+    """Tokens [B] by inverting the cumulated probabilities of the nucleus at `draws_B1` in [0, 1)."""
+    probs_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True, stable=True)
+    cumulated_BV = probs_BV.cumsum(-1)
+    outside_BV = cumulated_BV - probs_BV >= top_p
+    mass_B1 = probs_BV.masked_fill(outside_BV, 0).sum(-1, keepdim=True)
+    kept_B1 = (~outside_BV).sum(-1, keepdim=True)
+    place_B1 = torch.searchsorted(cumulated_BV, draws_B1 * mass_B1, right=True)
+    return order_BV.gather(-1, torch.minimum(place_B1, kept_B1 - 1))[:, 0]
+
+
+def _load(folder: Path, config: EvaluationConfig) -> Any:
+    if not (folder / "config.json").is_file():
+        raise EvaluationError(
+            f"{folder}: no config.json here; give --model a Hugging Face folder, "
+            "such as one that tools/to_hf.py wrote"
+        )
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_DTYPES[config.precision],
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(f"{folder}: transformers cannot load this model: {reason}") from None
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:
+        raise EvaluationError(
+            f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; export it again"
+        )
+    return model
+
+
+def _eos_ids(model: Any) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)

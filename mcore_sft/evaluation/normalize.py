@@ -1,0 +1,241 @@
+r"""An answer as somebody wrote it in, one canonical way of writing it out.
+
+    "$\dfrac12\text{ cm}^2$."  ->  "\frac{1}{2}"
+
+Both sides of a comparison go through here. Nothing is evaluated beyond mixed numbers: the meaning
+is for `equivalence`, this is about spelling alone.
+"""
+
+import re
+import unicodedata
+
+_UNICODE = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "×": r"\times ", "÷": "/", "⋅": r"\cdot ",
+    "·": r"\cdot ", "∙": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "√": r"\sqrt ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ",
+    "α": r"\alpha ", "β": r"\beta ", "⁄": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
+    "⅓": " 1/3", "⅔": " 2/3", "€": "", "£": "", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "\u00a0": " ", "\u200b": "",
+}  # fmt: skip
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+
+_UNITS = (
+    "units?|square|cubic|sq|cu|centimet(?:er|re)s?|millimet(?:er|re)s?|kilomet(?:er|re)s?|"
+    "met(?:er|re)s?|inch(?:es)?|feet|foot|ft|yards?|yds?|miles?|mi|cm|mm|km|kg|mg|grams?|"
+    "kilograms?|pounds?|lbs?|ounces?|oz|lit(?:er|re)s?|ml|gallons?|seconds?|secs?|minutes?|mins?|"
+    "hours?|hrs?|days?|weeks?|months?|years?|yrs?|mph|kph|dollars?|cents?|usd|degrees?|deg|"
+    "radians?|per|an|a|of|the|people|students?|ways?|points?|times|coins?|marbles?|apples?"
+)  # fmt: skip
+_UNIT_TAIL = re.compile(
+    rf"(?:[\s/.\-]*\b(?:{_UNITS})\b\.?(?:\s*\^\s*(?:\{{\s*\d\s*\}}|\d))?)+\s*$", re.IGNORECASE
+)
+_NUMERIC = re.compile(r"(?:\\(?:frac|sqrt|pi|times|cdot|pm)\b|[\d\s.,/^{}()+\-])*\d[\d\s{}().]*"
+                      r"(?:\\pi\s*)?")  # fmt: skip
+_TEXT = re.compile(
+    r"\\(text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|bf|rm|"
+    r"operatorname)\s*\*?\s*\{([^{}]*)\}"
+)
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan log ln exp min max gcd lcm".split()
+)
+_TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
+
+_MARKUP = (
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|!)(?![a-zA-Z])", ""),
+    (r"\\(?:left|right)(?=[a-zA-Z\\|(\[.])", ""),
+    (r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),
+    (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
+    (r"\\leq(?:slant)?(?![a-zA-Z])", r"\\le "),
+    (r"\\geq(?:slant)?(?![a-zA-Z])", r"\\ge "),
+    (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+    (r"(?<![<>=])>=|=>", r"\\ge "),
+    (r"<=", r"\\le "),
+    (r"\\(?:begin|end)\s*\{[bBvp]?matrix\}", lambda m: re.sub(r"[bBvp]?matrix", "pmatrix", m[0])),
+)  # fmt: skip
+_GROUPS = (
+    (r"(?<=\d)\s*\{,\}\s*(?=\d{3}(?!\d))", ","),
+    (r"(?<=\d)\{?,\}?\s*\\!\s*(?=\d{3}(?!\d))", ","),
+    (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ","),
+)
+_SPACES = (
+    (r"\\(?:quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\})(?![a-zA-Z])", " "),
+    (r"(?<!\\)\\[,;:> ](?!\\)|(?<!\\)~", " "),
+)
+_PLAIN = (
+    (r"(?<![\\a-zA-Z])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\d+)(?![\d}])", lambda m: rf"\sqrt{{{m[1]}}}"),
+    (r"\\sqrt\s+([a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\\sqrt\s+\{", r"\\sqrt{"),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+    (r"(?<![\\a-zA-Z])(?:inf|infty|infinity)(?![a-zA-Z])", r"\\infty "),
+    (r"(?<=[\w)}])\s*\*\*\s*\(([^()]*)\)", r"^{\1}"),
+    (r"(?<=[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])", r"^{\1}"),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"\s*\*\s*(?=\\sqrt|\\pi|\\frac)", " "),
+    (r"\*", r"\\cdot "),
+    (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\\frac\1{\2}"),
+    (r"\\frac\s+\{", r"\\frac{"),
+    (r"\\frac(\{[^{}]*\})\s+\{", r"\\frac\1{"),
+    (r"_\s*\{?\s*\(?(?:base\s*)?(\d+)\)?\s*\}?", r"_{\1}"),
+    (r"(?<![a-zA-Z_^])\{([a-zA-Z][a-zA-Z ]+)\}$", r" \1"),
+)  # fmt: skip
+
+
+def normalize(answer: str) -> str:
+    """The canonical spelling of `answer`; equal results mean the same answer."""
+    text = _from_unicode(answer)
+    text = _without_wrapping(text)
+    if r"\begin" not in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+    text = _apply(_GROUPS, text)
+    text = _apply(_MARKUP, text)
+    text = _without_currency(text)
+    text = re.sub(r"\\text(?:normal)?\s*\{\s*(?:and|or)\s*\}", ", ", text)
+    text = _apply(_SPACES, text)
+    text = _unwrap_text(text)
+    text = _without_degrees(text)
+    text = _apply(_PLAIN, text)
+    text = _without_units(text)
+    text = _join_thousands(text)
+    text = _mixed_numbers(text)
+    text = re.sub(r"(?:,\s*){2,}", ", ", _join_conjunctions(text))
+    text = _without_approximation(text)
+    return re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(" .;:,'\"\\")
+
+
+def _apply(rules: tuple[tuple[str, object], ...], text: str) -> str:
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)  # type: ignore[call-overload]
+    return text
+
+
+def _from_unicode(text: str) -> str:
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+    for sign, latex in _UNICODE.items():
+        text = text.replace(sign, latex)
+    return unicodedata.normalize("NFKC", text)
+
+
+_WRAPPERS = (
+    re.compile(r"\*\*(.*)\*\*", re.DOTALL),
+    re.compile(r"\\f?box(?:ed)?\s*\{(.*)\}", re.DOTALL),
+    re.compile(r"\\\((.*)\\\)", re.DOTALL),
+    re.compile(r"\\\[(.*)\\\]", re.DOTALL),
+    re.compile(r"\$\$?([^$]*)\$?\$"),
+    re.compile(r"[\"'`](.*)[\"'`]", re.DOTALL),
+)
+
+
+def _without_wrapping(text: str) -> str:
+    """Take markdown, mathematics delimiters, quotes and outer boxes off, in whatever order."""
+    while True:
+        inner = re.sub(r"(?<!\\)[.\s]+$", "", text.strip())
+        for wrapper in _WRAPPERS:
+            match = wrapper.fullmatch(inner)
+            if match and not inner.endswith(r"\$"):
+                inner = match[1].strip()
+        if inner == text:
+            return text
+        text = inner
+
+
+def _without_currency(text: str) -> str:
+    return re.sub(r"\\?\$|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])", "", text)
+
+
+def _unwrap_text(text: str) -> str:
+    r"""`\text{ cm}` -> ` cm`: words stay words, but numbers and units in text count like bare ones.
+
+    A function's name keeps its backslash.
+    """
+    for _ in range(3):
+        text, found = _TEXT.subn(_plain_words, text)
+        if not found:
+            break
+    return text
+
+
+def _plain_words(match: re.Match[str]) -> str:
+    content = match[2].strip()
+    if match[1] in {"operatorname", "mathrm"} and content in _FUNCTIONS:
+        return f"\\{content} "
+    if match[1] in {"mathrm", "operatorname", "mathbf"} and re.fullmatch("[a-zA-Z]", content):
+        return content if match[1] != "mathrm" or content in "eidABCDEFGHIJ" else f" {content} "
+    return f" {content} " if re.search("[a-zA-Z]", content) else content
+
+
+def _without_degrees(text: str) -> str:
+    r"""Degrees are dropped, except within a function, where `\sin 30^\circ` is not `\sin 30`."""
+    text = re.sub(r"\s*(?<![\\a-zA-Z])deg(?:rees?)?\b", r"^\\circ", text)
+    if _TRIGONOMETRIC.search(text):
+        return text
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF]\b)?|\\degrees?(?![a-zA-Z])", " ", text)
+    return re.sub(r"\\?%|(?<=\d)\s*\b(?:pct|percent)\b\.?", r"\\%", text)
+
+
+def _without_units(text: str) -> str:
+    """Drop words of measure at the end, where what they measure is a number and nothing else."""
+    tail = _UNIT_TAIL.search(text)
+    if tail and _NUMERIC.fullmatch(text[: tail.start()].strip()):
+        return text[: tail.start()]
+    words = re.fullmatch(r"(.*?\d\)?)((?:\s+[a-zA-Z]{3,})+)(?:\s*\^\s*\{?\d\}?)?\.?\s*", text)
+    if words and _NUMERIC.fullmatch(words[1].strip()) and not _joins(words[2]):
+        return words[1]
+    return text
+
+
+def _joins(words: str) -> bool:
+    return bool(re.search(r"\b(?:and|or|mod|base)\b", words, re.IGNORECASE))
+
+
+def _join_thousands(text: str) -> str:
+    """`1,234,567` -> `1234567`, where no bracket makes the commas separate elements."""
+
+    def joined(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        depth = sum(before.count(b) for b in "([") - sum(before.count(b) for b in ")]")
+        return match[0] if depth > 0 else match[0].replace(",", "")
+
+    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", joined, text)
+
+
+_MIXED = (
+    re.compile(r"(?<![\w.}^_)/])(\d{1,12})\s*\\frac\{(\d{1,12})\}\{(\d{1,12})\}"),
+    re.compile(r"(?<![\w.}^_)/])(\d{1,12})\s+(\d{1,12})\s*/\s*(\d{1,12})(?![\w.])"),
+)
+
+
+def _mixed_numbers(text: str) -> str:
+    r"""`1\frac{2}{3}` and `1 2/3` -> `\frac{5}{3}`."""
+    for pattern in _MIXED:
+        text = pattern.sub(_improper, text)
+    return text
+
+
+def _improper(match: re.Match[str]) -> str:
+    whole, top, bottom = (int(part) for part in match.groups())
+    if top >= bottom:
+        return match[0]
+    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}"
+
+
+def _join_conjunctions(text: str) -> str:
+    """`3 and 5`, `3 or 5`, `3, 5, and 7` -> elements with commas between."""
+    if not re.search(r"[\d}=)]\s*,?\s*(?:and|or)\b", text):
+        return text
+    return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?=[\s\d\-\\(a-zA-Z])\s*", ", ", text)
+
+
+def _without_approximation(text: str) -> str:
+    r"""`a \approx b` -> `a`, the exact one, where `a` is more than a name."""
+    left, sign, right = text.partition(r"\approx")
+    if not sign or not left.strip():
+        return text
+    return right if re.fullmatch(r"\s*[a-zA-Z]\s*", left) else left

@@ -1,0 +1,1 @@
+"""A Hugging Face configuration in, the Megatron-core model of this rank out."""

@@ -1,0 +1,178 @@
+"""A GPT of Megatron-core, as much of it as lies on this rank.
+
+    Architecture + Mesh -> Gpt wrapped for data parallelism
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
+from mcore_sft.model.architecture import Architecture, rope_frequencies
+from mcore_sft.model.layers import PackedAttention, RMSNorm
+from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
+from mcore_sft.runtime.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Gpt(GPTModel):
+    """Megatron-core's GPT with the output layer and the loss as one operator."""
+
+    real_vocab: int
+
+    def _postprocess(
+        self, hidden_states: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Hidden states [T, 1, D] before the last stage; there the loss [R], or logits [1, T, V].
+
+        Where labels are given, `loss_mask` carries the supervised rows [R]: it is the one tensor
+        that Megatron-core hands through to here untouched.
+        """
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states, labels=labels, *args, **kwargs)
+        rows = kwargs["loss_mask"]
+        return linear_cross_entropy(
+            hidden_states.squeeze(1),
+            self.output_weight(),
+            rows,
+            labels[0].index_select(0, rows),
+            vocab_size=self.real_vocab,
+            group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+    def output_weight(self) -> Tensor:
+        """Vocabulary rows [V, D] of the output layer, which may be those of the embedding."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build(
+    architecture: Architecture, settings: ModelConfig, train: TrainConfig, mesh: Mesh
+) -> DistributedDataParallel:
+    """This rank's part of the model, its weights not yet loaded, in DDP."""
+    config = transformer_config(architecture, DTYPES[train.precision], mesh)
+    layers = layer_implementation(settings, mesh)
+    model = Gpt(
+        config,
+        block_spec(layers, config, architecture, mesh),
+        vocab_size=architecture.padded_vocab(mesh.tensor.size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=architecture.tied,
+        pg_collection=mesh.groups,
+    )
+    model.real_vocab = architecture.vocab
+    # Megatron-core hard-wires three of the four numbers of Llama 3's scaling: the frequencies are ours.
+    model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
+    model.to(mesh.device)
+    chunk = Float16Module(config, model) if config.bf16 else model
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, average_in_collective=False, overlap_grad_reduce=False
+        ),
+        chunk,
+        pg_collection=mesh.groups,
+    )
+
+
+def transformer_config(
+    architecture: Architecture, dtype: torch.dtype, mesh: Mesh
+) -> TransformerConfig:
+    """Megatron-core's configuration of `architecture`, split as `mesh` is."""
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.intermediate,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=mesh.tensor.size,
+        pipeline_model_parallel_size=mesh.pipeline.size,
+        sequence_parallel=mesh.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # The weights are always loaded; a method is still needed, since it is on its way that
+        # Megatron-core marks which parameters are split over the tensor axis.
+        init_method=_leave_empty,
+        output_layer_init_method=_leave_empty,
+        # Each layer under its own key, so that a checkpoint can be read one tensor at a time.
+        hetereogenous_dist_checkpoint=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_implementation(settings: ModelConfig, mesh: Mesh) -> str:
+    """`local` or `transformer_engine`; an error that names the mend where it cannot be had."""
+    cuda = mesh.device.type == "cuda"
+    chosen = settings.layers
+    if chosen == "auto":
+        chosen = "transformer_engine" if cuda else "local"
+    if chosen == "transformer_engine":
+        if not cuda:
+            raise ConfigError(
+                "model.layers: transformer_engine needs an NVIDIA GPU, but this process runs on "
+                "CPU; use model.layers=local"
+            )
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"model.layers: transformer_engine cannot be imported ({error}); install the "
+                "`gpu` extra, or use model.layers=local"
+            ) from None
+    return chosen
+
+
+def block_spec(
+    layers: str, config: TransformerConfig, architecture: Architecture, mesh: Mesh
+) -> TransformerBlockSubmodules:
+    """What each layer of this pipeline stage is made of."""
+    if layers == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    stage_layers = architecture.layers // mesh.pipeline.size
+    return TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=norm)
+
+
+def _leave_empty(weight: Tensor) -> Tensor:
+    return weight

@@ -1,0 +1,1 @@
+"""Python face of csrc/: each operator with its shapes, its fake and its plain reference."""

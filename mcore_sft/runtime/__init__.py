@@ -1,0 +1,1 @@
+"""Where we run: the only room that knows CPU from GPU."""

@@ -1,0 +1,136 @@
+"""Ranks, sizes and process groups: which peers this process computes with, along which axis.
+
+    torchrun's environment + ParallelConfig -> Mesh
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from mcore_sft.config import ConfigError, ParallelConfig
+from mcore_sft.runtime.cpu import megatron_on_cpu
+from mcore_sft.runtime.device import device as this_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One way of splitting the work: this process's place in it and those it shares it with."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Where this process stands among all the others."""
+
+    device: torch.device
+    world: Axis
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    sequence: bool
+    """Whether activations are split along the sequence over the tensor axis."""
+    groups: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process embeds the tokens."""
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process computes the loss."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: it alone writes logs and manifests."""
+        return self.world.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        dist.barrier(group=self.world.group)
+
+    def sum_over_data(self, values: list[float]) -> list[float]:
+        """The sum of each value over the data-parallel axis, in fp64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.data.group)
+        return [float(value) for value in total]
+
+    def from_last_stage(self, values: list[float]) -> list[float]:
+        """What the last pipeline stage holds, on every stage, in fp64."""
+        sent = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.pipeline.size > 1:
+            last = dist.get_global_rank(self.pipeline.group, self.pipeline.size - 1)
+            dist.broadcast(sent, src=last, group=self.pipeline.group)
+        return [float(value) for value in sent]
+
+    def say(self, text: str) -> None:
+        """Print once for all."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
+    """Join the other processes that torchrun started (or run alone) and lay out the mesh."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    check(parallel, size)
+    device = this_device()
+    host = megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
+    with host:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, rank=rank, world_size=size)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield _lay_out(parallel, device)
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def check(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise `ConfigError` where `world_size` processes cannot be laid out as asked."""
+    model_size = parallel.tensor * parallel.pipeline
+    if world_size % model_size:
+        raise ConfigError(
+            f"{world_size} process(es) cannot be split into parallel.tensor {parallel.tensor} x "
+            f"parallel.pipeline {parallel.pipeline}: start a multiple of {model_size}, as "
+            f"torchrun --nproc-per-node {model_size} does"
+        )
+
+
+def _lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+    )
+    # Fills the table of random streams that Megatron's layers ask for; nothing random is drawn.
+    model_parallel_cuda_manual_seed(1)
+    return Mesh(
+        device=device,
+        world=_axis(dist.group.WORLD),
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        sequence=parallel.sequence,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _axis(group: dist.ProcessGroup | None) -> Axis:
+    assert group is not None
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

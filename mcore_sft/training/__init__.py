@@ -1,0 +1,1 @@
+"""Packed batches in, a fine-tuned model's checkpoints out."""

@@ -1,0 +1,78 @@
+"""AdamW over this rank's weights, and the learning rate as a function of the step.
+
+    OptimizerConfig + model -> Megatron-core's optimizer
+"""
+
+import math
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig as MegatronConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from mcore_sft.config import OptimizerConfig, TrainConfig
+from mcore_sft.model.build import DTYPES
+from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training.errors import TrainingError
+
+
+def build(
+    settings: OptimizerConfig, train: TrainConfig, model: DistributedDataParallel, mesh: Mesh
+) -> MegatronOptimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with fp32 moments, and fp32 main weights under bf16."""
+    config = MegatronConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        bf16=train.precision == "bf16",
+        params_dtype=DTYPES[train.precision],
+        clip_grad=settings.clip_grad or 0.0,
+    )
+    # Megatron-core's default (None) leaves norms and biases out of the decay.
+    overrides = {} if settings.decay_1d else None
+    return get_megatron_optimizer(
+        config,
+        [model],
+        config_overrides=overrides,
+        use_gloo_process_groups=False,
+        pg_collection=mesh.groups,
+    )
+
+
+def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of the update numbered `step` (from 0) of `steps`."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    span = settings.lr - settings.min_lr
+    match settings.schedule:
+        case "linear":
+            return settings.min_lr + span * (1 - done)
+        case "cosine":
+            return settings.min_lr + span * 0.5 * (1 + math.cos(math.pi * done))
+        case "constant":
+            return settings.lr
+
+
+def update(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> float:
+    """Update the weights once from the gradients that are ready; the norm of those gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the gradient norm is {norm}: the weights were left as they are; lower optimizer.lr, "
+            "clip gradients with optimizer.clip_grad, or look for a damaged example"
+        )
+    if settings.clip_grad:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), settings.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,145 @@
+"""One optimizer step: micro-batches in, updated weights and a StepResult out.
+
+The loss is a sum over supervised tokens, divided once by the number of supervised tokens of the
+whole global batch: Megatron-core sums both over micro-batches and data-parallel ranks and divides
+the gradients, so that how a batch is split changes nothing.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mcore_sft.config import OptimizerConfig
+from mcore_sft.data.batch import Batch
+from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training import optimizer as optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, over the whole global batch."""
+
+    loss: float
+    """Mean cross entropy over the supervised tokens, in nats; NaN if there was none."""
+    grad_norm: float
+    lr: float
+    supervised: int
+    """Tokens with a label."""
+    tokens: int
+    """Tokens that are no padding."""
+    examples: int
+
+    @property
+    def skipped(self) -> bool:
+        """Whether there was nothing to learn from, so that no weight was touched."""
+        return self.supervised == 0
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    settings: OptimizerConfig,
+    lr: float,
+) -> StepResult:
+    """Accumulate the gradients of `batches`, then update the weights once."""
+    supervised, tokens, examples = count(batches, mesh)
+    loss = grad_norm = math.nan
+    if supervised:
+        model.train()
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = run(model, batches, mesh, forward_only=False) / supervised
+        grad_norm = optim.update(optimizer, settings, lr)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        supervised=supervised,
+        tokens=tokens,
+        examples=examples,
+    )
+
+
+def validation_loss(model: DistributedDataParallel, batches: Sequence[Batch], mesh: Mesh) -> float:
+    """Mean cross entropy over the supervised tokens of `batches` of all ranks, in nats."""
+    supervised, _, _ = count(batches, mesh)
+    model.eval()
+    with torch.no_grad():
+        total = run(model, batches, mesh, forward_only=True)
+    return total / supervised if supervised else math.nan
+
+
+def count(batches: Sequence[Batch], mesh: Mesh) -> tuple[int, int, int]:
+    """Supervised tokens, tokens and examples of the global batch of which `batches` is our share."""
+    mine = [
+        sum(batch.supervised for batch in batches),
+        sum(batch.useful for batch in batches),
+        sum(batch.examples for batch in batches),
+    ]
+    supervised, tokens, examples = mesh.sum_over_data([float(number) for number in mine])
+    return int(supervised), int(tokens), int(examples)
+
+
+def run(
+    model: DistributedDataParallel, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
+) -> float:
+    """The summed loss of the global batch; with backward, gradients divided by its tokens."""
+    schedule = get_forward_backward_func()
+    parts = schedule(
+        forward_step_func=partial(forward_step, mesh=mesh),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].length,
+        micro_batch_size=1,
+        decoder_seq_length=batches[0].length,
+        forward_only=forward_only,
+    )
+    (total,) = mesh.from_last_stage([sum(float(part) for part in parts)])
+    (total,) = mesh.sum_over_data([total])
+    return total
+
+
+def forward_step(
+    batches: Iterator[Batch], model: Any, *, mesh: Mesh
+) -> tuple[Tensor, Any]:
+    """Megatron-core's contract: the output of this stage, and how the last stage scores it."""
+    batch = next(batches).to(mesh.device)
+    output = model(
+        batch.tokens,
+        batch.positions,
+        None,
+        labels=batch.labels,
+        loss_mask=batch.rows,
+        packed_seq_params=packed(batch),
+    )
+    return output, partial(token_loss, batch)
+
+
+def token_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, number of supervised tokens, and the sum once more for the log."""
+    total = losses.sum()
+    tokens = torch.tensor(batch.supervised, dtype=torch.int, device=losses.device)
+    return total, tokens, total.detach()
+
+
+def packed(batch: Batch) -> PackedSeqParams:
+    """Where documents begin and end, in Megatron-core's words; every pipeline stage needs it."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.starts,
+        cu_seqlens_kv=batch.starts,
+        max_seqlen_q=batch.longest,
+        max_seqlen_kv=batch.longest,
+    )

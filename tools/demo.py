@@ -1,0 +1,253 @@
+"""Nothing in, a model that solves word problems out: the whole product in one run, on two cores.
+
+    make data and model -> grade -> preprocess -> train -> export -> grade -> table and curve
+
+It runs the commands that a user would run, and prints each before it does.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from demo_data import make_rows, train_tokenizer, write_rows
+from rich.console import Console
+from rich.table import Table
+
+from mcore_sft import command, config
+from mcore_sft.config import RunConfig
+from mcore_sft.errors import UserError
+
+EXPERIMENT = Path("configs/demo.yaml")
+TRAIN_ROWS = 20_000
+HELD_OUT_ROWS = 500
+SEED = 7
+VOCAB_SIZE = 375
+"""Odd, so that tensor parallelism of 2 has to pad it."""
+PASS = 90.0
+"""Percent of the held-out problems that must be right in the end."""
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class DemoError(UserError):
+    """The demo did not do what it promises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many ranks share the work, and how."""
+
+    tensor: int
+    sequence: bool
+    pipeline: int
+    data: int
+
+    @property
+    def processes(self) -> int:
+        """Ranks in all."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def overrides(self) -> list[str]:
+        """The layout as the configuration knows it; data parallelism is what is left."""
+        return [
+            f"parallel.tensor={self.tensor}",
+            f"parallel.sequence={str(self.sequence).lower()}",
+            f"parallel.pipeline={self.pipeline}",
+        ]
+
+
+@dataclass
+class Demo:
+    """One run: its folder, the commands that it runs there, and how long each stage took."""
+
+    folder: Path
+    layout: Layout
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def experiment(self) -> list[str]:
+        """The arguments that all commands share."""
+        return [
+            "--config",
+            str(EXPERIMENT),
+            f"output={self.folder}",
+            f"model.path={self.folder / 'base'}",
+            f"data.root={self.folder / 'data'}",
+        ]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and take its time."""
+        console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/bold]")
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begun
+
+    def run(self, *words: str, threads: int | None = None) -> None:
+        """Print one command and run it; `threads` is what torch may use in each process."""
+        console.print(f"[green]$ {shlex.join(words)}[/green]", markup=True)
+        limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        code = subprocess.run(words, env={**os.environ, **limit}, check=False).returncode
+        if code:
+            raise DemoError(
+                f"`{Path(words[1]).name}` ended with code {code}; its own words are above"
+            )
+
+
+def main() -> None:
+    """Run the demo; fails if too few answers are right in the end."""
+    demo = Demo(folder=_new_folder(), layout=_parse_layout())
+    settings = config.load(EXPERIMENT, demo.layout.overrides)
+    _greet(demo)
+    with demo.stage("Make the data and a model of random weights"):
+        make_data(demo)
+        make_model(demo)
+    with demo.stage("Grade the untouched model"):
+        grade(demo, demo.folder / "base", "before")
+    with demo.stage("Preprocess: text -> packed dataset"):
+        demo.run(_program("python"), "tools/preprocess.py", *demo.experiment)
+    with demo.stage("Train: packed dataset -> distributed checkpoint"):
+        train(demo)
+    step = f"step_{settings.train.steps}"
+    with demo.stage("Export: checkpoint -> Hugging Face folder"):
+        checkpoint, model = str(demo.folder / step), str(demo.folder / "model")
+        demo.run(
+            _program("python"), "tools/to_hf.py", "--checkpoint", checkpoint, "--output", model
+        )
+    with demo.stage("Grade the trained model"):
+        grade(demo, demo.folder / "model", "after")
+    finish(demo, settings)
+
+
+def make_data(demo: Demo) -> None:
+    """Write the rows to train on, the rows held out, and a tokenizer of their text."""
+    data = demo.folder / "data"
+    data.mkdir()
+    learned, held_out = make_rows(train=TRAIN_ROWS, held_out=HELD_OUT_ROWS, seed=SEED)
+    write_rows(learned, data / "train.jsonl")
+    write_rows(held_out, data / "held_out.jsonl")
+    texts = (f"{row['problem']}\n{row['generated_solution']}" for row in learned)
+    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+    (demo.folder / "tokenizer").mkdir()
+    tokenizer.save(str(demo.folder / "tokenizer" / "tokenizer.json"))
+    example = learned[0]
+    console.print(
+        f"{len(learned):,} word problems to learn from, {len(held_out)} held out with other "
+        f"numbers, a tokenizer of {tokenizer.get_vocab_size()} tokens. One of them:\n"
+    )
+    for text in (example["problem"], *example["generated_solution"].splitlines()):
+        console.print(f"    {text}", style="dim", markup=False)
+    console.print()
+
+
+def make_model(demo: Demo) -> None:
+    """Make the random weights that everything starts from."""
+    base, tokenizer = str(demo.folder / "base"), str(demo.folder / "tokenizer")
+    demo.run(
+        _program("python"),
+        *("tools/make_random_model.py", "--output", base, "--tokenizer", tokenizer),
+    )
+
+
+def grade(demo: Demo, model: Path, name: str) -> None:
+    """Ask the model the held-out problems and grade its answers."""
+    demo.run(
+        *(_program("python"), "tools/evaluate.py", "--model", str(model)),
+        *("--output", str(demo.folder / name), *demo.experiment),
+    )
+
+
+def train(demo: Demo) -> None:
+    """Start the ranks of the layout."""
+    processes = demo.layout.processes
+    demo.run(
+        *(_program("torchrun"), "--standalone", "--nproc-per-node", str(processes)),
+        *("mcore_sft/train.py", *demo.experiment, *demo.layout.overrides),
+        threads=max(1, (os.cpu_count() or 1) // processes),
+    )
+
+
+def finish(demo: Demo, settings: RunConfig) -> None:
+    """Show what came of it, and where; raises `DemoError` where it is not good enough."""
+    curve = demo.folder / "loss.png"
+    draw_curve(demo.folder / "metrics.jsonl", curve)
+
+
+def read_losses(log: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, loss) of training and of validation, from a run's JSON lines."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    trained, validated = (
+        [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+        for key in ("loss", "validation_loss")
+    )
+    return trained, validated
+
+
+def draw_curve(log: Path, picture: Path) -> None:
+    """Draw the losses of `log` over the steps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    trained, validated = read_losses(log)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(*zip(*trained, strict=True), linewidth=1, label="training")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o-", label="held out")
+    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
+
+
+def _new_folder() -> Path:
+    """A folder that no run has used; the name says when it began."""
+    name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path("results") / name
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = Path("results") / f"{name}-{number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _program(name: str) -> str:
+    """`name` beside the running Python, as short as it can be typed here."""
+    program = Path(sys.executable).with_name(name)
+    here = Path.cwd()
+    return str(program.relative_to(here) if program.is_relative_to(here) else program)
+
+
+def _parse_layout() -> Layout:
+    """The layout of the command line; one that cannot be stops here."""
+    made = argparse.ArgumentParser(
+        description="Train a small model to solve word problems, from nothing to a graded model."
+    )
+    made.add_argument("--tensor", type=int, default=2, help="tensor-parallel ranks (2)")
+    made.add_argument("--pipeline", type=int, default=1, help="pipeline stages (1)")
+    made.add_argument("--data", type=int, default=1, help="data-parallel ranks (1)")
+    made.add_argument(
+        "--sequence",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="sequence parallelism (on where --tensor is at least 2)",
+    )
+    given = made.parse_args()
+    sequence = given.tensor > 1 if given.sequence is None else given.sequence
+    return Layout(tensor=given.tensor, sequence=sequence, pipeline=given.pipeline, data=given.data)
+
+
+if __name__ == "__main__":
+    command.run(main)

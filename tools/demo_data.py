@@ -1,0 +1,204 @@
+"""What the demo learns from: a seed in, word problems with their working and a tokenizer out.
+
+    Random -> template and numbers -> row (problem, generated_solution, expected_answer, source)
+
+The working goes digit by digit and the tokenizer keeps every digit apart, so that a small model
+sees each step of the arithmetic it is to learn.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|finetune_right_pad_id|>",
+)
+# Llama 3's pattern, but for single digits where it groups up to three.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
+THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "shells", "stamps")
+
+Row = dict[str, str]
+Numbers = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A kind of word problem: its text, which numbers fit in, and how it is solved."""
+
+    name: str
+    text: str
+    draw: Callable[[random.Random], Numbers]
+    solve: Callable[..., tuple[str, int]]
+
+
+def add(a: int, b: int) -> tuple[str, int]:
+    """The working of a + b and the sum, for numbers of two digits."""
+    ones = a % 10 + b % 10
+    carry = ones // 10
+    tens = a // 10 + b // 10 + carry
+    working = f"{a % 10}+{b % 10}={ones}, carry {carry}\n{a // 10}+{b // 10}+{carry}={tens}\n"
+    return working, a + b
+
+
+def subtract(a: int, b: int) -> tuple[str, int]:
+    """The working of a - b and the difference, for numbers of two digits with a > b."""
+    borrow = int(a % 10 < b % 10)
+    ones = a % 10 + 10 * borrow
+    working = (
+        f"{ones}-{b % 10}={ones - b % 10}, borrow {borrow}\n"
+        f"{a // 10}-{borrow}-{b // 10}={a // 10 - borrow - b // 10}\n"
+    )
+    return working, a - b
+
+
+def multiply(a: int, b: int) -> tuple[str, int]:
+    """The working of a * b and the product, for `a` of two digits and `b` of one."""
+    ones, tens = a % 10 * b, a // 10 * b
+    carry = ones // 10
+    working = (
+        f"{a % 10}*{b}={ones}, carry {carry}\n{a // 10}*{b}={tens}, {tens}+{carry}={tens + carry}\n"
+    )
+    return working, a * b
+
+
+def add_then_subtract(a: int, b: int, c: int) -> tuple[str, int]:
+    """The working of a + b - c, the sum written out in between, and the result."""
+    first, total = add(a, b)
+    second, left = subtract(total, c)
+    return f"{first}{total}-{c}\n{second}", left
+
+
+def compare(a: int, b: int) -> tuple[str, int]:
+    """How many more the second has: the larger minus the smaller."""
+    return subtract(b, a)
+
+
+def _pair(numbers: random.Random) -> Numbers:
+    return numbers.randint(10, 99), numbers.randint(10, 99)
+
+
+def _falling(numbers: random.Random) -> Numbers:
+    small, large = sorted(numbers.sample(range(10, 100), 2))
+    return large, small
+
+
+def _rising(numbers: random.Random) -> Numbers:
+    return tuple(reversed(_falling(numbers)))
+
+
+def _factor(numbers: random.Random) -> Numbers:
+    return numbers.randint(10, 99), numbers.randint(2, 9)
+
+
+def _two_steps(numbers: random.Random) -> Numbers:
+    a = numbers.randint(10, 89)
+    b = numbers.randint(10, 99 - a)
+    return a, b, numbers.randint(10, a + b - 1)
+
+
+TEMPLATES = (
+    Template(
+        name="sum",
+        text="{name} has {0} {things} and gets {1} more. How many {things} does {name} have now?",
+        draw=_pair,
+        solve=add,
+    ),
+    Template(
+        name="rest",
+        text="{name} has {0} {things} and gives away {1}. How many {things} are left?",
+        draw=_falling,
+        solve=subtract,
+    ),
+    Template(
+        name="difference",
+        text="{name} has {0} {things} and {other} has {1}. How many more does {other} have?",
+        draw=_rising,
+        solve=compare,
+    ),
+    Template(
+        name="product",
+        text="{name} has {1} boxes of {0} {things}. How many {things} does {name} have?",
+        draw=_factor,
+        solve=multiply,
+    ),
+    Template(
+        name="two_steps",
+        text="{name} has {0} {things}, gets {1} more and gives away {2}. "
+        "How many {things} are left?",
+        draw=_two_steps,
+        solve=add_then_subtract,
+    ),
+)
+
+
+def make_rows(*, train: int, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out: no problem twice, no (template, numbers) on both sides.
+
+    Numbers count as the same in whatever order, so that 23 + 45 does not give away 45 + 23.
+    """
+    stream = _problems(random.Random(seed))
+    asked = [next(stream) for _ in range(held_out)]
+    kept_apart = {key for key, _ in asked}
+    learned = (row for key, row in stream if key not in kept_apart)
+    return [next(learned) for _ in range(train)], [row for _, row in asked]
+
+
+def _problems(chance: random.Random) -> Iterator[tuple[tuple[str, Numbers], Row]]:
+    seen: set[str] = set()
+    while True:
+        template = chance.choice(TEMPLATES)
+        numbers = template.draw(chance)
+        name, other = chance.sample(NAMES, 2)
+        things = chance.choice(THINGS)
+        problem = template.text.format(*numbers, name=name, other=other, things=things)
+        if problem in seen:
+            continue
+        seen.add(problem)
+        working, answer = template.solve(*numbers)
+        row = {
+            "problem": problem,
+            "generated_solution": f"{working}\\boxed{{{answer}}}",
+            "expected_answer": str(answer),
+            "problem_source": f"demo_{template.name}",
+        }
+        yield (template.name, tuple(sorted(numbers))), row
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Write `rows` as JSON lines."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE over `texts` with the special tokens of Llama 3 first and single digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
