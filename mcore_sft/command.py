@@ -1,4 +1,4 @@
-"""What the commands share: `--config FILE key=value ...` in, one clear sentence out when it fails."""
+"""What the commands share: `--config FILE key=value ...` in, one clear sentence on failure out."""
 
 import argparse
 import sys
@@ -14,14 +14,15 @@ def parser(description: str, *, config_required: bool = True) -> argparse.Argume
     """Arguments that every command takes; a command adds its own."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
-        "--config", required=config_required, metavar="FILE", help="experiment file (configs/*.yaml)"
+        "--config",
+        required=config_required,
+        metavar="FILE",
+        help="experiment file (configs/*.yaml)",
     )
     made.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
-    made.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-5"
-    )
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-5")
     return made
 
 

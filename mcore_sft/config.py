@@ -40,6 +40,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """The model that training starts from."""
+
     path: Path
     """Hugging Face folder (config.json, safetensors) that training starts from."""
     tokenizer: Path | None = None
@@ -54,6 +56,8 @@ class ModelConfig(Section):
 
 
 class PromptConfig(Section):
+    """How problems and solutions become text."""
+
     template: str = "llama3-instruct"
     """Chat markup: a shipped name, a YAML file, or `chat` for the tokenizer's chat template."""
     instruction: str | None = "generic/math"
@@ -61,6 +65,8 @@ class PromptConfig(Section):
 
 
 class SourceConfig(Section):
+    """One file, glob or dataset of rows."""
+
     path: str
     """JSON lines, Parquet, a glob of them, or the name of a Hugging Face dataset."""
     split: str = "train"
@@ -74,6 +80,8 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
+    """What is read, and how it is packed."""
+
     packed: Path | None = None
     """Folder of the packed dataset; without it, `data` beside the run's checkpoints."""
     root: Path = Path(".")
@@ -91,6 +99,8 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How the model is split over processes."""
+
     tensor: Count = 1
     """Tensor-parallel ranks."""
     sequence: bool = False
@@ -106,6 +116,8 @@ class ParallelConfig(Section):
 
 
 class TrainConfig(Section):
+    """How long, how much at once, how exactly."""
+
     steps: Count = 1000
     """Optimizer steps."""
     global_batch: Count = 512
@@ -125,6 +137,8 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
     lr: Positive = 2e-5
     """Peak learning rate of AdamW."""
     min_lr: NonNegative = 0.0
@@ -140,7 +154,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
     decay_1d: bool = True
-    """Decay norms and biases too, as torch's AdamW does; false leaves them out, as Megatron does."""
+    """Decay norms and biases too, as torch does; false leaves them out, as Megatron does."""
     clip_grad: Positive | None = None
     """Largest gradient norm; none is no clipping."""
 
@@ -152,6 +166,8 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When the run is saved."""
+
     every: CountOrZero = 0
     """Steps between checkpoints; the last step is always kept. 0 is only then."""
     keep: CountOrZero = 0
@@ -161,6 +177,8 @@ class CheckpointConfig(Section):
 
 
 class BenchmarkConfig(Section):
+    """Problems with known answers."""
+
     name: str
     """A shipped benchmark, or any name if `path` is given."""
     path: str | None = None
@@ -174,6 +192,8 @@ class BenchmarkConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """How a model is asked and graded."""
+
     engine: Literal["transformers"] = "transformers"
     """What generates the answers."""
     benchmarks: tuple[BenchmarkConfig, ...] = ()
@@ -195,6 +215,8 @@ class EvaluationConfig(Section):
 
 
 class LogConfig(Section):
+    """What the console shows."""
+
     every: Count = 1
     """Steps between lines on the console; the JSON lines hold every step."""
 
@@ -249,7 +271,9 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give --config FILE") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give --config FILE"
+        ) from None
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -348,7 +372,9 @@ def _explain(section: type[Section], error: ValidationError) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, but not given")
         elif problem["type"] == "value_error":
-            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
+            lines.append(
+                f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+            )
         else:
             expected = problem["msg"][0].lower() + problem["msg"][1:]
             lines.append(f"{key}: {expected}, given {problem['input']!r}")
@@ -362,7 +388,9 @@ def _suggestion(section: type[Section], key: str) -> str:
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
     if not near:
         last = {name.rpartition(".")[2]: name for name in reversed(known)}
-        near = [last[word] for word in difflib.get_close_matches(plain.rpartition(".")[2], last, n=1)]
+        near = [
+            last[word] for word in difflib.get_close_matches(plain.rpartition(".")[2], last, n=1)
+        ]
     return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
 
 

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Its message says where, what was given, what was expected and the mend; no traceback is shown."""
+    """Its message says where, what was given, what was expected and the mend."""

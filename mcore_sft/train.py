@@ -1,4 +1,4 @@
-"""The command that torchrun runs: `torchrun [...] mcore_sft/train.py --config FILE [key=value ...]`."""
+"""The command that torchrun runs: `torchrun mcore_sft/train.py --config FILE [key=value ...]`."""
 
 from mcore_sft import command
 

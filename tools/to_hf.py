@@ -1,4 +1,4 @@
-"""A distributed checkpoint in, a Hugging Face folder out: `python tools/to_hf.py --checkpoint STEP`."""
+"""A distributed checkpoint in, a Hugging Face folder out."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,11 @@ def main() -> None:
     """Export the checkpoint of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="such as results/NAME/step_1000"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="such as results/NAME/step_1000",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="without it, DIR/../hf_step_1000"

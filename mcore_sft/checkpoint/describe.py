@@ -1,10 +1,10 @@
-"""What a checkpoint says of itself, so that it needs nothing beside it to become a Hugging Face folder.
+"""What a checkpoint says of itself, so that a Hugging Face folder can be made of it alone.
 
-    step_N/config.yaml                    the resolved configuration of the run
-    step_N/model/config.json              architecture of the model it grew from
-    step_N/model/generation_config.json   how to generate, the learned stop tokens included
-    step_N/model/tokenizer files          as the dataset was made with
-    step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with
+step_N/config.yaml                    the resolved configuration of the run
+step_N/model/config.json              architecture of the model it grew from
+step_N/model/generation_config.json   how to generate, the learned stop tokens included
+step_N/model/tokenizer files          as the dataset was made with
+step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with
 """
 
 import json
@@ -31,7 +31,9 @@ def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
     model = folder / MODEL
     tokenizer.save(model)
     _write(model / "config.json", _architecture(config))
-    _write(model / "generation_config.json", _generation(config.model.path, prompt, tokenizer.bos_id))
+    _write(
+        model / "generation_config.json", _generation(config.model.path, prompt, tokenizer.bos_id)
+    )
     _write(
         model / RECORD,
         {
@@ -55,7 +57,7 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
 
 
 def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any]:
-    """The base model's generation settings; generation ends at what the model learned to end with."""
+    """The base model's generation settings, ending at what the model learned to end with."""
     path = base / "generation_config.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     stops = found.get("eos_token_id", [])

@@ -1,6 +1,6 @@
 """A distributed checkpoint in, a Hugging Face folder out, one tensor at a time in one process.
 
-    step_N/ -> config.json, generation_config.json, tokenizer, *.safetensors, mcore_sft.json
+step_N/ -> config.json, generation_config.json, tokenizer, *.safetensors, mcore_sft.json
 """
 
 import json
@@ -25,9 +25,11 @@ from mcore_sft.model import architecture as arch
 
 
 def export(checkpoint: Path, output: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Make the Hugging Face folder `output` from `checkpoint`, once every file is as it was saved."""
+    """Make the Hugging Face folder `output` from `checkpoint`, whose files are verified first."""
     if output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output}: already there and not empty; remove it, or choose another")
+        raise CheckpointError(
+            f"{output}: already there and not empty; remove it, or choose another"
+        )
     manifest = sharded.verify(checkpoint)
     architecture = arch.read(checkpoint / MODEL)
     temporary = output.parent / f".{output.name}.tmp"

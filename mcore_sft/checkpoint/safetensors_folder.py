@@ -1,6 +1,6 @@
 """The tensors of a Hugging Face folder, read in slices or written in shards.
 
-    *.safetensors (+ model.safetensors.index.json) <-> named tensors
+*.safetensors (+ model.safetensors.index.json) <-> named tensors
 """
 
 import json
@@ -37,7 +37,8 @@ class SafetensorsFolder:
                 f"{[stop] if columns is None else [stop, columns.stop]}; the two do not belong "
                 "together"
             )
-        return piece[start:stop] if columns is None else piece[start:stop, columns]
+        rows: Tensor = piece[start:stop] if columns is None else piece[start:stop, columns]
+        return rows
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
@@ -100,7 +101,7 @@ def _name(folder: Path, parts: list[tuple[Path, list[str]]], total: int) -> None
     if len(parts) == 1:
         parts[0][0].rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(parts, start=1):
         final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         path.rename(folder / final)

@@ -13,18 +13,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.config import CheckpointConfig
@@ -132,7 +134,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def verify(path: Path, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`; raises `CheckpointError` if any file is not as it says.
+    """The manifest of the checkpoint at `path`; `CheckpointError` if a file is not as it says.
 
     With a mesh, each process reads a share of the files and all raise together.
     """
@@ -140,7 +142,9 @@ def verify(path: Path, mesh: Mesh | None = None) -> dict[str, Any]:
     names = sorted(manifest["files"])
     rank, size = (mesh.world.rank, mesh.world.size) if mesh else (0, 1)
     faults = [
-        fault for name in names[rank::size] if (fault := _fault(path / name, manifest["files"][name]))
+        fault
+        for name in names[rank::size]
+        if (fault := _fault(path / name, manifest["files"][name]))
     ]
     if mesh:
         shares: list[Any] = [None] * size
@@ -171,15 +175,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def whole_tensors(path: Path) -> Callable[[str], Tensor]:
     """A reader of whole weights by Megatron-core's names, one at a time, in a single process."""
-    reader = torch_checkpoint.FileSystemReader(path / "weights")
+    reader = FileSystemReader(path / "weights")
     entries = reader.read_metadata().state_dict_metadata
 
     def read(key: str) -> Tensor:
         entry = entries.get(key)
-        if entry is None:
+        if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{path}: no weight {key} there; does it hold this model?")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        torch_checkpoint.load({key: tensor}, storage_reader=reader, no_dist=True)
+        load_whole({key: tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
     return read

@@ -141,9 +141,7 @@ def _covered(
     for segment in segments:
         start, stop = max(first, at), min(last, at + segment.size)
         if start < stop:
-            source = Segment(
-                segment.name, segment.start + start - at, segment.start + stop - at
-            )
+            source = Segment(segment.name, segment.start + start - at, segment.start + stop - at)
             yield data[start - first : stop - first], source, columns
         at += segment.size
     data[max(0, at - first) :].zero_()

@@ -1,6 +1,6 @@
 """What a Hugging Face folder's config.json says of a model, checked and in our own words.
 
-    config.json -> Architecture
+config.json -> Architecture
 """
 
 import json

@@ -1,6 +1,6 @@
 """A GPT of Megatron-core, as much of it as lies on this rank.
 
-    Architecture + Mesh -> Gpt wrapped for data parallelism
+Architecture + Mesh -> Gpt wrapped for data parallelism
 """
 
 from typing import Any
@@ -44,7 +44,8 @@ class Gpt(GPTModel):
         that Megatron-core hands through to here untouched.
         """
         if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states, labels=labels, *args, **kwargs)
+            output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return output
         rows = kwargs["loss_mask"]
         return linear_cross_entropy(
             hidden_states.squeeze(1),
@@ -59,8 +60,10 @@ class Gpt(GPTModel):
     def output_weight(self) -> Tensor:
         """Vocabulary rows [V, D] of the output layer, which may be those of the embedding."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            shared: Tensor = self.shared_embedding_or_output_weight()
+            return shared
+        own: Tensor = self.output_layer.weight
+        return own
 
 
 def build(
@@ -81,7 +84,7 @@ def build(
         pg_collection=mesh.groups,
     )
     model.real_vocab = architecture.vocab
-    # Megatron-core hard-wires three of the four numbers of Llama 3's scaling: the frequencies are ours.
+    # Megatron-core hard-wires three of the numbers of Llama 3 scaling: ours take their place.
     model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
     model.to(mesh.device)
     chunk = Float16Module(config, model) if config.bf16 else model

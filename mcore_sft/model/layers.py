@@ -3,6 +3,7 @@
 T = rows of the pack, H = query heads of this rank, G = key-value heads of this rank, D = head width
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """Attention [T, H * D]; documents lie between neighbours in `cu_seqlens_q`."""
         starts = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-        documents = (tensor.split(lengths) for tensor in (query_THD, key_TGD, value_TGD))
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        documents = (torch.split(tensor, lengths) for tensor in (query_THD, key_TGD, value_TGD))
         outputs = [
             functional.scaled_dot_product_attention(
                 query.transpose(0, 1)[None],

@@ -1,4 +1,4 @@
-"""Output layer and cross entropy as one operator: hidden states in, one loss per supervised row out.
+"""Output layer and cross entropy as one operator: hidden states in, one loss a row out.
 
     hidden_TD --rows--> hidden_RD --weight_VD--> logits_RV --labels_R--> loss_R
 
@@ -36,9 +36,12 @@ def linear_cross_entropy(
     group: the tensor-parallel ranks that share the vocabulary; None is one rank with all of it.
     """
     if group is not None and dist.get_world_size(group) > 1:
-        hidden = (_GatherRows if sequence_parallel else _ShareRows).apply(hidden, group)
+        rows_of_all: Any = _GatherRows if sequence_parallel else _ShareRows
+        hidden = rows_of_all.apply(hidden, group)
     logits = (hidden.index_select(0, rows) @ weight.t()).float()
-    return _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, group)
+    cross_entropy: Any = _VocabParallelCrossEntropy
+    losses: Tensor = cross_entropy.apply(logits, labels, vocab_size, group)
+    return losses
 
 
 class _ShareRows(torch.autograd.Function):

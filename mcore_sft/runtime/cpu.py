@@ -55,7 +55,7 @@ class _Inert:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Answers `device="cuda"`, `.cuda()`, `.to("cuda")` and `.type()` as if the CPU were the GPU."""
+    """Answers `device="cuda"`, `.cuda()`, `.to("cuda")` and `.type()` as if this were a GPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

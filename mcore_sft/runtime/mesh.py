@@ -1,6 +1,6 @@
 """Ranks, sizes and process groups: which peers this process computes with, along which axis.
 
-    torchrun's environment + ParallelConfig -> Mesh
+torchrun's environment + ParallelConfig -> Mesh
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from mcore_sft.config import ConfigError, ParallelConfig
 from mcore_sft.runtime.cpu import megatron_on_cpu
@@ -94,7 +95,7 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, rank=rank, world_size=size)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         try:
             yield _lay_out(parallel, device)
         finally:

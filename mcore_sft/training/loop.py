@@ -1,6 +1,6 @@
 """The training loop: a packed dataset in, distributed checkpoints of the fine-tuned model out.
 
-    Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
+Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 """
 
 from functools import partial
@@ -13,7 +13,8 @@ from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch, build
+from mcore_sft.model import architecture as arch
+from mcore_sft.model import build
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training.errors import TrainingError
@@ -62,7 +63,7 @@ def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> 
             metrics.step(progress, result)
 
             if validation and due(progress.step, config.train.validate_every, config.train.steps):
-                held_out = validation.validation_batches(config.train.validation_packs)
+                held_out = list(validation.validation_batches(config.train.validation_packs))
                 metrics.validation(progress, validation_loss(gpt, held_out, mesh))
             if due(progress.step, config.checkpoint.every, config.train.steps):
                 metrics.saved(checkpoints.save(progress, partial(describe, config, dataset)))

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bar,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
 )
 
 from mcore_sft.checkpoint.sharded import Progress
@@ -95,7 +97,9 @@ class Metrics:
     def validation(self, progress: Progress, loss: float) -> None:
         """Log the validation loss after the step that was just taken."""
         self._write({"step": progress.step, "validation_loss": loss})
-        self.say(f"step {progress.step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}")
+        self.say(
+            f"step {progress.step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}"
+        )
         self._last = time.perf_counter()
 
     def saved(self, path: Path) -> None:

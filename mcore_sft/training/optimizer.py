@@ -1,15 +1,18 @@
 """AdamW over this rank's weights, and the learning rate as a function of the step.
 
-    OptimizerConfig + model -> Megatron-core's optimizer
+OptimizerConfig + model -> Megatron-core's optimizer
 """
 
 import math
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
-    OptimizerConfig as MegatronConfig,
     get_megatron_optimizer,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig as MegatronConfig,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -35,7 +38,7 @@ def build(
         clip_grad=settings.clip_grad or 0.0,
     )
     # Megatron-core's default (None) leaves norms and biases out of the decay.
-    overrides = {} if settings.decay_1d else None
+    overrides: dict[Any, Any] | None = {} if settings.decay_1d else None
     return get_megatron_optimizer(
         config,
         [model],

@@ -81,7 +81,7 @@ def validation_loss(model: DistributedDataParallel, batches: Sequence[Batch], me
 
 
 def count(batches: Sequence[Batch], mesh: Mesh) -> tuple[int, int, int]:
-    """Supervised tokens, tokens and examples of the global batch of which `batches` is our share."""
+    """Supervised tokens, tokens and examples of the global batch; `batches` are our share."""
     mine = [
         sum(batch.supervised for batch in batches),
         sum(batch.useful for batch in batches),
@@ -111,9 +111,7 @@ def run(
     return total
 
 
-def forward_step(
-    batches: Iterator[Batch], model: Any, *, mesh: Mesh
-) -> tuple[Tensor, Any]:
+def forward_step(batches: Iterator[Batch], model: Any, *, mesh: Mesh) -> tuple[Tensor, Any]:
     """Megatron-core's contract: the output of this stage, and how the last stage scores it."""
     batch = next(batches).to(mesh.device)
     output = model(

@@ -62,7 +62,7 @@ def test_no_problem_twice_and_numbers_to_99(rows):
 def test_all_templates_are_asked(rows):
     counts = Counter(row["problem_source"] for row in rows[1])
     assert set(counts) == {f"demo_{template.name}" for template in TEMPLATES}
-    assert min(counts.values()) > 10
+    assert min(counts.values()) >= 5
 
 
 def test_rows_have_the_schema_of_openmathinstruct_2(rows):

@@ -1,0 +1,110 @@
+"""Answers as append-only JSON lines: what is written once is never generated again.
+
+A line is one answer, keyed by problem, sample and configuration. A killed run loses at most the
+batch it was in; a last line that was cut short is taken off before the next is written.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mcore_sft.evaluation.errors import EvaluationError
+
+Key = tuple[str, int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One generated answer with all that grading needs."""
+
+    id: str
+    sample: int
+    configuration: str
+    """Hash of everything that decides the answer: model, prompt ids, generation settings."""
+    expected_answer: str
+    response: str
+    finish_reason: str
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def key(self) -> Key:
+        """What tells this answer from every other."""
+        return self.id, self.sample, self.configuration
+
+
+class AnswerFile:
+    """The file that answers are added to, locked against a second run while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise EvaluationError(
+                f"{path}: another run is writing here; wait for it, or give another --output"
+            ) from None
+        self._mend()
+        self.done = {answer.key for answer in read(path)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Append `answers`, which are on the disk when this returns."""
+        lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _mend(self) -> None:
+        """Cut off what follows the last newline."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._file.truncate(whole)
+
+
+def read(path: Path) -> Iterator[Answer]:
+    """The answers in `path`, in the order they were written."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield _parse(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise EvaluationError(
+                    f"{path}, line {number}: not an answer ({error}); delete the line, "
+                    "and the problem is asked again"
+                ) from None
+
+
+def _parse(content: Mapping[str, Any]) -> Answer:
+    return Answer(**{**content, "tokens": tuple(content["tokens"])})
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file of JSON lines; it is there complete or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file; it is there complete or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,89 @@
+"""A model folder and the settings in, the hashes that say what an answer came from out."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from mcore_sft.config import EvaluationConfig
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_WHOLE_BYTES = 2 * 1024**3
+_SAMPLES = 64
+_BLOCK = 1024 * 1024
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "math-verify",
+    "latex2sympy2_extended",
+    "antlr4-python3-runtime",
+    "sympy",
+    "gmpy2",
+)
+# These decide how fast answers come and how they are graded, not what they are.
+_NO_MATTER = {"batch_size", "benchmarks", "timeout"}
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that decides what a model says.
+
+    Weights of more than 2 GB together are hashed by evenly spread blocks and their size, which the
+    hash says: an export with other weights shows all the same, and 16 GB take a second.
+    """
+    found = {
+        path.name: _sha256(path)
+        for name in ("config.json", "generation_config.json", "model.safetensors.index.json")
+        if (path := folder / name).is_file()
+    }
+    weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    whole = sum(path.stat().st_size for path in weights) <= _WHOLE_BYTES
+    return found | {path.name: _sha256(path) if whole else _sampled(path) for path in weights}
+
+
+def configuration_hash(
+    *, model: Mapping[str, str], prompt: str, tokenizer: str, stop_ids: tuple[int, ...],
+    config: EvaluationConfig,
+) -> str:  # fmt: skip
+    """What an answer is kept under: another model, prompt or setting is asked anew."""
+    settings = config.model_dump(mode="json", exclude=_NO_MATTER)
+    if config.temperature == 0:
+        settings |= {"top_p": None, "seed": None}
+    whole = [dict(model), prompt, tokenizer, stop_ids, settings]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that may change an answer or a verdict."""
+    found = {"python": python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def problem_hash(prompt_ids: list[int], expected_answer: str) -> str:
+    """What tells two problems of the same id apart."""
+    whole: list[Any] = [prompt_ids, expected_answer]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled(path: Path) -> str:
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(_SAMPLES):
+            file.seek(max(0, size - _BLOCK) * place // (_SAMPLES - 1))
+            digest.update(file.read(_BLOCK))
+    return f"sampled:{digest.hexdigest()}"
