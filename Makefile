@@ -22,6 +22,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMPS)/package ## install everything into .venv (the others do it by themselves)
+	@:
 
 demo: setup ## train a small model to solve word problems; PARALLEL="--pipeline 2" chooses the layout
 	@$(BIN)/python tools/demo.py $(PARALLEL)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -41,6 +42,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     Every error meant for the user is a `UserError`; anything else is a defect of ours and keeps
     its traceback.
     """
+    # Libraries warn about each other at import (no Apex, renamed functions): nothing that a user of
+    # these commands could act on. What is asked for and absent is an error of our own.
+    for library in ("megatron", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
     try:
         main()
     except UserError as error:

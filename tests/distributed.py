@@ -5,6 +5,7 @@ Ranks are forked, so that what the test process has imported costs them nothing.
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -48,15 +49,16 @@ def _rank(
         MASTER_PORT=str(port),
     )
     try:
-        end.send((True, function(*args)))
+        # Plain pickle: multiprocessing's own would send tensors by shared memory of this process.
+        end.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:
-        end.send((False, traceback.format_exc()))
+        end.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 def _receive(end: Any, rank: int) -> Any:
     if not end.poll(TIMEOUT):
         raise TimeoutError(f"rank {rank} gave no answer in {TIMEOUT} s")
-    good, value = end.recv()
+    good, value = pickle.loads(end.recv_bytes())
     if not good:
         raise AssertionError(f"rank {rank} failed:\n{value}")
     return value

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from demo_data import make_rows, train_tokenizer, write_rows
+from demo_data import make_rows, texts_of, train_tokenizer, write_rows
 from rich.console import Console
 from rich.table import Table
 
 from mcore_sft import command, config
-from mcore_sft.config import RunConfig
 from mcore_sft.errors import UserError
+from mcore_sft.evaluation.report import Share, nemo_skills_table
 
 EXPERIMENT = Path("configs/demo.yaml")
 TRAIN_ROWS = 20_000
@@ -32,6 +32,8 @@ HELD_OUT_ROWS = 500
 SEED = 7
 VOCAB_SIZE = 375
 """Odd, so that tensor parallelism of 2 has to pad it."""
+PACKS = 8
+"""Packs of a step."""
 PASS = 90.0
 """Percent of the held-out problems that must be right in the end."""
 
@@ -56,13 +58,25 @@ class Layout:
         """Ranks in all."""
         return self.tensor * self.pipeline * self.data
 
+    def __str__(self) -> str:
+        parts = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        split = [f"{name} {size}" for name, size in parts.items() if size > 1]
+        split += ["sequence parallel"] * self.sequence
+        ranks = f"{self.processes} rank{'s' * (self.processes > 1)}"
+        return f"{ranks} ({', '.join(split)})" if split else ranks
+
     @property
     def overrides(self) -> list[str]:
-        """The layout as the configuration knows it; data parallelism is what is left."""
+        """The layout as the configuration knows it; data parallelism is what is left.
+
+        The packs of a step are spread over data-parallel ranks, and pipeline stages get a
+        micro-batch each to work on at the same time.
+        """
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.sequence={str(self.sequence).lower()}",
             f"parallel.pipeline={self.pipeline}",
+            f"train.micro_batch={max(1, PACKS // (self.data * self.pipeline))}",
         ]
 
 
@@ -82,7 +96,7 @@ class Demo:
             str(EXPERIMENT),
             f"output={self.folder}",
             f"model.path={self.folder / 'base'}",
-            f"data.root={self.folder / 'data'}",
+            f"data.root={self.folder / 'text'}",
         ]
 
     @contextmanager
@@ -95,7 +109,8 @@ class Demo:
 
     def run(self, *words: str, threads: int | None = None) -> None:
         """Print one command and run it; `threads` is what torch may use in each process."""
-        console.print(f"[green]$ {shlex.join(words)}[/green]", markup=True)
+        typed = shlex.join(words).replace(" --config", " \\\n      --config")
+        console.print(f"  $ {typed}\n", style="green", markup=False)
         limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         code = subprocess.run(words, env={**os.environ, **limit}, check=False).returncode
         if code:
@@ -108,7 +123,10 @@ def main() -> None:
     """Run the demo; fails if too few answers are right in the end."""
     demo = Demo(folder=_new_folder(), layout=_parse_layout())
     settings = config.load(EXPERIMENT, demo.layout.overrides)
-    _greet(demo)
+    console.print(
+        f"A small model learns to solve word problems, on {demo.layout}. "
+        f"All of it goes to {demo.folder}."
+    )
     with demo.stage("Make the data and a model of random weights"):
         make_data(demo)
         make_model(demo)
@@ -126,18 +144,17 @@ def main() -> None:
         )
     with demo.stage("Grade the trained model"):
         grade(demo, demo.folder / "model", "after")
-    finish(demo, settings)
+    finish(demo)
 
 
 def make_data(demo: Demo) -> None:
     """Write the rows to train on, the rows held out, and a tokenizer of their text."""
-    data = demo.folder / "data"
+    data = demo.folder / "text"
     data.mkdir()
     learned, held_out = make_rows(train=TRAIN_ROWS, held_out=HELD_OUT_ROWS, seed=SEED)
     write_rows(learned, data / "train.jsonl")
     write_rows(held_out, data / "held_out.jsonl")
-    texts = (f"{row['problem']}\n{row['generated_solution']}" for row in learned)
-    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+    tokenizer = train_tokenizer(texts_of(learned), vocab_size=VOCAB_SIZE)
     (demo.folder / "tokenizer").mkdir()
     tokenizer.save(str(demo.folder / "tokenizer" / "tokenizer.json"))
     example = learned[0]
@@ -177,10 +194,55 @@ def train(demo: Demo) -> None:
     )
 
 
-def finish(demo: Demo, settings: RunConfig) -> None:
+def finish(demo: Demo) -> None:
     """Show what came of it, and where; raises `DemoError` where it is not good enough."""
-    curve = demo.folder / "loss.png"
-    draw_curve(demo.folder / "metrics.jsonl", curve)
+    draw_curve(demo.folder / "metrics.jsonl", demo.folder / "loss.png")
+    before, after = (read_shares(demo.folder / name) for name in ("before", "after"))
+    console.print("\n[bold]What came of it[/bold]\n")
+    print(nemo_skills_table("demo", {"before": before, "after": after}).rstrip(), "\n")
+    console.print(_grid("What lies where", places(demo)))
+    console.print(_grid("Time", times(demo)))
+    right = after[0]
+    if right.percent < PASS:
+        raise DemoError(
+            f"{right.hits} of {right.total} held-out problems are right after training, at least "
+            f"{PASS:.0f} % were expected; the loss curve in {demo.folder / 'loss.png'} shows how "
+            f"far it came, and train.steps in {EXPERIMENT} takes it further"
+        )
+    console.print(f"[green]{right.hits} of {right.total} held-out problems are right.[/green]")
+
+
+def places(demo: Demo) -> list[tuple[str, str]]:
+    """What the run has left behind, and where."""
+    names = {
+        "word problems, learned and held out": "text",
+        "packed dataset": "data",
+        "tokenizer": "tokenizer",
+        "untouched model": "base",
+        "its score": "before",
+        "trained model (Hugging Face)": "model",
+        "its score after training": "after",
+        "checkpoints": "step_*",
+        "loss curve": "loss.png",
+        "every step, as JSON lines": "metrics.jsonl",
+    }
+    return [(what, str(demo.folder / name)) for what, name in names.items()]
+
+
+def times(demo: Demo) -> list[tuple[str, str]]:
+    """Seconds of each stage and of the whole."""
+    whole = {**demo.seconds, "together": sum(demo.seconds.values())}
+    return [(name, f"{seconds:.0f} s") for name, seconds in whole.items()]
+
+
+def read_shares(graded: Path) -> tuple[Share, Share]:
+    """How many answers are right and how many problems have none, from an evaluation's report."""
+    score = json.loads((graded / "report.json").read_text(encoding="utf-8"))["score"]
+    right, silent = (
+        Share(hits=score[name]["hits"], total=score[name]["total"])
+        for name in ("symbolic_correct", "no_answer")
+    )
+    return right, silent
 
 
 def read_losses(log: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -211,6 +273,15 @@ def draw_curve(log: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
+def _grid(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column(style="dim")
+    table.add_column(justify="right" if title == "Time" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _new_folder() -> Path:
     """A folder that no run has used; the name says when it began."""
     name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
@@ -235,9 +306,9 @@ def _parse_layout() -> Layout:
     made = argparse.ArgumentParser(
         description="Train a small model to solve word problems, from nothing to a graded model."
     )
-    made.add_argument("--tensor", type=int, default=2, help="tensor-parallel ranks (2)")
-    made.add_argument("--pipeline", type=int, default=1, help="pipeline stages (1)")
-    made.add_argument("--data", type=int, default=1, help="data-parallel ranks (1)")
+    made.add_argument("--tensor", type=_count, default=2, help="tensor-parallel ranks (2)")
+    made.add_argument("--pipeline", type=_count, default=1, help="pipeline stages (1)")
+    made.add_argument("--data", type=_count, default=1, help="data-parallel ranks (1)")
     made.add_argument(
         "--sequence",
         action=argparse.BooleanOptionalAction,
@@ -247,6 +318,13 @@ def _parse_layout() -> Layout:
     given = made.parse_args()
     sequence = given.tensor > 1 if given.sequence is None else given.sequence
     return Layout(tensor=given.tensor, sequence=sequence, pipeline=given.pipeline, data=given.data)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, given {number}")
+    return number
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
     "<|eot_id|>",
     "<|finetune_right_pad_id|>",
 )
-# Llama 3's pattern, but for single digits where it groups up to three.
+# Llama 3's pattern, but for single digits where it groups up to three: Qwen's, as it happens.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -101,7 +101,7 @@ def _rising(numbers: random.Random) -> Numbers:
 
 
 def _factor(numbers: random.Random) -> Numbers:
-    return numbers.randint(10, 99), numbers.randint(2, 9)
+    return numbers.randint(10, 99), numbers.randint(2, 5)
 
 
 def _two_steps(numbers: random.Random) -> Numbers:
@@ -113,32 +113,31 @@ def _two_steps(numbers: random.Random) -> Numbers:
 TEMPLATES = (
     Template(
         name="sum",
-        text="{name} has {0} {things} and gets {1} more. How many {things} does {name} have now?",
+        text="{name} has {0} {things} and gets {1} more. How many {things} is that?",
         draw=_pair,
         solve=add,
     ),
     Template(
         name="rest",
-        text="{name} has {0} {things} and gives away {1}. How many {things} are left?",
+        text="{name} has {0} {things} and gives away {1}. How many are left?",
         draw=_falling,
         solve=subtract,
     ),
     Template(
         name="difference",
-        text="{name} has {0} {things} and {other} has {1}. How many more does {other} have?",
+        text="{name} has {0} {things} and {other} has {1}. How many more has {other}?",
         draw=_rising,
         solve=compare,
     ),
     Template(
         name="product",
-        text="{name} has {1} boxes of {0} {things}. How many {things} does {name} have?",
+        text="{name} has {1} boxes of {0} {things}. How many {things} is that?",
         draw=_factor,
         solve=multiply,
     ),
     Template(
         name="two_steps",
-        text="{name} has {0} {things}, gets {1} more and gives away {2}. "
-        "How many {things} are left?",
+        text="{name} has {0} {things}, gets {1} more and gives away {2}. How many are left?",
         draw=_two_steps,
         solve=add_then_subtract,
     ),
@@ -182,6 +181,12 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
     """Write `rows` as JSON lines."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+    """What a tokenizer sees of `rows`: the text of the prompt with its roles, and the solution."""
+    for row in rows:
+        yield from ("user", row["problem"], "assistant", row["generated_solution"])
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:

@@ -1,23 +1,26 @@
 """Encoded examples in, the files of one split out: tokens as they come, packs at the end."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mcore_sft.data.encode import Encoded
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import token_type, write_index
-from mcore_sft.ops.packing import best_fit_pack
+
+Lengths = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
 
 
 class SplitWriter:
     """Writes one split into `folder`; holds 20 bytes an example until `finish`."""
 
     def __init__(self, folder: Path, split: str, *, vocab_size: int) -> None:
+        self._pack = _packing_operator()
         self._prefix = folder / split
         self._split = split
         self._dtype = token_type(vocab_size)
@@ -58,9 +61,7 @@ class SplitWriter:
         spans = np.concatenate(self._spans)
         self._save("spans", spans)
         self._save("span_offsets", span_offsets)
-        order, pack_offsets = (
-            part.numpy() for part in best_fit_pack(torch.from_numpy(lengths), sequence_length, seed)
-        )
+        order, pack_offsets = self._pack(lengths, sequence_length, seed)
         self._save("packs", order)
         self._save("pack_offsets", pack_offsets)
         # The first token of an example is predicted by nothing.
@@ -82,6 +83,20 @@ class SplitWriter:
 
     def _save(self, name: str, array: npt.NDArray[Any]) -> None:
         np.save(self._prefix.with_suffix(f".{name}.npy"), array, allow_pickle=False)
+
+
+def _packing_operator() -> Callable[[Lengths, int, int], tuple[Ids, Ids]]:
+    """`best_fit_pack` on arrays; found before anything is tokenized, or an error says how."""
+    # Imported here, because the processes that tokenize load this module and need no torch.
+    import torch
+
+    from mcore_sft.ops.packing import best_fit_pack
+
+    def pack(lengths: Lengths, capacity: int, seed: int) -> tuple[Ids, Ids]:
+        order, offsets = best_fit_pack(torch.from_numpy(lengths), capacity, seed)
+        return order.numpy(), offsets.numpy()
+
+    return pack
 
 
 def _offsets(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -1,11 +1,13 @@
 """The name of a benchmark in, its problems and right answers out.
 
-    JSON lines or a Hugging Face dataset  ->  rows  ->  Problem(id, problem, answer)
+JSON lines or a Hugging Face dataset  ->  rows  ->  Problem(id, problem, answer)
 """
 
 import difflib
 import hashlib
 import json
+import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
 from mcore_sft.config import BenchmarkConfig, Section
 from mcore_sft.evaluation.errors import EvaluationError
@@ -22,6 +25,10 @@ _ROWS = Path(__file__).with_name("benchmarks.yaml")
 _ID_COLUMNS = ("unique_id", "id", "idx")
 
 
+Form = Literal["plain", "last_box"]
+_PLAIN: Mapping[str, Form] = {"answer": "plain", "expected_answer": "plain"}
+
+
 class Row(Section):
     """One benchmark of benchmarks.yaml."""
 
@@ -29,10 +36,7 @@ class Row(Section):
     subset: str | None = None
     split: str = "test"
     problem: tuple[str, ...] = ("problem", "question")
-    answer: dict[str, Literal["plain", "last_box"]] = {
-        "answer": "plain",
-        "expected_answer": "plain",
-    }
+    answer: Mapping[str, Form] = Field(default_factory=lambda: _PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,9 @@ class Benchmark:
 def shipped() -> dict[str, Row]:
     """The benchmarks that are known by name."""
     rows = yaml.safe_load(_ROWS.read_text(encoding="utf-8"))
-    return {name: Row.model_validate_json(json.dumps(row), strict=True) for name, row in rows.items()}
+    return {
+        name: Row.model_validate_json(json.dumps(row), strict=True) for name, row in rows.items()
+    }
 
 
 def load(config: BenchmarkConfig, root: Path) -> Benchmark:
@@ -110,7 +116,7 @@ def _unknown(name: str, known: Iterable[str]) -> Row:
 class _Columns:
     problem: str
     answer: str
-    form: Literal["plain", "last_box"]
+    form: Form
 
     @classmethod
     def choose(
@@ -143,9 +149,7 @@ class _Columns:
         return Problem(id=identifier, problem=problem, answer=answer, extra=extra)
 
 
-def _first_of(
-    wanted: tuple[str, ...], role: str, first: Mapping[str, Any], source: str
-) -> str:
+def _first_of(wanted: tuple[str, ...], role: str, first: Mapping[str, Any], source: str) -> str:
     found = next((name for name in wanted if name in first), None)
     if found is not None:
         return found
@@ -169,7 +173,7 @@ def _text(content: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _final(written: str, form: str) -> str:
+def _final(written: str, form: Form) -> str:
     """The answer alone: after `####`, or in the last box, or the text as it is."""
     before, marks, after = written.rpartition("####")
     if marks and (not before or before.endswith("\n")):
@@ -219,7 +223,9 @@ def _parse_lines(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]
 def _read_hub(row: Row, source: str) -> list[tuple[str, Mapping[str, Any]]]:
     import datasets
 
+    print(f"reading {source} from the Hugging Face hub", file=sys.stderr)
     datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(row.dataset, row.subset, split=row.split)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,6 +1,6 @@
 r"""Two answers in, whether they mean the same out, with the rule that decided.
 
-    gold, prediction  ->  canonical spelling  ->  exact rules  ->  (where those are silent) math-verify
+    gold, prediction  ->  canonical spelling  ->  exact rules  ->  (else) math-verify
 
 The exact rules need no sympy, evaluate nothing and are quick on any short text. `symbolic` can take
 forever or all memory on a hostile answer, so it is for a process that can be killed (`grade`).
@@ -157,7 +157,9 @@ def _number(text: str) -> _Number | None:
         )
     value = _quotient(body)
     if value is None and (match := _SCIENTIFIC.fullmatch(body) or _EXPONENT.fullmatch(body)):
-        value = _sign(match[1]) * Fraction("0" + match[2].rstrip(".")) * Fraction(10) ** int(match[3])
+        value = (
+            _sign(match[1]) * Fraction("0" + match[2].rstrip(".")) * Fraction(10) ** int(match[3])
+        )
     return value if value is None else _exact(value, percent)
 
 
@@ -198,7 +200,7 @@ def _by_number(gold: str, prediction: str) -> Verdict | None:
 
 
 def _with_point(text: str) -> str:
-    """A decimal comma read as a point; three digits after it may be thousands, so those are left."""
+    """A decimal comma read as a point; three digits after it may be thousands and are left."""
     return re.sub(r"^(-?\d+),(\d{1,2}|\d{4,})$", r"\1.\2", text)
 
 
@@ -343,7 +345,7 @@ def _is_equal(gold: str, prediction: str) -> bool:
 
 
 def _elements(text: str) -> _Elements | None:
-    """`text` as a bracketed or bare series; a single thing is a series of one; none if unbalanced."""
+    """`text` as a bracketed or bare series, a single thing as one of one; none if unbalanced."""
     body, opening, closing = text.strip(), "", ""
     if body.startswith(r"\{") and body.endswith(r"\}"):
         body, opening, closing = body[2:-2], "{", "}"
@@ -415,7 +417,9 @@ def _named(text: str) -> tuple[tuple[str, ...], str]:
     if not matches[0]:
         return (), text
     names = tuple(match[1] if match else "" for match in matches)
-    values = [match[2].strip() if match else part for match, part in zip(matches, parts, strict=True)]
+    values = [
+        match[2].strip() if match else part for match, part in zip(matches, parts, strict=True)
+    ]
     if len(parts) > 1 and all(matches) and len(set(names)) == len(names):
         return names, f"({', '.join(values)})"
     return tuple(dict.fromkeys(filter(None, names))), ", ".join(values)
@@ -446,7 +450,7 @@ def _parse(text: str) -> Any | None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # units=False: stripping them there eats variables (m, c); `normalize` has done it with more care
+    # units=False: stripping them there eats variables (m, c); `normalize` has done it already
     spelling = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
@@ -467,7 +471,7 @@ def _verify(gold: Any, prediction: Any) -> bool:
 
 
 def _far_apart(gold: Any, prediction: Any) -> bool:
-    """math-verify rounds to six decimals, which makes all tiny numbers equal; compare relatively."""
+    """Whether tiny numbers differ relatively: math-verify rounds all of them to zero."""
     if not (getattr(gold, "is_number", False) and getattr(prediction, "is_number", False)):
         return False
     left, right = gold.evalf(30), prediction.evalf(30)

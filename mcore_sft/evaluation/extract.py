@@ -12,8 +12,8 @@ from typing import Literal
 
 Missing = Literal["no_box", "unbalanced", "empty", "truncated"]
 
-# An escaped brace is a printed brace and balances nothing.
-_TOKEN = re.compile(r"\\f?box(?:ed)?\s*\{|\\.|[{}]", re.DOTALL)
+# An escaped brace is a printed brace and balances nothing. Some models escape twice: `\\boxed{5}`.
+_TOKEN = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)

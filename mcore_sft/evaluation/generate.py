@@ -64,7 +64,7 @@ class TransformersEngine:
         self._stop = torch.tensor(sorted({*stop_ids, *_eos_ids(self._model)}), device=self._device)
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Refuse prompts that the model cannot take, before any time is spent; `EvaluationError`."""
+        """Refuse prompts that the model cannot take, before any time is spent."""
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         limit = getattr(self._model.config, "max_position_embeddings", None)
         new = self._config.max_new_tokens
@@ -205,14 +205,15 @@ def seed_of(seed: int, problem: str, sample: int) -> int:
 
 
 def _sample(logits_BV: torch.Tensor, top_p: float, draws_B1: torch.Tensor) -> torch.Tensor:
-    """Tokens [B] by inverting the cumulated probabilities of the nucleus at `draws_B1` in [0, 1)."""
-    probs_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True, stable=True)
+    """Tokens [B]: the nucleus' cumulated probabilities inverted at `draws_B1` in [0, 1)."""
+    probs_BV, order_BV = logits_BV.softmax(-1).sort(stable=True, dim=-1, descending=True)
     cumulated_BV = probs_BV.cumsum(-1)
     outside_BV = cumulated_BV - probs_BV >= top_p
     mass_B1 = probs_BV.masked_fill(outside_BV, 0).sum(-1, keepdim=True)
     kept_B1 = (~outside_BV).sum(-1, keepdim=True)
     place_B1 = torch.searchsorted(cumulated_BV, draws_B1 * mass_B1, right=True)
-    return order_BV.gather(-1, torch.minimum(place_B1, kept_B1 - 1))[:, 0]
+    chosen_B1: torch.Tensor = order_BV.gather(-1, torch.minimum(place_B1, kept_B1 - 1))
+    return chosen_B1[:, 0]
 
 
 def _load(folder: Path, config: EvaluationConfig) -> Any:
@@ -223,10 +224,11 @@ def _load(folder: Path, config: EvaluationConfig) -> Any:
         )
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    hugging_face: Any = transformers
+    hugging_face.logging.set_verbosity_error()
+    hugging_face.logging.disable_progress_bar()
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = hugging_face.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_DTYPES[config.precision],
             local_files_only=True,

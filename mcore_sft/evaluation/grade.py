@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +59,10 @@ class Grader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for process in self._workers:
             process.kill()
@@ -70,7 +74,8 @@ class Grader:
 
     def grade_all(self, rows: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[int, Graded]]:
         """Grade (gold, response, truncated) rows; yields (position, graded) as they are decided."""
-        extractions, pairs = {}, []
+        extractions: dict[int, tuple[int, Extraction]] = {}
+        pairs: list[Pair] = []
         for position, (gold, response, truncated) in enumerate(rows):
             found = extract(response, truncated=truncated)
             if found.answer is None:
@@ -197,10 +202,8 @@ class _Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                try:
+                with suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
 
     def _finish(self, outcome: Outcome, rule: str) -> tuple[int, Verdict]:
         assert self._position is not None
@@ -218,10 +221,8 @@ class _Worker:
         return self._finish(outcome, rule) if self.busy else None
 
     def _line(self) -> bytes | None:
-        try:
+        with suppress(BlockingIOError):
             self._received += os.read(self.output, 65536)
-        except BlockingIOError:
-            pass
         line, newline, rest = self._received.partition(b"\n")
         if not newline:
             return None

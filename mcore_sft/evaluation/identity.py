@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any
 
 from mcore_sft.config import EvaluationConfig
 
@@ -68,10 +67,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def problem_hash(prompt_ids: list[int], expected_answer: str) -> str:
-    """What tells two problems of the same id apart."""
-    whole: list[Any] = [prompt_ids, expected_answer]
-    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+def answer_hash(configuration: str, prompt_ids: Sequence[int]) -> str:
+    """The configuration of one answer: that of the run, and the very ids that are continued."""
+    whole = json.dumps([configuration, list(prompt_ids)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:

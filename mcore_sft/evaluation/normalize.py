@@ -10,16 +10,50 @@ import re
 import unicodedata
 
 _UNICODE = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "×": r"\times ", "÷": "/", "⋅": r"\cdot ",
-    "·": r"\cdot ", "∙": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "√": r"\sqrt ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ",
-    "α": r"\alpha ", "β": r"\beta ", "⁄": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
-    "⅓": " 1/3", "⅔": " 2/3", "€": "", "£": "", "’": "'", "‘": "'", "“": '"', "”": '"',
-    "\u00a0": " ", "\u200b": "",
-}  # fmt: skip
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+    "\N{MINUS SIGN}": "-",
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "\N{HYPHEN}": "-",
+    "\N{MULTIPLICATION SIGN}": r"\times ",
+    "\N{DIVISION SIGN}": "/",
+    "\N{DOT OPERATOR}": r"\cdot ",
+    "\N{MIDDLE DOT}": r"\cdot ",
+    "\N{BULLET OPERATOR}": r"\cdot ",
+    "\N{GREEK SMALL LETTER PI}": r"\pi ",
+    "\N{INFINITY}": r"\infty ",
+    "\N{DEGREE SIGN}": r"^\circ ",
+    "\N{MASCULINE ORDINAL INDICATOR}": r"^\circ ",
+    "\N{LESS-THAN OR EQUAL TO}": r"\le ",
+    "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
+    "\N{NOT EQUAL TO}": r"\ne ",
+    "\N{ALMOST EQUAL TO}": r"\approx ",
+    "\N{PLUS-MINUS SIGN}": r"\pm ",
+    "\N{SQUARE ROOT}": r"\sqrt ",
+    "\N{UNION}": r"\cup ",
+    "\N{INTERSECTION}": r"\cap ",
+    "\N{ELEMENT OF}": r"\in ",
+    "\N{EMPTY SET}": r"\emptyset ",
+    "\N{GREEK SMALL LETTER THETA}": r"\theta ",
+    "\N{GREEK SMALL LETTER ALPHA}": r"\alpha ",
+    "\N{GREEK SMALL LETTER BETA}": r"\beta ",
+    "\N{FRACTION SLASH}": "/",
+    "\N{VULGAR FRACTION ONE HALF}": " 1/2",
+    "\N{VULGAR FRACTION ONE QUARTER}": " 1/4",
+    "\N{VULGAR FRACTION THREE QUARTERS}": " 3/4",
+    "\N{VULGAR FRACTION ONE THIRD}": " 1/3",
+    "\N{VULGAR FRACTION TWO THIRDS}": " 2/3",
+    "\N{EURO SIGN}": "",
+    "\N{POUND SIGN}": "",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{LEFT SINGLE QUOTATION MARK}": "'",
+    "\N{LEFT DOUBLE QUOTATION MARK}": '"',
+    "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
+    "\N{NO-BREAK SPACE}": " ",
+    "\N{ZERO WIDTH SPACE}": "",
+}
+_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f"
+_SUPERSCRIPTS = str.maketrans(_RAISED, "0123456789-n")
+_SUBSCRIPTS = {0x2080 + digit: str(digit) for digit in range(10)}
 
 _UNITS = (
     "units?|square|cubic|sq|cu|centimet(?:er|re)s?|millimet(?:er|re)s?|kilomet(?:er|re)s?|"
@@ -37,9 +71,7 @@ _TEXT = re.compile(
     r"\\(text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|bf|rm|"
     r"operatorname)\s*\*?\s*\{([^{}]*)\}"
 )
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan log ln exp min max gcd lcm".split()
-)
+_FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|gcd|lcm")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
 _MARKUP = (
@@ -104,7 +136,7 @@ def normalize(answer: str) -> str:
     text = _without_units(text)
     text = _join_thousands(text)
     text = _mixed_numbers(text)
-    text = re.sub(r"(?:,\s*){2,}", ", ", _join_conjunctions(text))
+    text = re.sub(r"\s*,\s*(?:,\s*)+|\s+,\s*", ", ", _join_conjunctions(text))
     text = _without_approximation(text)
     return re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(" .;:,'\"\\")
 
@@ -116,8 +148,8 @@ def _apply(rules: tuple[tuple[str, object], ...], text: str) -> str:
 
 
 def _from_unicode(text: str) -> str:
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+    text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub("[\u2080-\u2089]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     for sign, latex in _UNICODE.items():
         text = text.replace(sign, latex)
     return unicodedata.normalize("NFKC", text)
@@ -125,7 +157,7 @@ def _from_unicode(text: str) -> str:
 
 _WRAPPERS = (
     re.compile(r"\*\*(.*)\*\*", re.DOTALL),
-    re.compile(r"\\f?box(?:ed)?\s*\{(.*)\}", re.DOTALL),
+    re.compile(r"\\+(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL),
     re.compile(r"\\\((.*)\\\)", re.DOTALL),
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
     re.compile(r"\$\$?([^$]*)\$?\$"),
@@ -164,7 +196,7 @@ def _unwrap_text(text: str) -> str:
 
 def _plain_words(match: re.Match[str]) -> str:
     content = match[2].strip()
-    if match[1] in {"operatorname", "mathrm"} and content in _FUNCTIONS:
+    if match[1] in {"operatorname", "mathrm"} and _FUNCTIONS.fullmatch(content):
         return f"\\{content} "
     if match[1] in {"mathrm", "operatorname", "mathbf"} and re.fullmatch("[a-zA-Z]", content):
         return content if match[1] != "mathrm" or content in "eidABCDEFGHIJ" else f" {content} "

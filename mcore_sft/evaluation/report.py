@@ -37,7 +37,8 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     scale = 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    low = 0.0 if hits == 0 else 100 * (centre - half)
+    return low, 100.0 if hits == total else 100 * (centre + half)
 
 
 def table(title: str, rows: Sequence[Mapping[str, Cell]]) -> str:
@@ -64,7 +65,7 @@ def _cell(value: Cell) -> str:
 
 
 def nemo_skills_table(benchmark: str, modes: Mapping[str, tuple[Share, Share]]) -> str:
-    """The table of one benchmark: for each evaluation mode, what is right and what has no answer."""
+    """The table of one benchmark: by evaluation mode, what is right and what has no answer."""
     return table(
         benchmark,
         [

@@ -12,6 +12,7 @@ from mcore_sft.checkpoint.sharded import Checkpoints, Progress
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
+from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
@@ -73,7 +74,7 @@ def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> 
 def load(
     config: RunConfig, dataset: PackedDataset, architecture: arch.Architecture, mesh: Mesh
 ) -> Loader:
-    """The share of `dataset` that this rank reads, once it is sure to fit the model."""
+    """The share of `dataset` that this rank reads, once it is sure to fit model and prompt."""
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     if tokenizer.vocab_size > architecture.vocab:
         raise TrainingError(
@@ -81,6 +82,18 @@ def load(
             f"the model {config.model.path} embeds {architecture.vocab}; name the one that "
             "belongs to it with model.tokenizer"
         )
+    made = dataset.manifest["inputs"]
+    prompt = Prompt.load(config.prompt, tokenizer)
+    for what, then, now in (
+        ("tokenizer", made["tokenizer"]["fingerprint"], tokenizer.fingerprint),
+        ("prompt", made["prompt"]["fingerprint"], prompt.fingerprint),
+        ("data.sequence_length", dataset.sequence_length, config.data.sequence_length),
+    ):
+        if then != now:
+            raise TrainingError(
+                f"the dataset {config.packed} was made with another {what} ({then}) than the "
+                f"configuration names ({now}); run tools/preprocess.py again, or name the other"
+            )
     return Loader(
         dataset,
         global_batch=config.train.global_batch,

@@ -97,7 +97,9 @@ def test_bad_row_of_parquet_is_named(tmp_path):
     write(tmp_path, "a.parquet", [*rows(2), {"problem": "x", "generated_solution": None}])
     with pytest.raises(DataError, match=r"a\.parquet:3: column 'generated_solution' holds nothing"):
         read(tmp_path, path="a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet:1: .*columns: problem, generated_solution, oth"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet:1: .*columns: problem, generated_solution, oth"
+    ):
         read(tmp_path, path="a.parquet", solution="answer")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"b\.parquet: not a Parquet file"):

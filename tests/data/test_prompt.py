@@ -158,7 +158,7 @@ def test_shipped_names_describe_themselves(prompt, tokenizer):
     assert prompt.describe() == {"template": "llama3-instruct", "instruction": "generic/math"}
     plain = Prompt.load(PromptConfig(instruction=None), tokenizer)
     assert plain.fingerprint != prompt.fingerprint
-    with pytest.raises(DataError, match="expected llama3-instruct, chat, or a .yaml file"):
+    with pytest.raises(DataError, match=r"expected llama3-instruct, chat, or a \.yaml file"):
         Prompt.load(PromptConfig(template="llama4"), tokenizer)
     with pytest.raises(DataError, match="expected generic/math"):
         Prompt.load(PromptConfig(instruction="generic/maths"), tokenizer)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ def pack(lengths: list[int], capacity: int, seed: int = 0, dtype=torch.int32) ->
     bounds = offsets.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == len(lengths)
-    return [order[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [order[a:b].tolist() for a, b in pairwise(bounds)]
 
 
 def check_valid(packs: list[list[int]], lengths: list[int], capacity: int) -> None:

@@ -15,6 +15,7 @@ from tools.demo_data import (
     make_rows,
     multiply,
     subtract,
+    texts_of,
     train_tokenizer,
 )
 
@@ -84,11 +85,13 @@ def test_answers_are_never_negative(template):
 
 
 def test_tokenizer_keeps_digits_apart_and_text_whole(rows):
-    texts = [f"{row['problem']}\n{row['generated_solution']}" for row in rows[0]]
+    texts = list(texts_of(rows[0]))
     tokenizer = train_tokenizer(texts, vocab_size=375)
     assert tokenizer.get_vocab_size() == 375
     assert [tokenizer.id_to_token(i) for i in range(6)] == list(SPECIAL_TOKENS)
     assert tokenizer.encode("=110}").tokens == ["=", "1", "1", "0", "}"]
+    for text in ("user", "assistant"):
+        assert tokenizer.encode(text).tokens == [text]
     assert not [token for token in tokenizer.get_vocab() if len(re.findall(r"\d", token)) > 1]
     for text in (*texts[:20], "Zoë: ½ of 7\t\n\n 日本"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text

@@ -1,0 +1,24 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import runs, tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama, with the project's own rows packed for it."""
+    folder = tiny.make_model(tmp_path_factory.mktemp("model") / "tiny", vocab_size=703)
+    runs.pack_rows(runs.experiment(folder / "run", folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Twenty steps of one process in fp32: what every layout is compared with."""
+    return runs.train(runs.experiment(tmp_path_factory.mktemp("reference"), model))

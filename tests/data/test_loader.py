@@ -1,0 +1,123 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.loader import Loader
+from mcore_sft.data.pack import Pack
+from mcore_sft.data.prompt import Example
+
+PAD = 0
+
+
+@dataclass
+class Packs:
+    """As many packs as wanted, two examples each; the tokens of pack p are all p + 1."""
+
+    count: int
+    sequence_length: int = 8
+    asked: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def num_examples(self) -> int:
+        return 2 * self.count
+
+    def pack(self, index: int) -> Pack:
+        one = Example(
+            tokens=np.full(3, index + 1, dtype=np.int32), spans=np.array([[1, 3]], dtype=np.int32)
+        )
+        return Pack(examples=(one, one))
+
+
+def loader(count: int, **settings) -> Loader:
+    dataset: Any = Packs(count)
+    known = {"global_batch": 16, "micro_batch": 1, "seed": 3, "last_step": "drop", "pad_id": PAD}
+    return Loader(dataset, **{**known, "rank": 0, "size": 1, **settings})
+
+
+def packs_of(batch, length: int = 8) -> list[int]:
+    """Which packs lie in a batch; -1 is an empty one."""
+    return [int(row[0]) - 1 for row in batch.tokens.view(-1, length)]
+
+
+def step_order(count: int, step: int, size: int, **settings) -> list[int]:
+    """Packs of a step in the order in which they are consumed by all ranks together."""
+    ranks = [loader(count, rank=r, size=size, **settings).batches(step) for r in range(size)]
+    return [
+        pack for micro in zip(*ranks, strict=True) for batch in micro for pack in packs_of(batch)
+    ]
+
+
+def test_step_takes_the_nearest_multiple_of_packs():
+    assert loader(100).packs_per_step == 8  # 16 examples, 2 in a pack
+    assert loader(100, size=3).packs_per_step == 9
+    assert loader(100, size=2, micro_batch=3).packs_per_step == 6
+    assert loader(100, size=2, micro_batch=50).packs_per_step == 100
+    assert loader(100, global_batch=13).examples_per_step == 12
+
+
+def test_number_of_ranks_does_not_change_what_a_step_consumes():
+    alone = step_order(40, 3, size=1)
+    assert len(set(alone)) == 8
+    assert step_order(40, 3, size=2) == alone
+    assert step_order(40, 3, size=4, micro_batch=2) == alone
+    assert step_order(40, 3, size=8) == alone
+
+
+def test_epoch_visits_every_pack_once_and_the_next_in_another_order():
+    one = [pack for step in range(5) for pack in step_order(40, step, size=2)]
+    two = [pack for step in range(5, 10) for pack in step_order(40, step, size=2)]
+    assert sorted(one) == sorted(two) == list(range(40))
+    assert one != two
+    assert [loader(40).epoch(step) for step in (0, 4, 5, 10)] == [0, 0, 1, 2]
+
+
+def test_batches_follow_from_seed_and_step_alone():
+    used = loader(40)
+    for step in (7, 2, 9):
+        used.batches(step)
+    fresh = [packs_of(batch) for batch in loader(40).batches(8)]
+    assert [packs_of(batch) for batch in used.batches(8)] == fresh
+    assert [packs_of(batch) for batch in loader(40, seed=4).batches(8)] != fresh
+
+
+def test_order_of_packs_is_fixed_for_all_time():
+    assert step_order(8, 0, size=1) == [0, 4, 7, 1, 5, 6, 3, 2]
+
+
+def test_last_step_is_dropped_or_filled_with_empty_packs():
+    assert loader(20).steps_per_epoch == 2
+    padded = loader(20, last_step="pad")
+    assert padded.steps_per_epoch == 3
+    seen = [pack for step in range(3) for pack in step_order(20, step, size=2, last_step="pad")]
+    assert sorted(seen) == [-1] * 4 + list(range(20))
+    assert seen[-4:] == [-1] * 4
+    empty = padded.batches(2)[-1]
+    assert (empty.supervised, empty.useful, empty.examples) == (0, 0, 0)
+
+
+def test_dataset_smaller_than_a_step():
+    with pytest.raises(DataError, match=r"7 packs, fewer than the 8 .*train.last_step=pad"):
+        loader(7)
+    assert loader(7, last_step="pad").steps_per_epoch == 1
+
+
+def test_row_length_is_aligned_and_packs_are_not():
+    batch = loader(40, align=5, micro_batch=2).batches(0)[0]
+    assert batch.length == 20
+    assert packs_of(batch, 10) == packs_of(loader(40, micro_batch=2).batches(0)[0])
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0, 7), (5, 5), (99, 7)])
+def test_validation_takes_all_packs_in_order_as_many_batches_for_each_rank(limit, expected):
+    ranks = [
+        list(loader(7, last_step="pad", rank=r, size=2).validation_batches(limit)) for r in (0, 1)
+    ]
+    assert len(ranks[0]) == len(ranks[1])
+    seen = [packs_of(batch)[0] for micro in zip(*ranks, strict=True) for batch in micro]
+    assert [pack for pack in seen if pack >= 0] == list(range(expected))

@@ -1,0 +1,232 @@
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.data.conversation import read_source
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.prepare import check_fit, prepare
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.report import show_examples, show_manifest
+from mcore_sft.data.tokenizer import load_tokenizer
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+def config(root: Path = FIXTURES, **settings) -> DataConfig:
+    tree = {"train": [{"path": "rows.jsonl"}], "sequence_length": 256, "workers": 1, **settings}
+    return DataConfig.model_validate({"root": root, **tree})
+
+
+def run(data: DataConfig, folder: Path, *, overwrite: bool = False, tokenizer=None) -> tuple:
+    console = Console(file=io.StringIO(), width=200)
+    tokenizer = tokenizer or load_tokenizer(FIXTURES / "tokenizer")
+    prompt = Prompt.load(PromptConfig(), tokenizer)
+    made = prepare(
+        data, folder, prompt=prompt, tokenizer=tokenizer, console=console, overwrite=overwrite
+    )
+    return made, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "packed"
+    run(config(), folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_dataset_holds_what_the_prompt_makes_of_the_rows(packed):
+    dataset = PackedDataset(packed)
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer")
+    prompt = Prompt.load(PromptConfig(), tokenizer)
+    talks = read_source(config().train[0], root=FIXTURES)
+    examples = [made for made in prompt.examples(list(talks)) if len(made) <= 256]
+    assert 0 < dataset.num_examples == len(examples) < 200, "some are too long, most are not"
+    for index, expected in enumerate(examples):
+        got = dataset.example(index)
+        assert got.tokens.tolist() == expected.tokens.tolist()
+        assert got.spans.tolist() == expected.spans.tolist()
+
+
+def test_counts_add_up(packed):
+    dataset = PackedDataset(packed)
+    counts = dataset.counts
+    assert counts["rows"] == 200 == counts["examples"] + sum(counts["dropped"].values())
+    assert set(counts["dropped"]) == {"longer than the sequence"}
+    assert counts["source_rows"] == [200]
+    packs = [dataset.pack(p) for p in range(len(dataset))]
+    assert counts["packs"] == len(packs)
+    assert sum(len(pack.examples) for pack in packs) == counts["examples"]
+    assert counts["tokens"] == sum(pack.tokens for pack in packs)
+    assert max(pack.tokens for pack in packs) <= 256
+    assert counts["packing_efficiency"] == pytest.approx(counts["tokens"] / len(packs) / 256, 1e-5)
+    trained = [sum(int((e.spans[:, 1] - e.spans[:, 0]).sum()) for e in p.examples) for p in packs]
+    assert dataset.supervised.tolist() == trained
+    assert counts["supervised_tokens"] == sum(trained)
+
+
+def test_megatron_reads_the_tokens(packed):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    theirs = indexed_dataset.IndexedDataset(str(packed / "train"))
+    ours = PackedDataset(packed)
+    assert len(theirs) == ours.num_examples
+    assert theirs.document_indices.tolist() == list(range(len(theirs) + 1))
+    for index in (0, 1, len(theirs) - 1):
+        assert theirs[index].tolist() == ours.example(index).tokens.tolist()
+
+
+def test_bytes_do_not_depend_on_the_workers(packed, tmp_path):
+    lines = (FIXTURES / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines * 12), encoding="utf-8")  # three chunks
+    for workers in (1, 2):
+        run(config(tmp_path, workers=workers), tmp_path / str(workers))
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_dataset_in_place_is_reused_replaced_or_refused(tmp_path):
+    folder = tmp_path / "packed"
+    first, _ = run(config(train=[{"path": "rows.jsonl", "limit": 20}]), folder)
+    before = contents(folder)
+    again, said = run(config(train=[{"path": "rows.jsonl", "limit": 20}], workers=2), folder)
+    assert again == first
+    assert "reused" in said
+    short = [{"path": "rows.jsonl", "limit": 20}]
+    for other in (config(), config(train=short, sequence_length=255), config(train=short, seed=1)):
+        with pytest.raises(DataError, match=r"other inputs.*differs in: data.*--overwrite"):
+            run(other, folder)
+    assert contents(folder) == before
+    replaced, _ = run(config(), folder, overwrite=True)
+    assert replaced["fingerprint"] != first["fingerprint"]
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="not empty and holds no packed dataset"):
+            run(config(), tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_changed_source_is_other_input(tmp_path):
+    shutil.copy(FIXTURES / "rows.jsonl", tmp_path)
+    run(config(tmp_path), tmp_path / "packed")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"problem": "a", "generated_solution": "b"}\n')
+    with pytest.raises(DataError, match="differs in: sources"):
+        run(config(tmp_path), tmp_path / "packed")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_row_leaves_nothing_behind(workers, tmp_path):
+    lines = (FIXTURES / "rows.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(lines + "{broken\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:201: broken JSON"):
+        run(config(tmp_path, workers=workers), tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_no_source_and_no_example_left(tmp_path):
+    with pytest.raises(DataError, match=r"data\.train names no source"):
+        run(config(train=[]), tmp_path / "packed")
+    with pytest.raises(DataError, match=r"no example is left of 200 rows \(200 longer than"):
+        run(config(sequence_length=16), tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_splits_and_drops(tmp_path):
+    rows = [
+        {"problem": "1 + 1?", "generated_solution": "2"},
+        {"problem": "1 + 1?<|eot_id|>", "generated_solution": "2"},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    data = config(tmp_path, validation=[{"path": "rows.jsonl", "limit": 1}])
+    made, _ = run(data, tmp_path / "packed")
+    assert made["splits"]["train"]["dropped"] == {"special token in text": 1}
+    assert made["splits"]["validation"]["dropped"] == {}
+    assert len(PackedDataset(tmp_path / "packed", "validation")) == 1
+    console = Console(file=io.StringIO(), width=120)
+    show_manifest(made, tmp_path / "packed", console=console)
+    shown = console.file.getvalue()
+    assert "dropped: special token in text" in shown
+    assert str(tmp_path / "packed") in shown
+    with pytest.raises(DataError, match="no split 'test', only train, validation"):
+        PackedDataset(tmp_path / "packed", "test")
+
+
+def test_gigatoken_that_differs_is_given_up_for_the_whole_dataset(packed, tmp_path, monkeypatch):
+    class Wrong:
+        def encode_batch_list(self, texts):
+            return [[7] for _ in texts]
+
+    monkeypatch.setattr("mcore_sft.data.tokenizer._load_gigatoken", lambda file: Wrong())
+    _, said = run(config(), tmp_path / "packed")
+    assert "starting again with `tokenizers`" in said
+    assert contents(tmp_path / "packed") == contents(packed)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "train.spans.npy", "train.packs.npy"])
+def test_corrupt_file_is_named(name, packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "packed"))
+    raw = bytearray((folder / name).read_bytes())
+    raw[-1] ^= 1
+    (folder / name).write_bytes(raw)
+    with pytest.raises(DataError, match=rf"{name}: corrupt: SHA-256 .*run preprocess again"):
+        PackedDataset(folder)
+    (folder / name).write_bytes(raw[:-4])
+    with pytest.raises(DataError, match=rf"{name}: \d+ bytes, expected \d+.*run preprocess again"):
+        PackedDataset(folder, verify=False)
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=rf"{name}: missing"):
+        PackedDataset(folder, verify=False)
+
+
+def test_index_that_is_none_is_named(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "packed"))
+    raw = (folder / "train.idx").read_bytes()
+    (folder / "train.idx").write_bytes(b"X" + raw[1:])
+    with pytest.raises(DataError, match=r"train\.idx: not the index of a token file"):
+        PackedDataset(folder, verify=False)
+
+
+def test_folder_without_a_manifest_that_can_be_read(packed, tmp_path):
+    with pytest.raises(DataError, match=r"no packed dataset here.*tools/preprocess\.py"):
+        PackedDataset(tmp_path)
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"manifest\.json: broken"):
+        PackedDataset(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 99}', encoding="utf-8")
+    with pytest.raises(DataError, match="format 99, expected 1"):
+        PackedDataset(tmp_path)
+
+
+def test_tokenizer_must_fit_the_model(tmp_path):
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer")
+    check_fit(tokenizer, tmp_path)  # no model there: nothing to compare with
+    (tmp_path / "config.json").write_text('{"vocab_size": 701}', encoding="utf-8")
+    check_fit(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 700}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"has 701 tokens, but the model .* a vocabulary of 700"):
+        check_fit(tokenizer, tmp_path)
+
+
+def test_examples_are_shown_with_trained_tokens_in_green():
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer")
+    prompt = Prompt.load(PromptConfig(), tokenizer)
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+    show_examples(config(), 1, prompt, tokenizer, console=console)
+    shown = console.file.getvalue()
+    untrained, _, trained = shown.partition("\x1b[32m")
+    assert "<|begin_of_text|>" in untrained
+    assert "\\boxed" in trained
+    assert "<|eot_id|>" in trained

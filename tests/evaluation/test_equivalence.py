@@ -1,0 +1,120 @@
+import pytest
+
+from mcore_sft.evaluation.equivalence import judge, judge_exactly
+
+EQUAL_EXACTLY = [
+    ("42", "42.0"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", r"\frac{2}{4}"),
+    (r"-\frac{4}{3}", r"\frac{-4}{3}"),
+    (r"\frac{8}{5}", r"1\frac{3}{5}"),
+    ("12345", "12,345"),
+    ("0.43", ".43"),
+    (r"\frac{1}{3}", "0.333333"),
+    (r"\frac{2}{3}", "0.6666667"),
+    ("28", r"28\%"),
+    ("0.335", r"33.5\%"),
+    ("204_5", r"204_{\text{5}}"),
+    ("204_5", "204"),
+    (r"\text{(C)}", "C"),
+    (r"\text{Evelyn}", "evelyn"),
+    (r"\text{4:30 p.m.}", r"4:30 \text{ p.m.}"),
+    ("(1, 2)", r"\left(1,2\right)"),
+    ("(6,7)", "x=6, y=7"),
+    ("3, 5, 7", "3, 7, 5"),
+    ("-1,2", "x = 2 or x = -1"),
+    ("2", "x = 2"),
+    ("[-2,7]", r"x \in [-2,7]"),
+    ("90", "90^{\\circ}"),
+]
+
+DIFFERENT_EXACTLY = [
+    ("42", "43"),
+    ("42", "420"),
+    (r"\frac{1}{3}", "0.333"),
+    ("10000000000000000001", "10000000000000000000"),
+    ("5", "5.001"),
+    ("672", "6.72"),
+    ("52_8", "52_7"),
+    ("5", "5_7"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "(1,2,3)"),
+    ("[0,1)", "[0,1]"),
+    ("3, 5, 7", "3, 5"),
+    (r"\text{east}", r"\text{west}"),
+    (r"\text{odd}", "4"),
+]
+
+EQUAL_SYMBOLICALLY = [
+    ("m+2", "2 + m"),
+    ("(x+1)^2", "x^2+2x+1"),
+    (r"3\sqrt{13}", r"\sqrt{117}"),
+    (r"7\pi", "7pi"),
+    (r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{bmatrix} \frac{1}{2} \\ 3 \end{bmatrix}"),
+    (r"1 \pm \sqrt{19}", r"1 + \sqrt{19}, 1 - \sqrt{19}"),
+    ("y = 2x + 3", "y=3+2x"),
+    (r"(-\infty, 1) \cup (1, \infty)", r"(-\infty,1)\cup(1,\infty)"),
+]
+
+DIFFERENT_SYMBOLICALLY = [
+    ("2", "2m"),
+    ("2k", "2w"),
+    ("163", r"\pm 163"),
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
+    ("x^2+2x+1", "x^3+2x+1"),
+    (r"2\sqrt{5}", r"2\sqrt{6}"),
+    (r"8-i", "8+i"),
+    ("163", "x > 163"),
+]
+
+
+@pytest.mark.parametrize(("gold", "prediction"), EQUAL_EXACTLY)
+def test_equal_without_sympy(gold: str, prediction: str) -> None:
+    verdict = judge_exactly(gold, prediction)
+    assert verdict is not None
+    assert verdict.outcome == "equal"
+
+
+@pytest.mark.parametrize(("gold", "prediction"), DIFFERENT_EXACTLY)
+def test_different_without_sympy(gold: str, prediction: str) -> None:
+    verdict = judge_exactly(gold, prediction)
+    assert verdict is not None
+    assert verdict.outcome == "different"
+
+
+@pytest.mark.parametrize(("gold", "prediction"), EQUAL_SYMBOLICALLY)
+def test_equal_by_mathematics(gold: str, prediction: str) -> None:
+    assert judge(gold, prediction).outcome == "equal"
+
+
+@pytest.mark.parametrize(("gold", "prediction"), DIFFERENT_SYMBOLICALLY)
+def test_different_by_mathematics(gold: str, prediction: str) -> None:
+    assert judge(gold, prediction).outcome == "different"
+
+
+def test_what_cannot_be_read_is_no_wrong_answer() -> None:
+    assert judge("5", r"\frac{}{").outcome == "unparsable"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "rule"),
+    [
+        ("9^{9^{9^9}}", "tower"),
+        ("10^{10^{10}}", "tower"),
+        ("1000000000^{1000000000}", "exponent"),
+        ("1000000000!", "factorial"),
+        ("(" * 200 + "1" + ")" * 200, "nesting"),
+        ("9" * 1500, "digits"),
+        ("1+" * 2000 + "1", "length"),
+    ],
+)
+def test_what_would_explode_is_never_parsed(prediction: str, rule: str) -> None:
+    verdict = judge_exactly("5", prediction)
+    assert verdict is not None
+    assert (verdict.outcome, verdict.rule) == ("unsafe", rule)
+
+
+def test_a_large_right_answer_is_right_as_text() -> None:
+    verdict = judge_exactly("2024^{1000000}", "2024^{1000000}")
+    assert verdict is not None
+    assert verdict.correct

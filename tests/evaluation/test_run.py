@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_sft.config import EvaluationConfig
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.evaluation import run
+from mcore_sft.evaluation.benchmarks import Benchmark, Problem
+from mcore_sft.evaluation.errors import EvaluationError
+
+
+class Letters:
+    """Stands for prompt and tokenizer: a letter is a token, and every text is an answer."""
+
+    fingerprint = "letters"
+    stop_ids = (5, 6)
+
+    def prompt_ids(self, problem: str) -> list[int]:
+        return [ord(letter) for letter in problem]
+
+    def describe(self) -> dict[str, Any]:
+        return {"template": "letters", "instruction": None}
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        return rf"\boxed{{{len(ids)}}}"
+
+
+def evaluation(model: Path, output: Path, *, problems: int = 6, **settings: Any) -> run.Evaluation:
+    letters: Any = Letters()
+    prompt: Prompt = letters
+    tokenizer: Tokenizer = letters
+    settings = {"precision": "fp32", "max_new_tokens": 5, "batch_size": 2, **settings}
+    return run.Evaluation(
+        model=model,
+        benchmark=Benchmark(
+            name="mine",
+            dataset_name="Mine",
+            source="here",
+            problems=tuple(
+                Problem(id=str(n), problem="abc" * (n + 1), answer="5", extra={})
+                for n in range(problems)
+            ),
+        ),
+        prompt=prompt,
+        tokenizer=tokenizer,
+        config=EvaluationConfig.model_validate(settings),
+        output=output,
+    )
+
+
+def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
+    report = run.evaluate(evaluation(llama, tmp_path))
+    assert report["verdicts"]["equal"] == report["score"]["symbolic_correct"]["hits"]
+    assert sum(report["verdicts"].values()) == 6
+    assert set(report["model"]["files"]) >= {"config.json", "model.safetensors"}
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "report.txt").read_text() == report["text"]
+    verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+    assert [row["id"] for row in verdicts] == [str(n) for n in range(6)]
+    assert all(row["verdict"] == "equal" for row in verdicts if row["finish_reason"] == "length")
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(llama: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run.evaluate(evaluation(llama, whole))
+    lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "answers.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    run.evaluate(evaluation(llama, torn, batch_size=3))
+    resumed = (torn / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert resumed[:3] == lines[:3]
+    assert sorted(resumed) == sorted(lines)
+    assert (torn / "verdicts.jsonl").read_text() == (whole / "verdicts.jsonl").read_text()
+
+
+def test_another_setting_is_asked_anew(llama: Path, tmp_path: Path) -> None:
+    run.evaluate(evaluation(llama, tmp_path))
+    run.evaluate(evaluation(llama, tmp_path, max_new_tokens=4))
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
+    run.evaluate(evaluation(llama, tmp_path, timeout=3.0))
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
+
+
+def test_more_problems_ask_only_the_new_ones(llama: Path, tmp_path: Path) -> None:
+    run.evaluate(evaluation(llama, tmp_path, problems=2))
+    run.evaluate(evaluation(llama, tmp_path, problems=5))
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 5
+
+
+def test_grading_asks_for_answers_first(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="6 of 6 problems have no answer"):
+        run.grade(evaluation(llama, tmp_path))

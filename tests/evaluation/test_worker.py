@@ -1,0 +1,38 @@
+import json
+import subprocess
+import sys
+
+WORKER = "import mcore_sft.evaluation.worker as w; w.{change}; w.main()"
+
+
+def ask(pairs: list[list[str]], change: str) -> list[list[str]]:
+    ran = subprocess.run(
+        [sys.executable, "-c", WORKER.format(change=change)],
+        input="".join(json.dumps(pair) + "\n" for pair in pairs),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert lines[0] == ["ready", ""]
+    return lines[1:]
+
+
+def test_memory_has_an_end() -> None:
+    # the judge is replaced by one that asks for more than there is
+    change = "equivalence.judge = lambda gold, prediction: bytearray(3 * 1024**3)"
+    assert ask([["1", "2"]], change) == [["unsafe", "memory"]]
+
+
+def test_no_file_can_be_written(tmp_path: object) -> None:
+    write = f"open({str(tmp_path)!r} + '/x', 'w').write('x' * 99999)"
+    change = f"equivalence.judge = lambda gold, prediction: {write}"
+    assert ask([["1", "2"]], change) == [["unparsable", "OSError"]]
+
+
+def test_what_libraries_print_is_no_verdict() -> None:
+    assert ask([["m+2", "2+m"], ["5", r"\frac{"]], "MEMORY_BYTES += 0") == [
+        ["equal", "math_verify"],
+        ["unparsable", "prediction"],
+    ]

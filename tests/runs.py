@@ -1,0 +1,150 @@
+"""Whole and partial training runs for the equalities: on any layout, in forked ranks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mcore_sft import config as configuration
+from mcore_sft.checkpoint import weights
+from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
+from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from mcore_sft.data.batch import Batch
+from mcore_sft.data.prepare import prepare
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.model import architecture as arch
+from mcore_sft.model import build
+from mcore_sft.runtime.mesh import Mesh, connect
+from mcore_sft.training import loop
+from mcore_sft.training import optimizer as optim
+from mcore_sft.training.metrics import FILE as METRICS
+from mcore_sft.training.step import count, run
+from tests.distributed import run_ranks
+
+FIXTURES = Path(__file__).parent / "fixtures"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp4": (4, {"pipeline": 4}),
+    "dp2": (2, {}),
+    "tp2_sp_pp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
+    "tp2_sp_dp2": (4, {"tensor": 2, "sequence": True}),
+}
+"""Name -> number of processes, parallel section."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its weights on this rank."""
+
+    gpt: Any
+    optimizer: Any
+    mesh: Mesh
+    architecture: arch.Architecture
+
+
+@contextmanager
+def loaded(
+    folder: Path,
+    parallel: ParallelConfig,
+    precision: str = "fp32",
+    optimizer: OptimizerConfig | None = None,
+) -> Iterator[Loaded]:
+    """Connect and load the model of `folder`."""
+    architecture = arch.read(folder)
+    train = TrainConfig(precision=precision)
+    with connect(parallel) as mesh:
+        gpt = build.build(architecture, ModelConfig(path=folder), train, mesh)
+        made = optim.build(optimizer or OptimizerConfig(), train, gpt, mesh)
+        weights.load_pretrained(SafetensorsFolder(folder), gpt.module, architecture)
+        made.reload_model_params()
+        yield Loaded(gpt, made, mesh, architecture)
+
+
+def on_layout(layout: str, function: Any, *args: Any) -> list[Any]:
+    """Call `function(parallel, *args)` on every rank of a layout."""
+    size, parallel = LAYOUTS[layout]
+    return run_ranks(size, function, ParallelConfig(**parallel), *args)
+
+
+def gradients(here: Loaded, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss of `batches` (this rank's) and this rank's gradient of every weight."""
+    here.gpt.train()
+    here.gpt.zero_grad_buffer()
+    loss = run(here.gpt, batches, here.mesh, forward_only=False)
+    supervised, _, _ = count(batches, here.mesh)
+    found = {name: weight.main_grad.clone() for name, weight in here.gpt.named_parameters()}
+    return loss / max(1, supervised), found
+
+
+def experiment(folder: Path, model: Path, **changes: Any) -> RunConfig:
+    """A run on the project's own 200 rows; `changes` are dotted overrides, `__` for the dots."""
+    tree = {
+        "name": "equality",
+        "output": str(folder),
+        "model": {"path": str(model), "tokenizer": str(FIXTURES / "tokenizer")},
+        "data": {
+            "root": str(FIXTURES),
+            "packed": str(model / "packed"),
+            "train": [{"path": "rows.jsonl"}],
+            "sequence_length": 512,
+        },
+        "train": {"steps": 20, "global_batch": 10, "precision": "fp32"},
+        "optimizer": {"lr": 1e-4, "weight_decay": 0.1},
+        "log": {"every": 1000},
+    }
+    overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    return configuration.parse(tree, overrides)
+
+
+def pack_rows(config: RunConfig) -> None:
+    """Preprocess the rows of `config`."""
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    prompt = Prompt.load(config.prompt, tokenizer)
+    prepare(
+        config.data,
+        config.packed,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        console=Console(quiet=True),
+    )
+
+
+def train(config: RunConfig, layout: str = "one") -> list[dict[str, Any]]:
+    """Run `config` on a layout; its metrics, a dict a step."""
+    size, parallel = LAYOUTS[layout]
+    placed = config.model_copy(update={"parallel": ParallelConfig(**parallel)})
+    run_ranks(size, _train, placed)
+    return metrics(config)
+
+
+def metrics(config: RunConfig) -> list[dict[str, Any]]:
+    """What the run wrote of each step."""
+    lines = (config.folder / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _train(config: RunConfig) -> None:
+    torch.set_num_threads(1)
+    loop.train(config)
+
+
+def relative(value: float, reference: float) -> float:
+    """How far `value` is from `reference`, as a share of it."""
+    return abs(value - reference) / abs(reference)
+
+
+def relative_norm(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Norm of the difference of all gradients, as a share of the norm of the reference."""
+    assert found.keys() == reference.keys()
+    difference = sum(float((found[name] - reference[name]).square().sum()) for name in reference)
+    return float(difference / sum(float(grad.square().sum()) for grad in reference.values())) ** 0.5

@@ -1,0 +1,34 @@
+import pytest
+
+from mcore_sft.config import ConfigError, ParallelConfig
+from mcore_sft.runtime.mesh import check, connect
+from tests.distributed import run_ranks
+
+
+def test_a_world_that_cannot_be_split_is_refused() -> None:
+    check(ParallelConfig(tensor=2, pipeline=2), 8)
+    with pytest.raises(ConfigError, match="start a multiple of 4"):
+        check(ParallelConfig(tensor=2, pipeline=2), 6)
+
+
+def _place(parallel: ParallelConfig) -> tuple[int, ...]:
+    with connect(parallel) as mesh:
+        assert mesh.sum_over_data([1.0]) == [float(mesh.data.size)]
+        assert mesh.from_last_stage([float(mesh.pipeline.rank)]) == [float(mesh.pipeline.size - 1)]
+        return (mesh.world.rank, mesh.tensor.rank, mesh.pipeline.rank, mesh.data.rank)
+
+
+def test_four_processes() -> None:
+    assert run_ranks(4, _place, ParallelConfig(tensor=2, pipeline=2)) == [
+        (0, 0, 0, 0),
+        (1, 1, 0, 0),
+        (2, 0, 1, 0),
+        (3, 1, 1, 0),
+    ]
+    assert [place[3] for place in run_ranks(4, _place, ParallelConfig(tensor=2))] == [0, 0, 1, 1]
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert _place(ParallelConfig()) == (0, 0, 0, 0)

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mcore_sft import config
+from mcore_sft.config import ConfigError
+
+TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.jsonl"}]}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=1", "unknown key optim; did you mean optimizer?"),
+        ("optimizer.lrr=1", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        ("lr=1", "unknown key lr; did you mean optimizer.lr?"),
+        ("data.train.0.pth=b", "unknown key data.train.0.pth; did you mean data.train.path?"),
+        ("train.steps=true", "train.steps: input should be a valid integer, given True"),
+        ("train.steps=1.5", "train.steps: input should be a valid integer, given 1.5"),
+        ("train.steps='10'", "train.steps: input should be a valid integer, given '10'"),
+        ("train.steps=0", "train.steps: input should be greater than or equal to 1, given 0"),
+        (
+            "optimizer.schedule=cos",
+            "optimizer.schedule: input should be 'constant', 'linear' or 'cosine', given 'cos'",
+        ),
+        ("parallel.sequence=true", "sequence: true needs tensor of at least 2, given 1"),
+        ("optimizer.warmup_steps=1001", "optimizer.warmup_steps 1001 is more than train.steps"),
+        ("optimizer.min_lr=1", "min_lr 1.0 is above lr 2e-05"),
+        ("train.validate_every=5", "data.validation names no source"),
+        ("data.train.1.path=b", "expected an index below 1, given '1'"),
+        ("steps", "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.parse(TREE, [override])
+    assert message in str(error.value)
+
+
+def test_overrides_are_typed() -> None:
+    changes = ["optimizer.lr=1e-5", "data.train.0.limit=5", "prompt.instruction=null"]
+    parsed = config.parse(TREE, changes)
+    assert parsed.optimizer.lr == 1e-5
+    assert parsed.data.train[0].limit == 5
+    assert parsed.prompt.instruction is None
+    assert parsed.packed == Path("results/x/data")
+
+
+def test_a_dump_is_read_back() -> None:
+    parsed = config.parse(TREE, ["optimizer.betas=[0.8, 0.99]", "output=/elsewhere"])
+    assert config.parse(yaml.safe_load(config.dump(parsed))) == parsed
+
+
+def test_a_required_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: required, but not given"):
+        config.parse({"name": "x", "model": {}})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        config.load(tmp_path / "nowhere.yaml")
+
+
+def test_broken_yaml_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("name: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(file)
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_experiments_are_valid(file: Path) -> None:
+    config.load(file)
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = config.schema()
+    sections = [schema, *schema["$defs"].values()]
+    for section in sections:
+        for name, field in section.get("properties", {}).items():
+            section_of_its_own = "$ref" in field or name in config.RunConfig.model_fields
+            assert "description" in field or section_of_its_own, name

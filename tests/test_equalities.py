@@ -1,0 +1,504 @@
+"""The equalities that always hold: the specification of the product, in the order of the README.
+
+Each `check_` raises AssertionError where its equality fails. `test_planted.py` breaks the code on
+purpose and requires that they do.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mcore_sft.checkpoint.export import export
+from mcore_sft.checkpoint.sharded import Checkpoints, Progress
+from mcore_sft.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, ParallelConfig
+from mcore_sft.config import PromptConfig
+from mcore_sft.data.batch import Batch, collate
+from mcore_sft.data.conversation import Conversation, Message
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.loader import Loader
+from mcore_sft.data.pack import Pack
+from mcore_sft.data.prompt import Example, Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.evaluation.generate import Request, TransformersEngine
+from mcore_sft.training.step import forward_step, packed, train_step
+from tests import runs, tiny
+from tests.runs import LAYOUTS, loaded, on_layout, relative, relative_norm
+
+# 1: packed = unpacked
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("one", "fp32"), ("one", "bf16"), ("tp2_sp", "fp32"), ("pp4", "fp32")]
+)
+def test_1_documents_of_a_pack_do_not_touch(model: Path, layout: str, precision: str) -> None:
+    check_1(model, layout, precision)
+
+
+def check_1(model: Path, layout: str, precision: str = "fp32") -> None:
+    """Another second document: all else of the pack is bit-identical, on every pipeline stage."""
+    lengths = [20, 31, 50]
+    pack = tiny.make_pack(lengths, seed=1)
+    changed = Pack(examples=(pack.examples[0], _other_tokens(pack.examples[1]), pack.examples[2]))
+    inside = slice(lengths[0], lengths[0] + lengths[1])
+    for first, second in on_layout(layout, _traces, model, [pack, changed], precision):
+        assert first.keys() == second.keys()
+        assert first
+        for name in first:
+            kept = torch.ones(128, dtype=torch.bool)
+            kept[inside] = False
+            assert not torch.equal(first[name][~kept], second[name][~kept]), f"{name}: no change"
+            assert torch.equal(first[name][kept], second[name][kept]), f"{name}: documents touch"
+
+
+def _other_tokens(example: Example) -> Example:
+    return Example(tokens=(example.tokens + 1) % tiny.VOCAB, spans=example.spans)
+
+
+def _traces(
+    parallel: ParallelConfig, model: Path, packs: list[Pack], precision: str
+) -> list[dict[str, Tensor]]:
+    """Each pack's activations and gradients [T, ...] on this stage, and logits or embeddings."""
+    with loaded(model, parallel, precision) as here:
+        return [_trace(here, collate([pack], 128, pad_id=0)) for pack in packs]
+
+
+def _trace(here: Any, batch: Batch) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    gpt = here.gpt
+    core = gpt.module.module if hasattr(gpt.module, "module") else gpt.module
+
+    def keep(name: str, tensor: Tensor) -> None:
+        rows = tensor.detach()
+        if here.mesh.sequence:
+            parts = [torch.empty_like(rows) for _ in range(here.mesh.tensor.size)]
+            torch.distributed.all_gather(parts, rows.contiguous(), group=here.mesh.tensor.group)
+            rows = torch.cat(parts)
+        found[name] = rows.reshape(rows.shape[0], -1).clone()
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            keep(f"{name} output", tensor)
+            tensor.register_hook(lambda gradient: keep(f"{name} gradient", gradient))
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(watch(f"layer {layer.layer_number}"))
+        for layer in core.decoder.layers
+    ]
+    if here.mesh.is_first_stage:
+        hooks.append(core.embedding.register_forward_hook(watch("embedding")))
+    gpt.zero_grad_buffer()
+    gpt.train()
+    runs.run(gpt, [batch], here.mesh, forward_only=False)
+    for hook in hooks:
+        hook.remove()
+    if here.mesh.pipeline.size == 1:
+        with torch.no_grad():
+            logits = gpt(batch.tokens, batch.positions, None, packed_seq_params=packed(batch))
+        found["logits"] = logits[0]
+    return found
+
+
+# 2: how a global batch is split changes nothing
+
+
+@pytest.mark.parametrize("split", ["one row", "two ranks", "two rows of two"])
+def test_2_splits_of_a_global_batch(model: Path, split: str) -> None:
+    check_2(model, split)
+
+
+def check_2(model: Path, split: str) -> None:
+    """Four packs of uneven masks, a micro-batch each, against another split of the same four."""
+    packs = [
+        tiny.make_pack([20, 31, 50], seed=1),
+        tiny.make_pack([60, 64], seed=2, prompts=[55, 60]),
+        tiny.make_pack([100], seed=3, prompts=[5]),
+        tiny.make_pack([10, 10, 10], seed=4),
+    ]
+    reference = on_layout("one", _gradients, model, packs, 1)[0]
+    if split == "two ranks":
+        loss, found = on_layout("dp2", _gradients, model, packs, 1)[1]
+    else:
+        micro_batch = 4 if split == "one row" else 2
+        loss, found = on_layout("one", _gradients, model, packs, micro_batch)[0]
+    assert relative(loss, reference[0]) < 1e-6
+    assert relative_norm(found, reference[1]) < 1e-5
+
+
+def _gradients(
+    parallel: ParallelConfig, model: Path, packs: list[Pack], micro_batch: int
+) -> tuple[float, dict[str, Tensor]]:
+    with loaded(model, parallel) as here:
+        rows = [packs[i : i + micro_batch] for i in range(0, len(packs), micro_batch)]
+        batches = [collate(row, 128, pad_id=0) for row in rows]
+        return runs.gradients(here, batches[here.mesh.data.rank :: here.mesh.data.size])
+
+
+# 3: layouts agree with one process
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_3_layouts(
+    model: Path, reference_run: list[dict[str, float]], layout: str, tmp_path: Path
+) -> None:
+    found = runs.train(runs.experiment(tmp_path, model), layout)
+    assert_same_curve(found, reference_run)
+
+
+def assert_same_curve(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    """First step to 1e-6 (loss) and 1e-5 (gradient norm); every loss to 1e-4."""
+    assert [line["step"] for line in found] == [line["step"] for line in reference]
+    for count in ("supervised_tokens", "tokens", "examples"):
+        assert [line[count] for line in found] == [line[count] for line in reference]
+    assert relative(found[0]["loss"], reference[0]["loss"]) < 1e-6
+    assert relative(found[0]["grad_norm"], reference[0]["grad_norm"]) < 1e-5
+    for ours, theirs in zip(found, reference, strict=True):
+        assert relative(ours["loss"], theirs["loss"]) < 1e-4
+
+
+# 4: our logits are those of transformers
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_4_logits(tmp_path: Path, layout: str, tied: bool) -> None:
+    check_4(tmp_path, layout, tied)
+
+
+def check_4(folder: Path, layout: str = "one", tied: bool = False) -> None:
+    """Documents far beyond the original context of 32, in one pack."""
+    tiny.make_model(folder, tie_word_embeddings=tied)
+    batch = tiny.make_batch([200, 24], length=256)
+    ours = torch.cat(on_layout(layout, _logits, folder, batch), dim=-1)[:, : tiny.VOCAB]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    starts = batch.starts.tolist()
+    with torch.no_grad():
+        for start, end in zip(starts, starts[1:], strict=False):
+            expected = theirs(batch.tokens[:, start:end]).logits[0]
+            assert (ours[start:end] - expected).abs().max() < 1e-4
+
+
+def _logits(parallel: ParallelConfig, folder: Path, batch: Batch) -> Tensor:
+    with loaded(folder, parallel) as here, torch.no_grad():
+        here.gpt.eval()
+        return here.gpt(batch.tokens, batch.positions, None, packed_seq_params=packed(batch))[0]
+
+
+# 5: Hugging Face -> Megatron-core -> Hugging Face is the identity
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "tp2_sp_pp2"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_5_round_trip(tmp_path: Path, layout: str, tied: bool, precision: str) -> None:
+    base = tiny.make_model(tmp_path / "base", tie_word_embeddings=tied)
+    if precision == "bf16":
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    on_layout(layout, _save, base, tmp_path / "run", precision)
+    export(tmp_path / "run" / "step_0", tmp_path / "back", shard_bytes=50_000)
+    before, after = load_file(base / "model.safetensors"), {}
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        after |= load_file(file)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    loaded_again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert loaded_again.dtype == before["model.norm.weight"].dtype
+
+
+def _save(parallel: ParallelConfig, base: Path, folder: Path, precision: str) -> None:
+    def describe(path: Path) -> None:
+        shutil.copytree(base, path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        (path / "model" / "mcore_sft.json").write_text("{}")
+
+    with loaded(base, parallel, precision) as here:
+        checkpoints = Checkpoints(
+            folder,
+            CheckpointConfig(),
+            model=here.gpt,
+            optimizer=here.optimizer,
+            mesh=here.mesh,
+        )
+        checkpoints.save(Progress(), describe)
+
+
+# 6: stopped and resumed = never stopped
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("one", "fp32"), ("one", "bf16"), ("tp2_sp_pp2", "fp32")]
+)
+def test_6_resume_is_bitwise(model: Path, tmp_path: Path, layout: str, precision: str) -> None:
+    changes = {"train__steps": 4, "train__precision": precision, "checkpoint__every": 1}
+    whole = runs.experiment(tmp_path / "whole", model, **changes)
+    uninterrupted = runs.train(whole, layout)
+    for stopped_after in (1, 3):
+        config = runs.experiment(tmp_path / f"stopped_{stopped_after}", model, **changes)
+        _copy_until(whole.folder, config.folder, stopped_after)
+        resumed = runs.train(config, layout)
+        for ours, theirs in zip(resumed, uninterrupted, strict=True):
+            for key in ("step", "loss", "grad_norm", "lr", "examples", "supervised_tokens"):
+                assert ours[key] == theirs[key]
+        assert _weights(config.folder, tmp_path) == _weights(whole.folder, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2"])
+def test_6_resume_on_another_layout(
+    model: Path, reference_run: list[dict[str, float]], tmp_path: Path, layout: str
+) -> None:
+    first = runs.experiment(tmp_path / "first", model, checkpoint__every=3)
+    runs.train(first)
+    config = runs.experiment(tmp_path / "second", model)
+    _copy_until(first.folder, config.folder, 3)
+    found = runs.train(config, layout)
+    assert [line["examples"] for line in found] == [line["examples"] for line in reference_run]
+    for ours, theirs in zip(found, reference_run, strict=True):
+        assert relative(ours["loss"], theirs["loss"]) < 1e-4
+
+
+def _copy_until(whole: Path, stopped: Path, step: int) -> None:
+    """What a run leaves that was killed some time after its checkpoint of `step`."""
+    stopped.mkdir()
+    shutil.copytree(whole / f"step_{step}", stopped / f"step_{step}")
+    shutil.copyfile(whole / "metrics.jsonl", stopped / "metrics.jsonl")
+
+
+def _weights(run: Path, scratch: Path) -> dict[str, bytes]:
+    output = scratch / f"hf_{run.name}"
+    if not output.exists():
+        export(run / "step_4", output)
+    tensors = load_file(output / "model.safetensors")
+    return {name: tensor.float().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+# 7 (operator on CPU = on CUDA = reference) is tested with each operator, in tests/ops.
+
+# 8: what is masked changes nothing
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2"])
+def test_8_masked_packs_change_nothing(model: Path, layout: str) -> None:
+    packs = [tiny.make_pack([20, 31, 50], seed=1), tiny.make_pack([60, 64], seed=2)]
+    masked = [Pack.empty(), tiny.make_pack([30, 90], seed=3, prompts=[30, 90])]
+    plain = on_layout(layout, _gradients, model, packs, 1)
+    padded = on_layout(layout, _gradients, model, packs + masked, 1)
+    for (loss, found), (expected_loss, expected) in zip(padded, plain, strict=True):
+        assert loss == expected_loss
+        for name in expected:
+            assert torch.equal(found[name], expected[name]), name
+
+
+def test_8_a_masked_document_changes_nothing(model: Path) -> None:
+    alone = tiny.make_pack([20, 31], seed=1)
+    masked = tiny.make_pack([40], seed=9, prompts=[40])
+    beside = Pack(examples=(*alone.examples, *masked.examples))
+    loss, found = on_layout("one", _gradients, model, [beside], 1)[0]
+    expected_loss, expected = on_layout("one", _gradients, model, [alone], 1)[0]
+    assert relative(loss, expected_loss) < 1e-6
+    assert relative_norm(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "dp2"])
+def test_8_a_step_without_supervised_tokens_is_skipped(model: Path, layout: str) -> None:
+    for before, result, after in on_layout(layout, _empty_step, model):
+        assert result.skipped
+        assert math.isnan(result.loss)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]), name
+
+
+def _empty_step(parallel: ParallelConfig, model: Path) -> Any:
+    settings = OptimizerConfig(lr=1e-2, weight_decay=0.1)
+    with loaded(model, parallel, optimizer=settings) as here:
+        real = collate([tiny.make_pack([60, 64], seed=2)], 128, pad_id=0)
+        empty = collate([Pack.empty()], 128, pad_id=0)
+        train_step(here.gpt, here.optimizer, [real], here.mesh, settings, 1e-2)
+        before = _state(here)
+        result = train_step(here.gpt, here.optimizer, [empty, empty], here.mesh, settings, 1e-2)
+        return before, result, _state(here)
+
+
+def _state(here: Any) -> dict[str, Tensor]:
+    """Every weight, and every moment and step count of the optimizer."""
+    found = {name: weight.detach().clone() for name, weight in here.gpt.named_parameters()}
+    states = here.optimizer.chained_optimizers[0].optimizer.state.values()
+    for number, state in enumerate(states):
+        found |= {f"{number} {key}": torch.as_tensor(value).clone() for key, value in state.items()}
+    return found
+
+
+# 9: the ids that were trained on are those that the engine gets
+
+
+@pytest.mark.parametrize("template", ["llama3-instruct", "chat"])
+def test_9_ids(model: Path, tmp_path: Path, template: str) -> None:
+    check_9(model, tmp_path, template)
+
+
+def check_9(model: Path, scratch: Path, template: str = "llama3-instruct") -> None:
+    """What training sees before each answer is what the engine's model sees; the stop is learned."""
+    prompt, rows = _prompt(scratch, template), _rows()[:40]
+    tokenizer = load_tokenizer(scratch / "tokenizer")
+    config = EvaluationConfig(max_new_tokens=1, precision="fp32", batch_size=8)
+    engine = TransformersEngine(model, config, stop_ids=prompt.stop_ids, decode=tokenizer.decode)
+    requests = [
+        Request(index=index, prompt_ids=tuple(prompt.prompt_ids(row["problem"])))
+        for index, row in enumerate(rows)
+    ]
+    asked = _ids_that_reach(engine, requests)
+    for index, row in enumerate(rows):
+        batch = collate([Pack(examples=(_example(prompt, row),))], 1024, pad_id=0)
+        trained = batch.rows.tolist()
+        before = batch.tokens[0, : trained[0] + 1].tolist()
+        assert asked[index] == before
+        assert before.count(tokenizer.token_id("<|begin_of_text|>")) == 1
+        assert before[0] == tokenizer.token_id("<|begin_of_text|>")
+        learned = batch.labels[0, trained].tolist()
+        assert learned[-1] in prompt.stop_ids
+        solution = tokenizer.decode(learned[:-1])
+        assert solution == row["generated_solution"]
+
+
+def _prompt(scratch: Path, template: str) -> Prompt:
+    folder = scratch / "tokenizer"
+    shutil.copytree(runs.FIXTURES / "tokenizer", folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    )
+    return Prompt.load(PromptConfig(template=template), load_tokenizer(folder))
+
+
+def _rows() -> list[dict[str, str]]:
+    lines = (runs.FIXTURES / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _example(prompt: Prompt, row: dict[str, str]) -> Example:
+    user = Message(role="user", content=row["problem"])
+    assistant = Message(role="assistant", content=row["generated_solution"])
+    return prompt.example(Conversation(messages=(user, assistant)))
+
+
+def _ids_that_reach(engine: TransformersEngine, requests: list[Request]) -> dict[int, list[int]]:
+    """The ids, padding left out, that the engine's model computes on for each request."""
+    seen: list[list[int]] = []
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
+            seen.append(ids[mask.bool()[-ids.shape[0] :]].tolist())
+
+    handle = engine._model.register_forward_pre_hook(hook, with_kwargs=True)
+    for _ in engine.generate(requests):
+        pass
+    handle.remove()
+    by_ids = {tuple(ids): ids for ids in seen}
+    return {request.index: by_ids[request.prompt_ids] for request in requests}
+
+
+# 10: our trainer = a plain transformers + AdamW loop
+
+
+@pytest.mark.parametrize("decay_1d", [True, False])
+def test_10_plain_loop(model: Path, tmp_path: Path, decay_1d: bool) -> None:
+    check_10(model, tmp_path, decay_1d)
+
+
+def check_10(model: Path, scratch: Path, decay_1d: bool = True) -> None:
+    """Twenty steps on the same packs, same decay groups, same warmup and schedule."""
+    config = runs.experiment(
+        scratch / "ours",
+        model,
+        optimizer__decay_1d=decay_1d,
+        optimizer__weight_decay=1.0,
+        optimizer__warmup_steps=5,
+        optimizer__schedule="cosine",
+        optimizer__clip_grad=1.0,
+    )
+    ours = runs.train(config)
+    theirs = _plain_loop(config)
+    assert relative(ours[0]["loss"], theirs[0]) < 1e-6
+    for line, loss in zip(ours, theirs, strict=True):
+        assert relative(line["loss"], loss) < 1e-4
+    # The decay alone moves the loss by much more than the tolerance.
+    assert len(theirs) == 20
+
+
+def _plain_loop(config: Any) -> list[float]:
+    """Each document by itself through transformers; sum over tokens, divided once; torch's AdamW."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    o = config.optimizer
+    decayed = [w for w in model.parameters() if o.decay_1d or w.dim() > 1]
+    rest = [w for w in model.parameters() if not (o.decay_1d or w.dim() > 1)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        betas=o.betas,
+        eps=o.eps,
+    )
+    losses = []
+    for step, examples in enumerate(_examples_of_steps(config)):
+        total, count = torch.zeros(()), 0
+        for example in examples:
+            tokens = torch.from_numpy(example.tokens.astype(np.int64))
+            start, end = example.spans[0].tolist()
+            logits = model(tokens[None]).logits[0, start - 1 : end - 1]
+            total = total + torch.nn.functional.cross_entropy(
+                logits, tokens[start:end], reduction="sum"
+            )
+            count += end - start
+        optimizer.zero_grad()
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = _plain_lr(o, step, config.train.steps)
+        optimizer.step()
+        losses.append(float(total) / count)
+    return losses
+
+
+def _plain_lr(o: Any, step: int, steps: int) -> float:
+    if step < o.warmup_steps:
+        return float(o.lr * (step + 1) / o.warmup_steps)
+    share = (step - o.warmup_steps) / (steps - o.warmup_steps)
+    return float(o.min_lr + (o.lr - o.min_lr) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def _examples_of_steps(config: Any) -> Any:
+    """The examples of each step, found by the tokens of the loader's batches, taken apart again."""
+    dataset = PackedDataset(config.packed)
+    by_tokens = {
+        dataset.example(i).tokens.tobytes(): dataset.example(i) for i in range(dataset.num_examples)
+    }
+    loader = Loader(
+        dataset,
+        global_batch=config.train.global_batch,
+        micro_batch=1,
+        seed=config.train.seed,
+        last_step="drop",
+        rank=0,
+        size=1,
+        pad_id=0,
+    )
+    for step in range(config.train.steps):
+        found = []
+        for batch in loader.batches(step):
+            starts = batch.starts.tolist()
+            for start, end in zip(starts, starts[1:], strict=False):
+                tokens = batch.tokens[0, start:end].numpy().astype(np.int32).tobytes()
+                if tokens in by_tokens:
+                    found.append(by_tokens[tokens])
+        yield found

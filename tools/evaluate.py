@@ -1,0 +1,154 @@
+"""A Hugging Face folder in, solutions, a score and a report out.
+
+python tools/evaluate.py --model DIR --benchmark math
+python tools/evaluate.py --model DIR --config configs/X.yaml evaluation.max_new_tokens=512
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcore_sft import command
+from mcore_sft import config as configuration
+from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PromptConfig, Section
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.evaluation import benchmarks
+from mcore_sft.evaluation.errors import EvaluationError
+from mcore_sft.evaluation.run import Evaluation, evaluate
+
+_RECORD = "mcore_sft.json"
+
+
+class PromptChange(Section):
+    """What overrides say of the prompt; what they leave unsaid is the model's own."""
+
+    template: str | None = None
+    instruction: str | None = None
+
+
+class Alone(Section):
+    """What can be told without an experiment file."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    prompt: PromptChange | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked, how, and where relative paths of benchmarks start."""
+
+    evaluation: EvaluationConfig
+    prompt: PromptChange | None
+    root: Path
+
+
+def main() -> None:
+    """Evaluate as the command line says."""
+    arguments = _arguments()
+    plan = _plan(arguments)
+    asked = _benchmarks(arguments, plan)
+    loaded = [benchmarks.load(benchmark, plan.root) for benchmark in asked]
+    tokenizer = load_tokenizer(arguments.model)
+    prompt = _prompt(arguments.model, plan.prompt, tokenizer)
+    for benchmark in loaded:
+        output = _output(arguments, benchmark.name, len(loaded))
+        report = evaluate(
+            Evaluation(
+                model=arguments.model,
+                benchmark=benchmark,
+                prompt=prompt,
+                tokenizer=tokenizer,
+                config=plan.evaluation,
+                output=output,
+            )
+        )
+        print(report["text"])
+        print(f"answers, verdicts and report are in {output}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = command.parser("Grade a Hugging Face folder.", config_required=False)
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="what is graded")
+    parser.add_argument("--benchmark", metavar="NAME", help="math, math-500, gsm8k, ...")
+    parser.add_argument("--data", metavar="FILE", help="JSON lines that hold the benchmark")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default MODEL/evaluation/NAME")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N problems only")
+    return parser.parse_args()
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    if arguments.config:
+        run = command.experiment(arguments)
+        prompt = PromptChange(**run.prompt.model_dump())
+        return Plan(evaluation=run.evaluation, prompt=prompt, root=run.data.root)
+    alone = configuration.parse_section(Alone, {}, arguments.overrides)
+    assert isinstance(alone, Alone)
+    if arguments.print_config:
+        print(configuration.dump(alone), end="")
+        raise SystemExit(0)
+    return Plan(evaluation=alone.evaluation, prompt=alone.prompt, root=Path("."))
+
+
+def _benchmarks(arguments: argparse.Namespace, plan: Plan) -> tuple[BenchmarkConfig, ...]:
+    configured = plan.evaluation.benchmarks
+    if arguments.benchmark:
+        same = [entry for entry in configured if entry.name == arguments.benchmark]
+        configured = (same[0] if same else BenchmarkConfig(name=arguments.benchmark),)
+    if not configured:
+        known = ", ".join(benchmarks.shipped())
+        raise EvaluationError(f"no benchmark is named; give --benchmark NAME, such as {known}")
+    changes: dict[str, str | int] = {}
+    if arguments.data:
+        if len(configured) > 1:
+            raise EvaluationError("--data holds one benchmark; say which with --benchmark NAME")
+        # relative to where the command runs, as every path on a command line is
+        changes["path"] = str(Path(arguments.data).absolute())
+    if arguments.limit is not None:
+        if arguments.limit < 1:
+            raise EvaluationError(f"--limit {arguments.limit}: expected at least 1")
+        changes["limit"] = arguments.limit
+    return tuple(entry.model_copy(update=changes) for entry in configured)
+
+
+def _prompt(model: Path, given: PromptChange | None, tokenizer: Tokenizer) -> Prompt:
+    """The prompt as given, else the one that the model was trained with; never a guess."""
+    record = model / _RECORD
+    trained: dict[str, Any] = {}
+    if record.is_file():
+        trained = json.loads(record.read_text(encoding="utf-8"))["prompt"]
+    if given is None and trained:
+        return Prompt.restore(trained, tokenizer)
+    if given is not None and (given.template or trained):
+        said = given.model_dump(exclude_unset=True)
+        return _load(PromptConfig().model_dump() | trained | said, tokenizer)
+    hint = (
+        "prompt.template=chat for the tokenizer's own chat template"
+        if tokenizer.has_chat_template
+        else "prompt.template=llama3-instruct"
+    )
+    raise EvaluationError(
+        f"{model}: nothing says how to ask this model (no {_RECORD}); give --config FILE, or "
+        f"{hint} and prompt.instruction=generic/math (or =null for the bare problem)"
+    )
+
+
+def _load(said: dict[str, Any], tokenizer: Tokenizer) -> Prompt:
+    """The prompt of `said`, whose parts may be names, files, or what a record holds of files."""
+    if all(part is None or isinstance(part, str) for part in said.values()):
+        return Prompt.load(PromptConfig(**said), tokenizer)
+    return Prompt.restore(said, tokenizer)
+
+
+def _output(arguments: argparse.Namespace, benchmark: str, count: int) -> Path:
+    if arguments.output is None:
+        folder: Path = arguments.model / "evaluation" / benchmark
+        return folder
+    given: Path = arguments.output
+    return given if count == 1 else given / benchmark
+
+
+if __name__ == "__main__":
+    command.run(main)
