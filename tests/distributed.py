@@ -1,8 +1,10 @@
 """Gloo ranks inside pytest: `run_ranks(n, fn, *args)` gives what `fn` returned on each rank.
 
-Ranks are forked, so that what the test process has imported costs them nothing.
+Ranks are forked, so that what the test process has imported costs them nothing. The test process
+itself never joins a process group: what it left of one would hang in the ranks.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -48,6 +50,7 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    faulthandler.dump_traceback_later(TIMEOUT - 10)
     try:
         # Plain pickle: multiprocessing's own would send tensors by shared memory of this process.
         end.send_bytes(pickle.dumps((True, function(*args))))

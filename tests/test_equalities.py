@@ -424,7 +424,7 @@ def check_10(model: Path, scratch: Path, decay_1d: bool = True) -> None:
         scratch / "ours",
         model,
         optimizer__decay_1d=decay_1d,
-        optimizer__weight_decay=1.0,
+        optimizer__weight_decay=20.0,
         optimizer__warmup_steps=5,
         optimizer__schedule="cosine",
         optimizer__clip_grad=1.0,
@@ -434,8 +434,6 @@ def check_10(model: Path, scratch: Path, decay_1d: bool = True) -> None:
     assert relative(ours[0]["loss"], theirs[0]) < 1e-6
     for line, loss in zip(ours, theirs, strict=True):
         assert relative(line["loss"], loss) < 1e-4
-    # The decay alone moves the loss by much more than the tolerance.
-    assert len(theirs) == 20
 
 
 def _plain_loop(config: Any) -> list[float]:
@@ -466,7 +464,7 @@ def _plain_loop(config: Any) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = _plain_lr(o, step, config.train.steps)
         optimizer.step()
-        losses.append(float(total) / count)
+        losses.append(total.item() / count)
     return losses
 
 

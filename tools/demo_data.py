@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -149,32 +150,45 @@ def make_rows(*, train: int, held_out: int, seed: int) -> tuple[list[Row], list[
 
     Numbers count as the same in whatever order, so that 23 + 45 does not give away 45 + 23.
     """
-    stream = _problems(random.Random(seed))
-    asked = [next(stream) for _ in range(held_out)]
-    kept_apart = {key for key, _ in asked}
-    learned = (row for key, row in stream if key not in kept_apart)
-    return [next(learned) for _ in range(train)], [row for _, row in asked]
+    problems = _Problems(random.Random(seed))
+    asked = [problems.next(template) for template in islice(cycle(TEMPLATES), held_out)]
+    problems.keep_apart()
+    learned = [problems.next(template) for template in islice(cycle(TEMPLATES), train)]
+    return learned, asked
 
 
-def _problems(chance: random.Random) -> Iterator[tuple[tuple[str, Numbers], Row]]:
-    seen: set[str] = set()
-    while True:
-        template = chance.choice(TEMPLATES)
-        numbers = template.draw(chance)
-        name, other = chance.sample(NAMES, 2)
-        things = chance.choice(THINGS)
-        problem = template.text.format(*numbers, name=name, other=other, things=things)
-        if problem in seen:
-            continue
-        seen.add(problem)
+class _Problems:
+    """A source of problems that never gives one twice."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._given: set[str] = set()
+        self._numbers: set[tuple[str, Numbers]] = set()
+        self._apart: frozenset[tuple[str, Numbers]] = frozenset()
+
+    def keep_apart(self) -> None:
+        """From now on, no (template, numbers) that was given before."""
+        self._apart = frozenset(self._numbers)
+
+    def next(self, template: Template) -> Row:
+        """Another problem of this kind."""
+        while True:
+            numbers = template.draw(self._chance)
+            key = template.name, tuple(sorted(numbers))
+            name, other = self._chance.sample(NAMES, 2)
+            things = self._chance.choice(THINGS)
+            problem = template.text.format(*numbers, name=name, other=other, things=things)
+            if problem not in self._given and key not in self._apart:
+                break
+        self._given.add(problem)
+        self._numbers.add(key)
         working, answer = template.solve(*numbers)
-        row = {
+        return {
             "problem": problem,
             "generated_solution": f"{working}\\boxed{{{answer}}}",
             "expected_answer": str(answer),
             "problem_source": f"demo_{template.name}",
         }
-        yield (template.name, tuple(sorted(numbers))), row
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:

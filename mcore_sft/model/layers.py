@@ -42,6 +42,7 @@ class PackedAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, layer_number: int, **kwargs: Any) -> None:
         super().__init__()
         self.config = config
+        self.layer_number = layer_number
 
     def forward(
         self,

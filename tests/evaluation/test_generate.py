@@ -38,7 +38,7 @@ def answer(folder: Path, asked: list[Request], **settings: Any) -> dict[int, Com
 
 def alone(folder: Path, prompt: tuple[int, ...], new: int) -> list[int]:
     """The plainest greedy decoding there is: no cache, no padding, no batch."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(new):

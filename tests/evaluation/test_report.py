@@ -24,7 +24,12 @@ def test_nemo_skills_table_byte_for_byte() -> None:
 
 
 def test_a_hundred_percent_keeps_the_columns() -> None:
-    row = {"evaluation_mode": "greedy", "n": 1, "ok": 100.0, "no": 0.0}
+    row: dict[str, str | int | float] = {
+        "evaluation_mode": "greedy",
+        "n": 1,
+        "ok": 100.0,
+        "no": 0.0,
+    }
     assert table("math", [row]).splitlines()[:3] == [
         "---------------- math ---------------",
         "evaluation_mode | n | ok      | no   ",
@@ -80,7 +85,7 @@ def test_interval_line() -> None:
 
 
 def test_table_before_and_after() -> None:
-    rows = [
+    rows: list[dict[str, str | int | float]] = [
         {
             "evaluation_mode": "before",
             "num_entries": 500,

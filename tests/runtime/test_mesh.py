@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from mcore_sft.config import ConfigError, ParallelConfig
@@ -28,7 +30,11 @@ def test_four_processes() -> None:
     assert [place[3] for place in run_ranks(4, _place, ParallelConfig(tensor=2))] == [0, 0, 1, 1]
 
 
-def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    assert _place(ParallelConfig()) == (0, 0, 0, 0)
+def _place_without_launcher() -> tuple[int, ...]:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    return _place(ParallelConfig())
+
+
+def test_one_process_needs_no_launcher() -> None:
+    assert run_ranks(1, _place_without_launcher) == [(0, 0, 0, 0)]
