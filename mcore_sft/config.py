@@ -408,3 +408,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,11 @@ def test_broken_yaml_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_experiments_are_valid(file: Path) -> None:
     config.load(file)
+
+
+def test_the_shipped_schema_is_current() -> None:
+    shipped = json.loads(Path("configs/schema.json").read_text(encoding="utf-8"))
+    assert shipped == config.schema(), "run: python -m mcore_sft.config > configs/schema.json"
 
 
 def test_the_schema_describes_every_key() -> None:

@@ -4,6 +4,7 @@ Each `check_` raises AssertionError where its equality fails. `test_planted.py` 
 purpose and requires that they do.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -19,8 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
-from mcore_sft.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, ParallelConfig
-from mcore_sft.config import PromptConfig
+from mcore_sft.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PromptConfig,
+)
 from mcore_sft.data.batch import Batch, collate
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.dataset import PackedDataset
@@ -29,7 +35,7 @@ from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation.generate import Request, TransformersEngine
-from mcore_sft.training.step import forward_step, packed, train_step
+from mcore_sft.training.step import packed, train_step
 from tests import runs, tiny
 from tests.runs import LAYOUTS, loaded, on_layout, relative, relative_norm
 
@@ -184,7 +190,7 @@ def check_4(folder: Path, layout: str = "one", tied: bool = False) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     starts = batch.starts.tolist()
     with torch.no_grad():
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             expected = theirs(batch.tokens[:, start:end]).logits[0]
             assert (ours[start:end] - expected).abs().max() < 1e-4
 
@@ -349,7 +355,7 @@ def test_9_ids(model: Path, tmp_path: Path, template: str) -> None:
 
 
 def check_9(model: Path, scratch: Path, template: str = "llama3-instruct") -> None:
-    """What training sees before each answer is what the engine's model sees; the stop is learned."""
+    """What training sees before each answer is what the engine sees; the stop is learned."""
     prompt, rows = _prompt(scratch, template), _rows()[:40]
     tokenizer = load_tokenizer(scratch / "tokenizer")
     config = EvaluationConfig(max_new_tokens=1, precision="fp32", batch_size=8)
@@ -437,13 +443,16 @@ def check_10(model: Path, scratch: Path, decay_1d: bool = True) -> None:
 
 
 def _plain_loop(config: Any) -> list[float]:
-    """Each document by itself through transformers; sum over tokens, divided once; torch's AdamW."""
+    """Each document by itself through transformers; one sum, divided once; torch's AdamW."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     o = config.optimizer
     decayed = [w for w in model.parameters() if o.decay_1d or w.dim() > 1]
     rest = [w for w in model.parameters() if not (o.decay_1d or w.dim() > 1)]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": o.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
         betas=o.betas,
         eps=o.eps,
     )
@@ -495,7 +504,7 @@ def _examples_of_steps(config: Any) -> Any:
         found = []
         for batch in loader.batches(step):
             starts = batch.starts.tolist()
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 tokens = batch.tokens[0, start:end].numpy().astype(np.int32).tobytes()
                 if tokens in by_tokens:
                     found.append(by_tokens[tokens])

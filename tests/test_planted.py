@@ -13,12 +13,14 @@ from mcore_sft.training import step
 from tests import test_equalities as equalities
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wrap: Callable[..., Any]) -> None:
+def plant(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wrap: Callable[..., Any]
+) -> None:
     """Replace `module.name` by `wrap(original)`; forked ranks inherit it."""
     monkeypatch.setattr(module, name, wrap(getattr(module, name)))
 
 
-@pytest.fixture()
+@pytest.fixture
 def shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each supervised run of tokens one too far to the right."""
 
@@ -55,9 +57,7 @@ def test_mean_of_means_is_caught(model: Path, monkeypatch: pytest.MonkeyPatch) -
         equalities.check_2(model, "one row")
 
 
-def test_a_pack_without_boundaries_is_caught(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pack_without_boundaries_is_caught(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrap(packed: Any) -> Any:
         def one_document(batch: Any) -> Any:
             found = packed(batch)
@@ -131,5 +131,3 @@ def test_a_learning_rate_off_by_one_step_is_caught(
     plant(monkeypatch, optim, "learning_rate", wrap)
     with pytest.raises(AssertionError):
         equalities.check_10(model, tmp_path)
-
-
