@@ -1,7 +1,9 @@
 """What the commands share: `--config FILE key=value ...` in, one clear sentence on failure out."""
 
 import argparse
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
@@ -49,7 +51,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            # Most errors are the same on every rank. The first speaks, and torchrun ends the others
+            # while they wait; an error that is theirs alone is said a moment later.
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

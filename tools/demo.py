@@ -20,7 +20,6 @@ from pathlib import Path
 
 from demo_data import make_rows, texts_of, train_tokenizer, write_rows
 from rich.console import Console
-from rich.table import Table
 
 from mcore_sft import command, config
 from mcore_sft.errors import UserError
@@ -30,8 +29,8 @@ EXPERIMENT = Path("configs/demo.yaml")
 TRAIN_ROWS = 20_000
 HELD_OUT_ROWS = 500
 SEED = 7
-VOCAB_SIZE = 375
-"""Odd, so that tensor parallelism of 2 has to pad it."""
+VOCAB_SIZE = 381
+"""Every word of the problems whole, and odd, so that tensor parallelism of 2 has to pad it."""
 PACKS = 8
 """Packs of a step."""
 PASS = 90.0
@@ -200,8 +199,8 @@ def finish(demo: Demo) -> None:
     before, after = (read_shares(demo.folder / name) for name in ("before", "after"))
     console.print("\n[bold]What came of it[/bold]\n")
     print(nemo_skills_table("demo", {"before": before, "after": after}).rstrip(), "\n")
-    console.print(_grid("What lies where", places(demo)))
-    console.print(_grid("Time", times(demo)))
+    _show("What lies where", places(demo))
+    _show("Time", times(demo))
     right = after[0]
     if right.percent < PASS:
         raise DemoError(
@@ -209,7 +208,7 @@ def finish(demo: Demo) -> None:
             f"{PASS:.0f} % were expected; the loss curve in {demo.folder / 'loss.png'} shows how "
             f"far it came, and train.steps in {EXPERIMENT} takes it further"
         )
-    console.print(f"[green]{right.hits} of {right.total} held-out problems are right.[/green]")
+    console.print(f"\n[green]{right.hits} of {right.total} held-out problems are right.[/green]")
 
 
 def places(demo: Demo) -> list[tuple[str, str]]:
@@ -232,7 +231,7 @@ def places(demo: Demo) -> list[tuple[str, str]]:
 def times(demo: Demo) -> list[tuple[str, str]]:
     """Seconds of each stage and of the whole."""
     whole = {**demo.seconds, "together": sum(demo.seconds.values())}
-    return [(name, f"{seconds:.0f} s") for name, seconds in whole.items()]
+    return [(name, f"{seconds:4.0f} s") for name, seconds in whole.items()]
 
 
 def read_shares(graded: Path) -> tuple[Share, Share]:
@@ -273,13 +272,11 @@ def draw_curve(log: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
-def _grid(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
-    table.add_column(style="dim")
-    table.add_column(justify="right" if title == "Time" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _show(title: str, rows: list[tuple[str, str]]) -> None:
+    console.print(f"\n[bold]{title}[/bold]")
+    width = max(len(what) for what, _ in rows)
+    for what, told in rows:
+        console.print(f"  {what.ljust(width)}  {told}")
 
 
 def _new_folder() -> Path:

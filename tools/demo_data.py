@@ -30,7 +30,7 @@ SPLIT = (
 )
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
-THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "shells", "stamps")
+THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "shells", "stones")
 
 Row = dict[str, str]
 Numbers = tuple[int, ...]
@@ -76,13 +76,6 @@ def multiply(a: int, b: int) -> tuple[str, int]:
     return working, a * b
 
 
-def add_then_subtract(a: int, b: int, c: int) -> tuple[str, int]:
-    """The working of a + b - c, the sum written out in between, and the result."""
-    first, total = add(a, b)
-    second, left = subtract(total, c)
-    return f"{first}{total}-{c}\n{second}", left
-
-
 def compare(a: int, b: int) -> tuple[str, int]:
     """How many more the second has: the larger minus the smaller."""
     return subtract(b, a)
@@ -103,12 +96,6 @@ def _rising(numbers: random.Random) -> Numbers:
 
 def _factor(numbers: random.Random) -> Numbers:
     return numbers.randint(10, 99), numbers.randint(2, 5)
-
-
-def _two_steps(numbers: random.Random) -> Numbers:
-    a = numbers.randint(10, 89)
-    b = numbers.randint(10, 99 - a)
-    return a, b, numbers.randint(10, a + b - 1)
 
 
 TEMPLATES = (
@@ -135,12 +122,6 @@ TEMPLATES = (
         text="{name} has {1} boxes of {0} {things}. How many {things} is that?",
         draw=_factor,
         solve=multiply,
-    ),
-    Template(
-        name="two_steps",
-        text="{name} has {0} {things}, gets {1} more and gives away {2}. How many are left?",
-        draw=_two_steps,
-        solve=add_then_subtract,
     ),
 )
 

@@ -34,6 +34,8 @@ class Mesh:
     """Where this process stands among all the others."""
 
     device: torch.device
+    local_rank: int
+    """Number of this process among those of its machine."""
     world: Axis
     tensor: Axis
     pipeline: Axis
@@ -123,6 +125,7 @@ def _lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
     model_parallel_cuda_manual_seed(1)
     return Mesh(
         device=device,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world=_axis(dist.group.WORLD),
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),

@@ -33,11 +33,12 @@ def train(config: RunConfig) -> Progress:
 
 def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> Progress:
     """The story of a run on one rank of `mesh`."""
-    dataset = PackedDataset(config.packed)
+    dataset = open_dataset(config, "train", mesh)
     loader = load(config, dataset, architecture, mesh)
     validation = None
     if config.train.validate_every:
-        validation = load(config, PackedDataset(config.packed, "validation"), architecture, mesh)
+        held_out = open_dataset(config, "validation", mesh)
+        validation = load(config, held_out, architecture, mesh)
     gpt = build.build(architecture, config.model, config.train, mesh)
     optimizer = optim.build(config.optimizer, config.train, gpt, mesh)
     checkpoints = Checkpoints(
@@ -64,11 +65,16 @@ def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> 
             metrics.step(progress, result)
 
             if validation and due(progress.step, config.train.validate_every, config.train.steps):
-                held_out = list(validation.validation_batches(config.train.validation_packs))
-                metrics.validation(progress, validation_loss(gpt, held_out, mesh))
+                batches = list(validation.validation_batches(config.train.validation_packs))
+                metrics.validation(progress, validation_loss(gpt, batches, mesh))
             if due(progress.step, config.checkpoint.every, config.train.steps):
                 metrics.saved(checkpoints.save(progress, partial(describe, config, dataset)))
     return progress
+
+
+def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:
+    """One split of the packed dataset; one process of each machine compares the checksums."""
+    return PackedDataset(config.packed, split, verify=mesh.local_rank == 0)
 
 
 def load(

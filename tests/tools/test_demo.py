@@ -6,6 +6,7 @@ import pytest
 from mcore_sft import config
 from tools import demo
 from tools.demo import Demo, DemoError, Layout, draw_curve, finish, read_losses, read_shares
+from tools.demo_data import NAMES, THINGS, make_rows, texts_of, train_tokenizer
 
 
 @pytest.fixture
@@ -91,3 +92,12 @@ def test_a_command_that_fails_ends_the_demo_with_its_name(made):
 def test_every_run_has_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len({demo._new_folder() for _ in range(3)}) == 3
+
+
+def test_every_word_of_the_demo_is_one_token_and_the_vocabulary_is_odd():
+    learned, _ = make_rows(train=demo.TRAIN_ROWS, held_out=demo.HELD_OUT_ROWS, seed=demo.SEED)
+    tokenizer = train_tokenizer(texts_of(learned), vocab_size=demo.VOCAB_SIZE)
+    assert tokenizer.get_vocab_size() == demo.VOCAB_SIZE
+    assert demo.VOCAB_SIZE % 2 == 1
+    for word in (*NAMES, *THINGS):
+        assert tokenizer.encode(f" {word}").tokens == [f"Ġ{word}"]

@@ -10,7 +10,6 @@ from tools.demo_data import (
     SPECIAL_TOKENS,
     TEMPLATES,
     add,
-    add_then_subtract,
     compare,
     make_rows,
     multiply,
@@ -34,10 +33,6 @@ def test_working_goes_digit_by_digit():
     assert subtract(83, 47) == ("13-7=6, borrow 1\n8-1-4=3\n", 36)
     assert multiply(47, 6) == ("7*6=42, carry 4\n4*6=24, 24+4=28\n", 282)
     assert compare(20, 45) == ("5-0=5, borrow 0\n4-0-2=2\n", 25)
-    assert add_then_subtract(20, 30, 17) == (
-        "0+0=0, carry 0\n2+3+0=5\n50-17\n10-7=3, borrow 1\n5-1-1=3\n",
-        33,
-    )
 
 
 def test_every_equation_of_the_working_holds(rows):

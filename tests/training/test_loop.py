@@ -1,0 +1,112 @@
+"""Bad input to a training run: one clear sentence, and nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_sft.config import RunConfig
+from mcore_sft.errors import UserError
+from mcore_sft.training import loop
+from tests import runs
+from tests.distributed import run_ranks
+
+
+@pytest.fixture
+def place(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model and its packed rows, to be damaged."""
+    return shutil.copytree(model, tmp_path / "model")
+
+
+def _message(config: RunConfig) -> str | None:
+    try:
+        loop.train(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def refused(place: Path, **changes: Any) -> str:
+    """What the run says when it refuses to start; it must leave nothing behind."""
+    config = runs.experiment(place.parent / "run", place, train__steps=2, **changes)
+    (message,) = run_ranks(1, _message, config)
+    assert message is not None, "the run did not refuse"
+    assert not config.folder.exists()
+    return str(message)
+
+
+def test_tensor_parallelism_that_does_not_divide_the_heads(place: Path) -> None:
+    message = refused(place, parallel__tensor=3)
+    assert message == (
+        "parallel.tensor 3 does not divide the model's 4 attention heads: choose a divisor of 4"
+    )
+
+
+def test_too_few_processes(place: Path) -> None:
+    assert "1 process(es) cannot be split into" in refused(place, parallel__tensor=2)
+
+
+def test_transformer_engine_on_cpu(place: Path) -> None:
+    message = refused(place, model__layers="transformer_engine")
+    assert "needs an NVIDIA GPU, but this process runs on CPU" in message
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "train.packs.npy"])
+def test_a_corrupt_dataset(place: Path, name: str) -> None:
+    file = place / "packed" / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    message = refused(place)
+    assert name in message
+    assert "corrupt: SHA-256" in message
+
+
+def test_a_truncated_dataset(place: Path) -> None:
+    file = place / "packed" / "train.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "train.bin" in refused(place)
+
+
+def test_no_dataset(place: Path) -> None:
+    shutil.rmtree(place / "packed")
+    assert "make it with tools/preprocess.py" in refused(place)
+
+
+def test_a_tokenizer_larger_than_the_model(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"vocab_size": 600}))
+    message = refused(place)
+    assert "has 701 tokens, but the model" in message
+    assert "embeds 600" in message
+
+
+def test_a_dataset_of_another_prompt(place: Path) -> None:
+    assert "was made with another prompt" in refused(place, prompt__instruction=None)
+
+
+def test_a_dataset_of_another_length(place: Path) -> None:
+    message = refused(place, data__sequence_length=256)
+    assert "was made with another data.sequence_length (512)" in message
+
+
+def test_a_dataset_without_validation(place: Path) -> None:
+    message = refused(
+        place,
+        data__validation=[{"path": "rows.jsonl"}],
+        train__validate_every=1,
+    )
+    assert "no split 'validation'" in message
+
+
+def test_a_model_without_a_weight_file(place: Path) -> None:
+    (place / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in refused(place)
+
+
+def test_a_model_that_does_not_fit_its_config(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    assert "the two do not belong together" in refused(place)
