@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,21 @@ class Progress:
     tokens: int = 0
     supervised: int = 0
     skipped: int = 0
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """What must stay as it was: with other values, a resumed run would not be the same run."""
+
+    def check(self, fixed: dict[str, Any]) -> None:
+        """Raise `CheckpointError` unless the run that goes on is the run that stopped."""
+        changed = [
+            f"{name} was {self.fixed.get(name)}, now {value}"
+            for name, value in fixed.items()
+            if self.fixed.get(name) != value
+        ]
+        if changed:
+            raise CheckpointError(
+                f"this is not the run that stopped after step {self.step}: {'; '.join(changed)}; "
+                "set it back, name another output, or begin anew with checkpoint.resume=false"
+            )
 
 
 class Checkpoints:
@@ -91,18 +106,23 @@ class Checkpoints:
         self.mesh.barrier()
         return final
 
-    def restore_latest(self) -> Progress | None:
-        """Load the newest step that is whole, saying which were passed over; None if none is."""
+    def restore_latest(self, fixed: dict[str, Any]) -> Progress | None:
+        """Load the newest step that is whole, saying which were passed over; None if none is.
+
+        `fixed` is compared with what the checkpoint says before anything is loaded.
+        """
         for path in steps(self.folder):
             try:
                 manifest = verify(path, self.mesh)
             except CheckpointError as error:
                 self.mesh.say(f"passing over a damaged checkpoint: {error}")
                 continue
+            progress = Progress(**manifest["progress"])
+            progress.check(fixed)
             state = dist_checkpointing.load(self._state(is_loading=True), str(path / "weights"))
             self.model.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            return Progress(**manifest["progress"])
+            return progress
         return None
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 """
 
+import json
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import describe
@@ -44,9 +47,10 @@ def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> 
     checkpoints = Checkpoints(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
     )
-    progress = checkpoints.restore_latest() if config.checkpoint.resume else None
+    fixed = what_stays(config, dataset, loader, architecture)
+    progress = checkpoints.restore_latest(fixed) if config.checkpoint.resume else None
     if progress is None:
-        progress = Progress()
+        progress = Progress(fixed=fixed)
         weights.load_pretrained(SafetensorsFolder(config.model.path), gpt.module, architecture)
         optimizer.reload_model_params()
 
@@ -111,6 +115,20 @@ def load(
         pad_id=tokenizer.pad_id,
         align=mesh.tensor.size if mesh.sequence else 1,
     )
+
+
+def what_stays(
+    config: RunConfig, dataset: PackedDataset, loader: Loader, architecture: arch.Architecture
+) -> dict[str, Any]:
+    """What a resumed run must share with the run that stopped: its examples and its weights."""
+    return {
+        "dataset": dataset.fingerprint,
+        "packs of a step": loader.packs_per_step,
+        "train.seed": config.train.seed,
+        "train.last_step": config.train.last_step,
+        "train.precision": config.train.precision,
+        "architecture": json.loads(json.dumps(asdict(architecture))),
+    }
 
 
 def announce(

@@ -110,3 +110,29 @@ def test_a_model_that_does_not_fit_its_config(place: Path) -> None:
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     assert "the two do not belong together" in refused(place)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train__seed": 7}, "train.seed was 42, now 7"),
+        ({"train__global_batch": 20}, "packs of a step was 4, now 8"),
+        ({"train__precision": "bf16"}, "train.precision was fp32, now bf16"),
+        ({"train__last_step": "pad"}, "train.last_step was drop, now pad"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    model: Path, stopped: Path, change: dict[str, Any], message: str
+) -> None:
+    config = runs.experiment(stopped, model, train__steps=2, **change)
+    (said,) = run_ranks(1, _message, config)
+    assert said is not None
+    assert f"not the run that stopped after step 1: {message}" in said
+
+
+@pytest.fixture(scope="module")
+def stopped(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that took one step."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    runs.train(runs.experiment(folder, model, train__steps=1))
+    return folder
