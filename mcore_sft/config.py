@@ -274,6 +274,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give --config FILE"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -312,7 +314,15 @@ def schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text; here it is the number it looks like."""
+    """YAML 1.1 reads `1e-5` as text; here it is the number it looks like. No key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; the second of two equal keys would silently win."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: the key {key} stands twice")
+        return dict(super().construct_mapping(node, deep=deep))
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -70,6 +70,23 @@ def test_broken_yaml_is_named(tmp_path: Path) -> None:
         config.load(file)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: x\nname: y\nmodel: {path: m}\n", "line 1: the key name stands twice"),
+        ("name: caf\xe9\n".encode("latin-1"), "not UTF-8 text"),
+        (b"", "expected keys and values"),
+    ],
+)
+def test_a_file_that_says_something_else_than_it_seems_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        config.load(file)
+
+
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_experiments_are_valid(file: Path) -> None:
     config.load(file)

@@ -162,6 +162,15 @@ def test_3_layouts(
     assert_same_curve(found, reference_run)
 
 
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "tp2_sp_pp2"])
+def test_3_layouts_of_tied_embeddings(model: Path, tmp_path: Path, layout: str) -> None:
+    tied = tiny.make_model(tmp_path / "tied", vocab_size=703, tie_word_embeddings=True)
+    shutil.copytree(model / "packed", tied / "packed")
+    reference = runs.train(runs.experiment(tmp_path / "one", tied, train__steps=5))
+    found = runs.train(runs.experiment(tmp_path / "split", tied, train__steps=5), layout)
+    assert_same_curve(found, reference)
+
+
 def assert_same_curve(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
     """First step to 1e-6 (loss) and 1e-5 (gradient norm); every loss to 1e-4."""
     assert [line["step"] for line in found] == [line["step"] for line in reference]

@@ -59,7 +59,10 @@ class SafetensorsFolder:
     def _index(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.exists():
-            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
             return files
         single = self.folder / SINGLE
         if not single.exists():

@@ -149,8 +149,13 @@ class Checkpoints:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [path for path in folder.glob("step_*") if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
+    found = [
+        path
+        for path, number in numbers.items()
+        if number.isdecimal() and (path / MANIFEST).is_file()
+    ]
+    return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
 
 
 def verify(path: Path, mesh: Mesh | None = None) -> dict[str, Any]:

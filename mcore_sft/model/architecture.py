@@ -80,22 +80,10 @@ def read(folder: Path) -> Architecture:
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     _refuse_what_is_not_llama(path, config)
-    heads = config["num_attention_heads"]
-    theta, scaling = _rope(path, config)
-    return Architecture(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config["intermediate_size"],
-        vocab=config["vocab_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=config["max_position_embeddings"],
-    )
+    try:
+        return _architecture(path, config)
+    except KeyError as error:
+        raise ConfigError(f"{path}: the key {error} is missing; is this a Llama model?") from None
 
 
 def rope_frequencies(architecture: Architecture) -> Tensor:
@@ -113,6 +101,25 @@ def rope_frequencies(architecture: Architecture) -> Tensor:
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
+    heads = config["num_attention_heads"]
+    theta, scaling = _rope(path, config)
+    return Architecture(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=config["max_position_embeddings"],
+    )
 
 
 def _refuse_what_is_not_llama(path: Path, config: dict[str, Any]) -> None:

@@ -62,6 +62,11 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(run: Path) -> None:
         read_manifest(run / "step_4")
 
 
+def test_folders_of_other_names_are_left_alone(run: Path) -> None:
+    shutil.copytree(run / "step_4", run / "step_final")
+    assert [path.name for path in steps(run)] == ["step_4", "step_3"]
+
+
 def test_resume_passes_over_what_is_damaged_or_half_written(run: Path, model: Path) -> None:
     (run / "step_4" / "weights" / "__0_0.distcp").write_bytes(b"")
     (run / ".step_5.tmp" / "weights").mkdir(parents=True)

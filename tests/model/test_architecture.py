@@ -91,6 +91,12 @@ def test_a_split_that_does_not_fit_is_refused(
         _read(tmp_path, LLAMA_31).check(ParallelConfig(**parallel))
 
 
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA_31.items() if key != "hidden_size"}
+    with pytest.raises(ConfigError, match="the key 'hidden_size' is missing"):
+        _read(tmp_path, config)
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json there"):
         arch.read(tmp_path)
