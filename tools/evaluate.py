@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", metavar="FILE", help="JSON lines that hold the benchmark")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default MODEL/evaluation/NAME")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N problems only")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -19,7 +19,7 @@ def main() -> None:
         help="print N examples, trained tokens green; write nothing",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = command.experiment(arguments)
 
     tokenizer = load_tokenizer(config.model.tokenizer_path)

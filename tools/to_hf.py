@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="without it, DIR/../hf_step_1000"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     checkpoint: Path = arguments.checkpoint
     output: Path = arguments.output or checkpoint.parent / f"hf_{checkpoint.name}"
     # Imported late: torch takes seconds, and a typo should cost none of them.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft import config as configuration
+from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.prompt import Prompt
@@ -59,8 +60,11 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
 def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any]:
     """The base model's generation settings, ending at what the model learned to end with."""
     path = base / "generation_config.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    stops = found.get("eos_token_id", [])
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    stops = found.get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     learned = list(prompt.stop_ids)
     found["eos_token_id"] = learned + [stop for stop in stops if stop not in learned]

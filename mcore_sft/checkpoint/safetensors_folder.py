@@ -27,16 +27,17 @@ class SafetensorsFolder:
         self._open: dict[str, Any] = {}
         self._file_of = self._index()
 
+    def names(self) -> set[str]:
+        """Every tensor that the folder holds."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of the tensor `name`."""
+        return list(self._slice(name).get_shape())
+
     def read(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
         """Rows [start, stop), and `columns` of them, of the tensor `name`."""
         piece = self._slice(name)
-        shape = piece.get_shape()
-        if stop > shape[0] or (columns is not None and columns.stop > shape[1]):
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {shape}, but config.json asks for at least "
-                f"{[stop] if columns is None else [stop, columns.stop]}; the two do not belong "
-                "together"
-            )
         rows: Tensor = piece[start:stop] if columns is None else piece[start:stop, columns]
         return rows
 
@@ -54,7 +55,12 @@ class SafetensorsFolder:
                 ) from None
             except SafetensorError as error:
                 raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-        return self._open[file].get_slice(name)
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.folder / file}: the index says that it holds {name}: {error}"
+            ) from None
 
     def _index(self) -> dict[str, str]:
         index = self.folder / INDEX
@@ -85,6 +91,7 @@ def write(
     def flush() -> None:
         path = folder / f"part-{len(parts)}.safetensors"
         save_file(held, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # the library makes it readable to its owner alone
         parts.append((path, list(held)))
         held.clear()
 

@@ -107,23 +107,50 @@ class Checkpoints:
         return final
 
     def restore_latest(self, fixed: dict[str, Any]) -> Progress | None:
-        """Load the newest step that is whole, saying which were passed over; None if none is.
+        """Load the newest step that is whole; None if the run has no checkpoint yet.
 
+        Damaged ones are set aside as `damaged_step_N`, and said; `CheckpointError` if all are.
         `fixed` is compared with what the checkpoint says before anything is loaded.
         """
+        damaged: dict[Path, CheckpointError] = {}
         for path in steps(self.folder):
             try:
                 manifest = verify(path, self.mesh)
             except CheckpointError as error:
-                self.mesh.say(f"passing over a damaged checkpoint: {error}")
+                damaged[path] = error
                 continue
+            self._set_aside(damaged)
             progress = Progress(**manifest["progress"])
             progress.check(fixed)
             state = dist_checkpointing.load(self._state(is_loading=True), str(path / "weights"))
             self.model.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             return progress
+        if damaged:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint of this run is whole: "
+                f"{'; '.join(str(error) for error in damaged.values())}; repair one, or move them "
+                "away to begin anew"
+            )
         return None
+
+    def begin_anew(self) -> None:
+        """Raise `CheckpointError` where checkpoints of another run would mix with those to come."""
+        found = steps(self.folder)
+        if found:
+            raise CheckpointError(
+                f"{self.folder}: holds {found[0].name} of another run, which "
+                "checkpoint.resume=false would leave behind; name another output, or move it away"
+            )
+
+    def _set_aside(self, damaged: dict[Path, CheckpointError]) -> None:
+        for path, error in damaged.items():
+            self.mesh.say(f"set aside as damaged_{path.name}: {error}")
+            if self.mesh.is_main:
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        self.mesh.barrier()
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         model = self.model.module.sharded_state_dict(prefix="")
@@ -148,13 +175,9 @@ class Checkpoints:
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """The checkpoints of a run, whole or not, newest first."""
     numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
-    found = [
-        path
-        for path, number in numbers.items()
-        if number.isdecimal() and (path / MANIFEST).is_file()
-    ]
+    found = [path for path, number in numbers.items() if number.isdecimal()]
     return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
 
 

@@ -76,10 +76,12 @@ def load_pretrained(
 ) -> None:
     """Fill `model`, the part of it on this rank, reading no more of `folder` than that part."""
     rows = table(architecture)
+    _require_same_tensors(folder, rows, architecture)
     with torch.no_grad():
         for shard in shards(model):
             if shard.key not in rows:
                 raise CheckpointError(f"{shard.key}: no Hugging Face tensor is known for it")
+            _require_same_shapes(folder, shard, rows[shard.key])
             for target, segment, columns in _covered(shard, rows[shard.key]):
                 target.copy_(folder.read(segment.name, segment.start, segment.stop, columns))
 
@@ -90,10 +92,8 @@ def export(
     """Each Hugging Face tensor by name; `read_whole` gives Megatron-core's by its name."""
     for key, segments in table(architecture).items():
         source = read_whole(key)
-        sizes: dict[str, int] = {}
-        for segment in segments:
-            sizes[segment.name] = max(sizes.get(segment.name, 0), segment.stop)
-        made = {name: source.new_empty(size, *source.shape[1:]) for name, size in sizes.items()}
+        sizes = _sizes(segments).items()
+        made = {name: source.new_empty(size, *source.shape[1:]) for name, size in sizes}
         first = 0
         for segment in segments:
             made[segment.name][segment.start : segment.stop] = source[first : first + segment.size]
@@ -108,6 +108,45 @@ def shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):
             yield value
+
+
+def _sizes(segments: tuple[Segment, ...]) -> dict[str, int]:
+    """Rows of each Hugging Face tensor that `segments` name."""
+    sizes: dict[str, int] = {}
+    for segment in segments:
+        sizes[segment.name] = max(sizes.get(segment.name, 0), segment.stop)
+    return sizes
+
+
+def _require_same_tensors(folder: SafetensorsFolder, rows: Table, a: Architecture) -> None:
+    """Raise `CheckpointError` if `folder` holds a weight that the model of its config has not."""
+    known = {segment.name for segments in rows.values() for segment in segments}
+    surplus = {name for name in folder.names() - known if not name.endswith("rotary_emb.inv_freq")}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if a.tied and head in surplus:
+        if not torch.equal(folder.read(head, 0, a.vocab), folder.read(embedding, 0, a.vocab)):
+            raise CheckpointError(
+                f"{folder.folder}: config.json ties {head} to the embedding, but the two differ; "
+                "set tie_word_embeddings to false, or remove the head"
+            )
+        surplus.remove(head)
+    if surplus:
+        raise CheckpointError(
+            f"{folder.folder}: holds {sorted(surplus)[0]} and {len(surplus) - 1} more tensors that "
+            "the model of config.json does not have; the two do not belong together"
+        )
+
+
+def _require_same_shapes(
+    folder: SafetensorsFolder, shard: ShardedTensor, segments: tuple[Segment, ...]
+) -> None:
+    for name, size in _sizes(segments).items():
+        expected = [size, *shard.global_shape[1:]]
+        if folder.shape(name) != expected:
+            raise CheckpointError(
+                f"{folder.folder}: {name} has shape {folder.shape(name)}, but config.json says "
+                f"{expected}; the two do not belong together"
+            )
 
 
 def _whole(name: str, size: int) -> tuple[Segment, ...]:

@@ -6,6 +6,7 @@ files -> Chunk of rows -> Conversation
 import difflib
 import glob
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -82,9 +83,16 @@ def read_chunks(source: SourceConfig, *, root: Path, rows: int = 1024) -> Iterat
 
 def source_files(source: SourceConfig, *, root: Path) -> list[Path]:
     """Files of a source, in order of name; none if it is the name of a Hugging Face dataset."""
-    pattern = str(root / source.path)
-    if Path(pattern).is_file():
-        return [Path(pattern)]
+    path = root / source.path
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise DataError(
+            f"source {source.path!r}: {path} is a folder; name its files, such as "
+            f"{source.path.rstrip('/')}/*.jsonl"
+        )
+    absolute = Path(source.path).is_absolute()
+    pattern = source.path if absolute else os.path.join(glob.escape(str(root)), source.path)
     found = sorted(
         Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()
     )

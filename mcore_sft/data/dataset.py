@@ -31,7 +31,7 @@ class PackedDataset:
             there = ", ".join(self.manifest["splits"])
             raise DataError(
                 f"{folder}: no split {split!r}, only {there}; "
-                f"name its sources in data.{split} and run preprocess again"
+                f"name its sources in data.{split} and run preprocess again with --overwrite"
             )
         files = self.manifest["files"]
         own = {name: files[name] for name in files if name.startswith(f"{split}.")}
@@ -69,4 +69,6 @@ def _array(file: Path) -> npt.NDArray[Any]:
     try:
         return np.asanyarray(np.load(file, mmap_mode="r", allow_pickle=False))
     except ValueError as error:
-        raise DataError(f"{file}: not an array file ({error}); run preprocess again") from None
+        raise DataError(
+            f"{file}: not an array file ({error}); run preprocess again with --overwrite"
+        ) from None

@@ -54,7 +54,7 @@ class IndexedTokens:
         if tokens.stat().st_size != expected:
             raise DataError(
                 f"{tokens}: {tokens.stat().st_size} bytes, but {index.name} describes {expected}; "
-                "run preprocess again"
+                "run preprocess again with --overwrite"
             )
         self._tokens = np.memmap(tokens, dtype=self.dtype, mode="r")
 
@@ -72,14 +72,16 @@ def _read_header(index: Path) -> tuple[int, int]:
         raw = opened.read(_HEADER.size)
     broken = f"{index}: not the index of a token file"
     if len(raw) < _HEADER.size:
-        raise DataError(f"{broken} ({len(raw)} bytes); run preprocess again")
+        raise DataError(f"{broken} ({len(raw)} bytes); run preprocess again with --overwrite")
     magic, version, code, count, documents = _HEADER.unpack(raw)
     if magic != _MAGIC or version != _VERSION or code not in _CODES:
-        raise DataError(f"{broken} (begins with {raw[:18].hex()}); run preprocess again")
+        raise DataError(
+            f"{broken} (begins with {raw[:18].hex()}); run preprocess again with --overwrite"
+        )
     expected = _HEADER.size + 12 * count + 8 * documents
     if index.stat().st_size != expected:
         raise DataError(
             f"{index}: {index.stat().st_size} bytes, its header describes {expected}; "
-            "run preprocess again"
+            "run preprocess again with --overwrite"
         )
     return code, count

@@ -52,11 +52,14 @@ class Loader:
         self.examples_per_step = self.packs_per_step * examples_per_pack
         whole, rest = divmod(len(dataset), self.packs_per_step)
         self.steps_per_epoch = whole + (1 if rest and last_step == "pad" else 0)
+
+    def check(self) -> None:
+        """Raise `DataError` if the packs do not fill one step; validation needs no step."""
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"the dataset has {len(dataset)} packs, fewer than the {self.packs_per_step} of a "
-                f"step (train.global_batch {global_batch}); lower train.global_batch, fill up with "
-                "train.last_step=pad, or give more data"
+                f"the dataset has {len(self._dataset)} packs, fewer than the "
+                f"{self.packs_per_step} of a step (about {self.examples_per_step:.0f} examples); "
+                "lower train.global_batch, fill up with train.last_step=pad, or give more data"
             )
 
     def epoch(self, step: int) -> int:

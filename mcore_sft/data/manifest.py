@@ -49,9 +49,19 @@ def read(folder: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: broken ({error}); run preprocess again") from None
+        raise DataError(
+            f"{file}: broken ({error}); run preprocess again with --overwrite"
+        ) from None
     if found != FORMAT:
-        raise DataError(f"{file}: format {found}, expected {FORMAT}; run preprocess again")
+        raise DataError(
+            f"{file}: format {found}, expected {FORMAT}; run preprocess again with --overwrite"
+        )
+    missing = {"splits", "files", "inputs", "fingerprint"} - manifest.keys()
+    if missing:
+        raise DataError(
+            f"{file}: broken (no {', '.join(sorted(missing))}); "
+            "run preprocess again with --overwrite"
+        )
     return dict(manifest)
 
 
@@ -60,15 +70,17 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify:
     for name, described in files.items():
         file = folder / name
         if not file.is_file():
-            raise DataError(f"{file}: missing, but {NAME} names it; run preprocess again")
+            raise DataError(
+                f"{file}: missing, but {NAME} names it; run preprocess again with --overwrite"
+            )
         size = file.stat().st_size
         if size != described["bytes"]:
             raise DataError(
                 f"{file}: {size} bytes, expected {described['bytes']} ({NAME}); the file is "
-                "truncated or of another run; run preprocess again"
+                "truncated or of another run; run preprocess again with --overwrite"
             )
         if verify and (found := sha256_of(file)) != described["sha256"]:
             raise DataError(
                 f"{file}: corrupt: SHA-256 {found}, expected {described['sha256']} ({NAME}); "
-                "run preprocess again"
+                "run preprocess again with --overwrite"
             )

@@ -79,11 +79,15 @@ def read(folder: Path) -> Architecture:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ConfigError(f"{path}: names no model_type, so it is no model's configuration")
     _refuse_what_is_not_llama(path, config)
     try:
         return _architecture(path, config)
     except KeyError as error:
         raise ConfigError(f"{path}: the key {error} is missing; is this a Llama model?") from None
+    except TypeError as error:
+        raise ConfigError(f"{path}: a number is not a number: {error}") from None
 
 
 def rope_frequencies(architecture: Architecture) -> Tensor:

@@ -6,7 +6,7 @@ Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 import json
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import describe
@@ -37,18 +37,23 @@ def train(config: RunConfig) -> Progress:
 def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> Progress:
     """The story of a run on one rank of `mesh`."""
     dataset = open_dataset(config, "train", mesh)
-    loader = load(config, dataset, architecture, mesh)
+    loader = load(config, "train", dataset, architecture, mesh)
+    loader.check()
     validation = None
     if config.train.validate_every:
         held_out = open_dataset(config, "validation", mesh)
-        validation = load(config, held_out, architecture, mesh)
+        validation = load(config, "validation", held_out, architecture, mesh)
     gpt = build.build(architecture, config.model, config.train, mesh)
     optimizer = optim.build(config.optimizer, config.train, gpt, mesh)
     checkpoints = Checkpoints(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
     )
     fixed = what_stays(config, dataset, loader, architecture)
-    progress = checkpoints.restore_latest(fixed) if config.checkpoint.resume else None
+    progress = None
+    if config.checkpoint.resume:
+        progress = checkpoints.restore_latest(fixed)
+    else:
+        checkpoints.begin_anew()
     if progress is None:
         progress = Progress(fixed=fixed)
         weights.load_pretrained(SafetensorsFolder(config.model.path), gpt.module, architecture)
@@ -82,7 +87,11 @@ def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:
 
 
 def load(
-    config: RunConfig, dataset: PackedDataset, architecture: arch.Architecture, mesh: Mesh
+    config: RunConfig,
+    split: Literal["train", "validation"],
+    dataset: PackedDataset,
+    architecture: arch.Architecture,
+    mesh: Mesh,
 ) -> Loader:
     """The share of `dataset` that this rank reads, once it is sure to fit model and prompt."""
     tokenizer = load_tokenizer(config.model.tokenizer_path)
@@ -94,7 +103,11 @@ def load(
         )
     made = dataset.manifest["inputs"]
     prompt = Prompt.load(config.prompt, tokenizer)
+    sources = config.data.model_dump(mode="json")[split]
     for what, then, now in (
+        # A dataset that is named by its folder alone needs no sources.
+        (f"data.{split}", made["data"][split], sources or made["data"][split]),
+        ("data.seed", made["data"]["seed"], config.data.seed),
         ("tokenizer", made["tokenizer"]["fingerprint"], tokenizer.fingerprint),
         ("prompt", made["prompt"]["fingerprint"], prompt.fingerprint),
         ("data.sequence_length", dataset.sequence_length, config.data.sequence_length),
@@ -127,6 +140,9 @@ def what_stays(
         "train.seed": config.train.seed,
         "train.last_step": config.train.last_step,
         "train.precision": config.train.precision,
+        "optimizer.betas": list(config.optimizer.betas),
+        "optimizer.eps": config.optimizer.eps,
+        "optimizer.decay_1d": config.optimizer.decay_1d,
         "architecture": json.loads(json.dumps(asdict(architecture))),
     }
 
@@ -145,6 +161,8 @@ def announce(
         f"{loader.steps_per_epoch} steps an epoch, {config.train.steps} steps "
         f"({config.train.steps / loader.steps_per_epoch:.2f} epochs)"
     )
+    if progress.step >= config.train.steps:
+        metrics.say(f"nothing to do: train.steps is {config.train.steps}")
     if progress.step:
         metrics.say(f"resumed after step {progress.step} from {config.folder}")
 

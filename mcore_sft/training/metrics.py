@@ -113,9 +113,9 @@ class Metrics:
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.mesh.is_main:
-            # JSON knows no NaN: a step without a loss says null.
+            # JSON knows no NaN and no infinity: they are null.
             plain = {
-                key: None if isinstance(value, float) and math.isnan(value) else value
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in entry.items()
             }
             with self.path.open("a", encoding="utf-8") as file:
@@ -126,6 +126,14 @@ def _cut(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which are about to be taken again."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line + "\n" for line in lines if 0 < _step(line) <= step]
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(line: str) -> int:
+    """The step that a line tells of; 0 if it is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -39,12 +39,6 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         SafetensorsFolder(tmp_path).read("d", 0, 1)
 
 
-def test_a_shape_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    write(tmp_path, TENSORS)
-    with pytest.raises(CheckpointError, match=r"a has shape \[4, 3\]"):
-        SafetensorsFolder(tmp_path).read("a", 0, 5)
-
-
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcore_sft.config import SourceConfig
-from mcore_sft.data.conversation import read_chunks, read_source
+from mcore_sft.data.conversation import read_chunks, read_source, source_files
 from mcore_sft.data.errors import DataError
 
 
@@ -135,3 +135,17 @@ def test_dataset_that_cannot_be_had_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"owner/name.*neither a file nor.*not on the hub"):
         read(tmp_path, path="owner/name")
+
+
+def test_a_glob_under_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "sp ace [x]"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"problem": "p", "generated_solution": "s"}\n')
+    found = source_files(SourceConfig(path="*.jsonl"), root=folder)
+    assert found == [folder / "a.jsonl"]
+
+
+def test_a_folder_is_no_source(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(DataError, match=r"is a folder; name its files, such as rows/\*\.jsonl"):
+        source_files(SourceConfig(path="rows"), root=tmp_path)

@@ -103,7 +103,7 @@ def test_last_step_is_dropped_or_filled_with_empty_packs():
 
 def test_dataset_smaller_than_a_step():
     with pytest.raises(DataError, match=r"7 packs, fewer than the 8 .*train.last_step=pad"):
-        loader(7)
+        loader(7).check()
     assert loader(7, last_step="pad").steps_per_epoch == 1
 
 

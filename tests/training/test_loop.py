@@ -112,9 +112,62 @@ def test_a_model_that_does_not_fit_its_config(place: Path) -> None:
     assert "the two do not belong together" in refused(place)
 
 
+def test_a_model_with_more_layers_than_its_config(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "holds model.layers.3." in refused(place)
+
+
+def test_a_model_wider_than_its_config(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert "but config.json says [64, 64]; the two do not belong together" in refused(place)
+
+
+def test_a_tied_model_with_a_head_of_its_own(place: Path) -> None:
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "ties lm_head.weight to the embedding, but the two differ" in refused(place)
+
+
+def test_other_sources_than_the_dataset_was_made_of(place: Path) -> None:
+    message = refused(place, data__train=[{"path": "rows.jsonl", "limit": 5}])
+    assert "was made with another data.train" in message
+
+
+def test_a_run_does_not_begin_anew_among_checkpoints(model: Path, stopped: Path) -> None:
+    config = runs.experiment(stopped, model, checkpoint__resume=False)
+    (said,) = run_ranks(1, _message, config)
+    assert said is not None
+    assert "holds step_1 of another run" in said
+
+
+def test_no_checkpoint_is_whole(model: Path, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    (folder / "step_1" / "manifest.json").unlink()
+    (said,) = run_ranks(1, _message, runs.experiment(folder, model))
+    assert said is not None
+    assert "no checkpoint of this run is whole" in said
+    assert len(runs.metrics(runs.experiment(folder, model))) == 1
+
+
+def test_a_small_validation_set(model: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "data__validation": [{"path": "rows.jsonl", "limit": 3}],
+        "data__packed": str(tmp_path / "packed"),
+        "train__validate_every": 1,
+        "train__steps": 1,
+    }
+    config = runs.experiment(tmp_path / "run", model, **changes)
+    runs.pack_rows(config)
+    assert "validation_loss" in runs.train(config)[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"optimizer__betas": [0.5, 0.6]}, "optimizer.betas was"),
+        ({"optimizer__decay_1d": False}, "optimizer.decay_1d was True, now False"),
         ({"train__seed": 7}, "train.seed was 42, now 7"),
         ({"train__global_batch": 20}, "packs of a step was 4, now 8"),
         ({"train__precision": "bf16"}, "train.precision was fp32, now bf16"),
