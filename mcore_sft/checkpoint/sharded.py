@@ -59,7 +59,7 @@ class Progress:
         if changed:
             raise CheckpointError(
                 f"this is not the run that stopped after step {self.step}: {'; '.join(changed)}; "
-                "set it back, name another output, or begin anew with checkpoint.resume=false"
+                "set it back, or name another output"
             )
 
 

@@ -3,7 +3,6 @@
 Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 """
 
-import json
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -143,7 +142,7 @@ def what_stays(
         "optimizer.betas": list(config.optimizer.betas),
         "optimizer.eps": config.optimizer.eps,
         "optimizer.decay_1d": config.optimizer.decay_1d,
-        "architecture": json.loads(json.dumps(asdict(architecture))),
+        "architecture": asdict(architecture),
     }
 
 
