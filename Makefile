@@ -16,10 +16,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install \
 	$(shell [ -t 2 ] || echo --quiet)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test check clean
+CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
+NVCC ?= nvcc
+
+.PHONY: help setup demo test check check-cuda sanitize gpu-report clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMPS)/package ## install everything into .venv (the others do it by themselves)
 	@:
@@ -30,13 +33,39 @@ demo: setup ## train a small model to solve word problems; PARALLEL="--pipeline 
 test: setup ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-check: setup ## format, lint, types, floors
+check: setup ## format, lint, types, floors, CUDA
 	@echo "check: ruff format" && $(BIN)/ruff format --check .
 	@echo "check: ruff" && $(BIN)/ruff check .
 	@echo "check: mypy" && $(BIN)/mypy --strict mcore_sft
 	@echo "check: torch.cuda is named in mcore_sft/runtime only"
 	@! grep -rn --include='*.py' 'torch\.cuda' mcore_sft | grep -v '^mcore_sft/runtime/'
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
+	@$(MAKE) --no-print-directory check-cuda
+
+check-cuda: $(STAMPS)/torch ## compile csrc/cuda for A100 and H100; needs nvcc, no GPU
+	@if command -v $(NVCC) >/dev/null; then $(MAKE) -s $(STAMPS)/cuda; \
+		else echo "check: csrc/cuda SKIPPED: $(NVCC) is not there"; fi
+
+sanitize: setup ## the tests of the CPU operators under the address and undefined-behaviour sanitizers
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	mkdir "$$folder/csrc"; cp -r csrc/*.cpp csrc/cpu "$$folder/csrc"; \
+	cp -r mcore_sft tests tools pyproject.toml setup.py README.md LICENSE "$$folder"; \
+	python=$$PWD/$(BIN)/python; cd "$$folder"; rm -f mcore_sft/*.so; \
+	echo "sanitize: building csrc"; \
+	flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"; \
+	CFLAGS="$$flags" LDFLAGS="$$flags" "$$python" setup.py build_ext --inplace >log 2>&1 \
+		|| { cat log; exit 1; }; \
+	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
+	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 "$$python" -m pytest -q -s tests/ops
+
+gpu-report: setup ## on a machine with a GPU: its tests and benchmarks; what fails is said at the end
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo "error: torch sees no CUDA device; run this where there is one" >&2; exit 1; }
+	@failed=; \
+	$(BIN)/python -m pytest -q -m gpu || failed+=" tests"; \
+	$(BIN)/python benchmarks/loss.py --device cuda --json benchmarks/results/loss_cuda.json \
+		|| failed+=" benchmarks/loss.py"; \
+	echo "gpu-report: $${failed:+FAILED:}$${failed:-everything passed}"; [ -z "$$failed" ]
 
 clean: ## remove what was built and cached; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
@@ -69,6 +98,21 @@ $(STAMPS)/package: $(STAMPS)/torch pyproject.toml setup.py $(OPERATORS)
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev,plot]' || { echo "error: see above:" \
 		"either csrc did not build, or pip reached no package index (set PIP_INDEX_URL to one that" \
 		"answers); mend it and run make again" >&2; exit 1; }
+	@touch $@
+
+# By nvcc itself: the extension builder of a CPU build of torch refuses. The options are setup.py's,
+# and spilled registers are an error.
+$(STAMPS)/cuda: $(STAMPS)/torch $(CUDA_SOURCES) Makefile
+	@headers=$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')/include; \
+	object=$$(mktemp --suffix=.o); trap 'rm -f "$$object"' EXIT; \
+	for source in $(CUDA_SOURCES); do \
+		echo "check: nvcc $$source"; \
+		$(NVCC) -c -O3 -std=c++20 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 --threads=2 \
+			-gencode=arch=compute_80,code=sm_80 "-gencode=arch=compute_90,code=[sm_90,compute_90]" \
+			-isystem "$$headers" -isystem "$$headers/torch/csrc/api/include" \
+			-Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
+			-Xptxas=-warn-spills,-warn-lmem-usage,-Werror -o "$$object" "$$source"; \
+	done
 	@touch $@
 
 NO_INDEX = echo "error: pip could not install this; if it reached no package index," \

@@ -1,14 +1,20 @@
-"""csrc/ in, mcore_sft/_C.abi3.so out; everything else about the package is in pyproject.toml."""
+"""csrc/ in, mcore_sft/_C*.abi3.so out; everything else about the package is in pyproject.toml."""
 
 from pathlib import Path
-from shutil import which
 
+import torch
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 # The stable ABI of torch 2.11: one build serves every later version of torch and of Python.
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 OPTIONS = ["-O3", "-std=c++20", "-fvisibility=hidden", ABI]
+# Machine code for A100 and H100, and for later GPUs PTX. `make check-cuda` compiles with the same.
+CUDA_OPTIONS = [
+    *("-O3", "-std=c++20", "-DUSE_CUDA", ABI, "--threads=2"),
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
 
 root = Path(__file__).parent
 
@@ -18,17 +24,29 @@ def sources(pattern: str) -> list[str]:
     return [str(path.relative_to(root)) for path in sorted((root / "csrc").glob(pattern))]
 
 
-def extension() -> Extension:
-    """The CPU operators always; the CUDA ones where there are some and nvcc is at hand."""
-    cpp = [*sources("*.cpp"), *sources("cpu/*.cpp")]
-    cuda = sources("cuda/*.cu") if CUDA_HOME and which("nvcc", path=f"{CUDA_HOME}/bin") else []
-    kind = CUDAExtension if cuda else CppExtension
-    flags = {"cxx": OPTIONS, "nvcc": ["-O3", "-std=c++20", ABI]} if cuda else {"cxx": OPTIONS}
-    return kind("mcore_sft._C", [*cpp, *cuda], extra_compile_args=flags, py_limited_api=True)
+def extensions() -> list[Extension]:
+    """The CPU operators always; the CUDA ones where torch is a CUDA build and nvcc is there."""
+    cpu = CppExtension(
+        "mcore_sft._C",
+        [*sources("*.cpp"), *sources("cpu/*.cpp")],
+        extra_compile_args={"cxx": OPTIONS},
+        py_limited_api=True,
+    )
+    cuda_sources = sources("cuda/*.cu")
+    nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
+    if not (torch.version.cuda and nvcc and cuda_sources):
+        return [cpu]
+    cuda = CUDAExtension(
+        "mcore_sft._C_cuda",
+        cuda_sources,
+        extra_compile_args={"cxx": OPTIONS, "nvcc": CUDA_OPTIONS},
+        py_limited_api=True,
+    )
+    return [cpu, cuda]
 
 
 setup(
-    ext_modules=[extension()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mcore_sft.data import batch as batches
 from mcore_sft.model import build, layers
@@ -45,14 +46,22 @@ def test_a_shifted_mask_is_caught_by_the_plain_loop(model: Path, tmp_path: Path)
 
 
 def test_mean_of_means_is_caught(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrap(token_loss: Any) -> Any:
-        def mean(batch: Any, losses: Any) -> Any:
-            total, tokens, logged = token_loss(batch, losses)
-            return total / tokens, tokens * 0 + 1, logged / tokens
+    def wrap_head(head: Any) -> Any:
+        def mean(*args: Any, **kwargs: Any) -> Any:
+            labels = args[2]
+            return head(*args, weights=torch.ones(len(labels)) / len(labels), **kwargs)
 
         return mean
 
-    plant(monkeypatch, step, "token_loss", wrap)
+    def wrap_loss(token_loss: Any) -> Any:
+        def one(batch: Any, loss: Any) -> Any:
+            total, tokens, logged = token_loss(batch, loss)
+            return total, tokens * 0 + 1, logged
+
+        return one
+
+    plant(monkeypatch, build, "linear_cross_entropy", wrap_head)
+    plant(monkeypatch, step, "token_loss", wrap_loss)
     with pytest.raises(AssertionError):
         equalities.check_2(model, "one row")
 

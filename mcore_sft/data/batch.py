@@ -25,7 +25,8 @@ class Batch:
 
     tokens int64 [1, T]; labels int64 [1, T], the next token of the same document or IGNORE;
     positions int64 [1, T], from 0 in each document; starts int32 [N + 1], where documents begin
-    (cu_seqlens), padding included; rows int64 [R], in order, of the rows that have a label;
+    (cu_seqlens), padding included; rows int64 [R], in order, of the rows that have a label, always
+    on the CPU;
     longest = tokens of the longest document; useful = tokens that are not padding;
     examples = documents that are not padding.
     """
@@ -50,13 +51,13 @@ class Batch:
         return self.rows.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
+        """The same batch on `device`, but for `rows`: the host lays out the loss by them."""
         return Batch(
             tokens=self.tokens.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             starts=self.starts.to(device, non_blocking=True),
-            rows=self.rows.to(device, non_blocking=True),
+            rows=self.rows,
             longest=self.longest,
             useful=self.useful,
             examples=self.examples,

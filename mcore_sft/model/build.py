@@ -38,24 +38,31 @@ class Gpt(GPTModel):
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Hidden states [T, 1, D] before the last stage; there the loss [R], or logits [1, T, V].
+        """Hidden states [T, 1, D] before the last stage; there the loss or logits [1, T, V].
 
-        Where labels are given, `loss_mask` carries the supervised rows [R]: it is the one tensor
-        that Megatron-core hands through to here untouched.
+        Where labels are given, `loss_mask` carries the supervised rows [R], on the CPU: it is the
+        one tensor that Megatron-core hands through to here untouched.
         """
         if not self.post_process or labels is None:
             output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
             return output
         rows = kwargs["loss_mask"]
+        weight = self.output_weight()
+        main_grad = getattr(weight, "main_grad", None)
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            weight = weight.detach()  # autograd brings the gradient of the embedding alone
+        elif main_grad is not None and torch.is_grad_enabled():
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return linear_cross_entropy(
             hidden_states.squeeze(1),
-            self.output_weight(),
-            rows,
-            labels[0].index_select(0, rows),
+            weight,
+            labels[0].index_select(0, rows.to(labels.device, non_blocking=True)),
+            rows=rows,
             vocab_size=self.real_vocab,
             group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
-        )
+            main_grad=main_grad,
+        ).loss
 
     def output_weight(self) -> Tensor:
         """Vocabulary rows [V, D] of the output layer, which may be those of the embedding."""

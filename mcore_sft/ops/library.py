@@ -7,6 +7,7 @@ import torch
 from mcore_sft.errors import UserError
 
 _PACKAGE = Path(__file__).parent.parent
+_BUILD = "`pip install --no-build-isolation -e .` in the root of the repository"
 
 
 class LibraryError(UserError):
@@ -15,16 +16,29 @@ class LibraryError(UserError):
 
 def load(folder: Path = _PACKAGE) -> None:
     """Load the operators; `LibraryError` says how to build them where they are absent."""
-    built = sorted(folder.glob("_C*.so"))
+    built = sorted(folder.glob("_C.*so"))
+    if not built:
+        raise LibraryError(f"{folder}: the compiled operators (_C.*so) are not built; run {_BUILD}")
+    _load(built[-1])
+
+
+def load_cuda(folder: Path = _PACKAGE) -> None:
+    """Load what computes the operators on CUDA tensors, beside `load`; errors as there."""
+    built = sorted(folder.glob("_C_cuda.*so"))
     if not built:
         raise LibraryError(
-            f"{folder}: the compiled operators (_C*.so) are not built; "
-            "run `pip install --no-build-isolation -e .` in the root of the repository"
+            f"{folder}: the compiled CUDA operators (_C_cuda.*so) are not built; with nvcc at hand "
+            f"(its folder on PATH, or CUDA_HOME) and a CUDA build of torch (this is "
+            f"{torch.__version__}) run {_BUILD}"
         )
+    _load(built[-1])
+
+
+def _load(path: Path) -> None:
     try:
-        torch.ops.load_library(built[-1])  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise LibraryError(
-            f"{built[-1]}: torch {torch.__version__} cannot load it ({error}); build it again: "
-            "`pip install --no-build-isolation -e .` in the root of the repository"
+            f"{path}: torch {torch.__version__} cannot load it ({error.__cause__ or error}); "
+            f"build it again: {_BUILD}"
         ) from None

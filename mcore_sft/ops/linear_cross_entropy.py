@@ -1,116 +1,252 @@
-"""Output layer and cross entropy as one operator: hidden states in, one loss a row out.
+"""Output layer and cross entropy as one operator: hidden states in, the loss out.
 
-    hidden_TD --rows--> hidden_RD --weight_VD--> logits_RV --labels_R--> loss_R
+    hidden_TD --rows--> hidden_RD --weight_VD--> logits_RV --labels_R--> loss
 
 T = rows of the pack (all of them, or this rank's share under sequence parallelism), R = supervised
 rows, D = model width, V = vocabulary rows of this rank (padding included).
 
-This is the plain-torch reference: the vocabulary-parallel cross entropy in fp32 whatever the
-inputs, with padded vocabulary rows left out of the softmax. It holds R x V logits; it is the oracle
-that compiled versions are measured against.
+`reference` says what is computed, in plain torch. The operator computes the gradients with the
+loss, in the forward pass, so that nothing is computed twice and no more logits exist at a time than
+those of a chunk of rows; csrc/ turns the logits of a chunk into their gradient in place, in fp32
+arithmetic. Only supervised rows enter the head. Over a tensor-parallel group each rank holds its
+own vocabulary rows; five numbers a row are exchanged, and combined in the order of the ranks.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from mcore_sft.ops import devices  # noqa: F401 (registers what the operators compute)
+from mcore_sft.ops.head import Options, arithmetic
+
+IGNORE = -100
+
+
+class LinearCrossEntropy(NamedTuple):
+    """What the operator says of R supervised rows; all but `loss` is free of gradients."""
+
+    loss: Tensor
+    """Scalar, the sum of weights * token_loss; with reduction "none" [R], without the sum."""
+    token_loss: Tensor
+    """[R], in nats, smoothing and z-loss included, without weights; 0 for an ignored row."""
+    log_normalizer: Tensor
+    """[R], log of the sum of exp(logits)."""
+    entropy: Tensor
+    """[R], of the distribution over the vocabulary, in nats."""
+    hit: Tensor
+    """bool [R], whether no logit is larger than the label's."""
 
 
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    rows: Tensor,
     labels: Tensor,
     *,
-    vocab_size: int,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-) -> Tensor:
-    """Cross entropy [R] in fp32 of the supervised rows; it is differentiable in both tensors.
+    ignore_index: int = IGNORE,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "sum",
+    main_grad: Tensor | None = None,
+) -> LinearCrossEntropy:
+    """Cross entropy of `labels` under softmax(hidden[rows] @ weight.T), in fp32 arithmetic.
 
-    hidden: [T, D]; with `sequence_parallel`, this rank's contiguous share of the T rows.
+    hidden: [T, D], fp32 or bf16 (fp64 on the CPU); with `sequence_parallel` this rank's share.
     weight: [V, D], this rank's vocabulary rows [rank * V, rank * V + V) of the padded vocabulary.
-    rows: int64 [R], sorted row numbers among all T; only these enter the head.
-    labels: int64 [R], token ids below `vocab_size`.
+    labels: int64 [R], token ids below `vocab_size`, or `ignore_index`: that row counts for nothing.
+    rows: int64 [R], increasing, ON THE CPU: numbers among all T rows. None means all of them.
+    weights: fp32 [R] factors of each row's loss; None means 1.
+    vocab_size: columns that are no padding; None means all.
     group: the tensor-parallel ranks that share the vocabulary; None is one rank with all of it.
+    z_loss: adds z_loss * log_normalizer^2 (PaLM, arXiv 2204.02311, section 5).
+    label_smoothing: share of the target spread evenly over the vocabulary (arXiv 1512.00567).
+    reduction: "sum", whose gradients are made in the forward pass; "none", for an upstream gradient
+        that differs from row to row, computes the logits once more in the backward pass.
+    main_grad: fp32 [V, D]. The weight's gradient is added to it, in the forward pass (not under
+        no_grad), and what autograd is given for the weight is to be thrown away: Megatron-core does
+        so where `weight.grad_added_to_main_grad`. A detached weight is given nothing. The upstream
+        gradient must be 1: put factors into `weights`.
+
+    Gradients flow to `hidden` and `weight`, once: there are no second derivatives.
     """
-    if group is not None and dist.get_world_size(group) > 1:
-        rows_of_all: Any = _GatherRows if sequence_parallel else _ShareRows
-        hidden = rows_of_all.apply(hidden, group)
-    logits = (hidden.index_select(0, rows) @ weight.t()).float()
-    cross_entropy: Any = _VocabParallelCrossEntropy
-    losses: Tensor = cross_entropy.apply(logits, labels, vocab_size, group)
-    return losses
+    if reduction not in ("sum", "none"):
+        raise ValueError(f'reduction is {reduction!r}, expected "sum" or "none"')
+    if main_grad is not None and reduction == "none":
+        raise ValueError('main_grad needs reduction "sum"')
+    sharded = group is not None and dist.get_world_size(group) > 1
+    options = Options(
+        vocab_size=vocab_size or weight.shape[0] * (dist.get_world_size(group) if sharded else 1),
+        group=group.group_name if group is not None and sharded else "",
+        sequence_parallel=sequence_parallel and sharded,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )
+    if weights is None:
+        weights = torch.ones(labels.shape, dtype=arithmetic(hidden.dtype), device=hidden.device)
+    tensors = (hidden, weight, labels, rows, weights)
+    for_hidden = torch.is_grad_enabled() and hidden.requires_grad
+    for_weight = torch.is_grad_enabled() and weight.requires_grad
+    if reduction == "none" and (for_hidden or for_weight):
+        per_row: Any = _PerRow
+        return LinearCrossEntropy(*per_row.apply(*tensors, options))
+    if main_grad is not None and torch.is_grad_enabled():
+        into: Any = _IntoMainGrad
+        return LinearCrossEntropy(*into.apply(*tensors, main_grad, options))
+    loss, *figures, _, _ = _operator(*tensors, *options, for_hidden, for_weight)
+    if reduction == "none":
+        loss = torch.where(weights == 0, 0, weights * figures[0])
+    return LinearCrossEntropy(loss, *figures)
 
 
-class _ShareRows(torch.autograd.Function):
-    """The same rows on every rank; their gradient is the sum of what each rank contributes."""
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = IGNORE,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> LinearCrossEntropy:
+    """What `linear_cross_entropy` computes on one rank, by the book: R x V logits and autograd."""
+    if rows is not None:
+        hidden = hidden.index_select(0, rows.to(hidden.device))
+    logits = (hidden @ weight.t())[:, :vocab_size]
+    logits = logits.to(arithmetic(hidden.dtype))
+    log_normalizer = logits.logsumexp(1)
+    nll = functional.cross_entropy(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    counts = labels != ignore_index
+    token_loss = nll + z_loss * log_normalizer.square() * counts
+    with torch.no_grad():
+        log_p = logits.log_softmax(1)
+        entropy = -(log_p.exp() * log_p).sum(1)
+        of_label = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        hit = counts & (of_label >= logits.amax(1))
+    loss = (token_loss if weights is None else weights * token_loss).sum()
+    return LinearCrossEntropy(loss, token_loss.detach(), log_normalizer.detach(), entropy, hit)
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return hidden.view_as(hidden)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+_operator = torch.ops.mcore_sft.linear_cross_entropy
+_mutating_operator = torch.ops.mcore_sft.linear_cross_entropy_main_grad_
 
 
-class _GatherRows(torch.autograd.Function):
-    """All rows from each rank's share; the gradient is summed and split back."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = hidden.new_empty(hidden.shape[0] * dist.get_world_size(group), *hidden.shape[1:])
-        dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        share = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
-        dist.reduce_scatter_tensor(share, grad.contiguous(), group=ctx.group)
-        return share, None
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+    ctx.gradients = output[-2:]
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """-log softmax(logits_RV)[labels_R] over the vocabulary shards of `group`."""
+def _scale_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients made in the forward pass times that of the loss, in place.
+
+    A second backward pass through the same loss finds them used up, and computes them anew.
+    """
+    gradients = ctx.gradients or _operator(*ctx.saved_tensors, *ctx.options)[-2:]
+    ctx.gradients = None
+    if type(grad) is Tensor:
+        for gradient in gradients:
+            torch.ops.mcore_sft.scale_(gradient, grad)
+    else:  # torch.compile traces: no output of the forward pass may change after it
+        gradients = [gradient * grad for gradient in gradients]
+    grad_hidden, grad_weight = gradients
+    for_hidden, for_weight = ctx.options[-2:]
+    return (
+        grad_hidden if for_hidden else None,
+        grad_weight if for_weight else None,
+        *[None] * (3 + len(ctx.options)),
+    )
+
+
+torch.library.register_autograd(
+    "mcore_sft::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients
+)
+
+
+class _IntoMainGrad(torch.autograd.Function):
+    """The gradient of the weight goes into main_grad at once; that of hidden waits."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup | None
-    ) -> Tensor:
-        sharded = group is not None and dist.get_world_size(group) > 1
-        width = logits.shape[1]
-        first = dist.get_rank(group) * width if sharded else 0
-        # Rows of the padded vocabulary beyond the real one take no part in the softmax.
-        logits = logits.clone()
-        logits[:, max(0, vocab_size - first) :] = -torch.inf
-
-        largest = logits.amax(dim=1)
-        if sharded:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        exponentials = (logits - largest[:, None]).exp_()
-        normalizer = exponentials.sum(dim=1)
-
-        column = labels - first
-        here = (column >= 0) & (column < width)
-        column = column.clamp(0, width - 1)
-        of_label = logits.gather(1, column[:, None])[:, 0].masked_fill(~here, 0.0)
-        if sharded:
-            sums = torch.stack([normalizer, of_label])
-            dist.all_reduce(sums, group=group)
-            normalizer, of_label = sums[0], sums[1]
-
-        ctx.save_for_backward(exponentials.div_(normalizer[:, None]), column, here)
-        return largest + normalizer.log() - of_label
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rows: Tensor | None,
+        weights: Tensor,
+        main_grad: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, ...]:
+        for_hidden = ctx.needs_input_grad[0]
+        loss, *figures, grad_hidden = _mutating_operator(
+            hidden, weight, labels, rows, weights, main_grad, *options, for_hidden
+        )
+        ctx.mark_non_differentiable(*figures)
+        ctx.save_for_backward(grad_hidden, weight)
+        return loss, *figures
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, column, here = ctx.saved_tensors
-        gradient = probabilities * grad[:, None]
-        gradient.scatter_add_(1, column[:, None], (-grad * here)[:, None])
-        return gradient, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        torch._assert_async(
+            grad == 1,
+            "the upstream gradient is not 1, but main_grad has the weight's gradient already: "
+            "put the factor into `weights`",
+        )
+        grad_hidden, weight = ctx.saved_tensors
+        return (
+            grad_hidden if ctx.needs_input_grad[0] else None,
+            torch.empty_like(weight) if ctx.needs_input_grad[1] else None,
+            *[None] * 5,
+        )
+
+
+class _PerRow(torch.autograd.Function):
+    """One loss a row, whose gradients need another computation once the upstream ones are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rows: Tensor | None,
+        weights: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(hidden, weight, labels, rows, weights)
+        ctx.options = options
+        _, *figures, _, _ = _operator(hidden, weight, labels, rows, weights, *options, False, False)
+        ctx.mark_non_differentiable(*figures)
+        return torch.where(weights == 0, 0, weights * figures[0]), *figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, rows, weights = ctx.saved_tensors
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        *_, grad_hidden, grad_weight = _operator(
+            hidden, weight, labels, rows, weights * grad, *ctx.options, for_hidden, for_weight
+        )
+        return (
+            grad_hidden if for_hidden else None,
+            grad_weight if for_weight else None,
+            *[None] * 4,
+        )

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
 from mcore_sft.config import ConfigError, ParallelConfig
+from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.device import device as this_device
 
@@ -92,6 +93,7 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
     host = megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
     with host:
         if device.type == "cuda":
+            library.load_cuda()
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "MASTER_ADDR" in os.environ:

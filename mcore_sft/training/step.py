@@ -125,11 +125,10 @@ def forward_step(batches: Iterator[Batch], model: Any, *, mesh: Mesh) -> tuple[T
     return output, partial(token_loss, batch)
 
 
-def token_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_loss(batch: Batch, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, number of supervised tokens, and the sum once more for the log."""
-    total = losses.sum()
-    tokens = torch.tensor(batch.supervised, dtype=torch.int, device=losses.device)
-    return total, tokens, total.detach()
+    tokens = torch.tensor(batch.supervised, dtype=torch.int, device=loss.device)
+    return loss, tokens, loss.detach()
 
 
 def packed(batch: Batch) -> PackedSeqParams:

@@ -65,6 +65,7 @@ def test_first_token_is_predicted_by_nothing():
 def test_other_device_holds_the_same_batch():
     batch = collate([PACK], 8, pad_id=9)
     moved = batch.to("meta")
-    assert moved.tokens.device.type == moved.rows.device.type == "meta"
+    assert moved.tokens.device.type == moved.labels.device.type == "meta"
+    assert moved.rows.device.type == "cpu"
     assert moved.useful == batch.useful
     assert moved.supervised == batch.supervised

@@ -1,114 +1,492 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
-from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
+from mcore_sft.ops.linear_cross_entropy import (
+    IGNORE,
+    LinearCrossEntropy,
+    linear_cross_entropy,
+    reference,
+)
 from tests.distributed import run_ranks
 
-T, D, VOCAB, PADDED = 12, 8, 29, 32
-ROWS = torch.tensor([0, 3, 4, 9, 11])
+D, VOCAB, PADDED = 12, 101, 104
+OPTIONS = [{}, {"z_loss": 1e-2}, {"label_smoothing": 0.1}]
+OPTIONS.append({name: value for each in OPTIONS for name, value in each.items()})
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Inputs in fp64 whose values bf16 holds exactly; `rows` of `hidden` enter the head."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    rows: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    result: LinearCrossEntropy
+    hidden: Tensor
+    weight: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is no bool, gradients last."""
+        return (*self.result[:4], self.hidden, self.weight)
+
+
+def case(length: int = 1600, rows: int = 1200) -> Case:
+    """By default so many rows that the operator needs three chunks in bf16 and five in fp32."""
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(T, D, generator=random)
-    weight = torch.randn(PADDED, D, generator=random) * 3
-    labels = torch.randint(0, VOCAB, (len(ROWS),), generator=random)
-    upstream = torch.tensor([1.0, -2.0, 0.0, 0.25, 3.0])
-    return hidden, weight, labels, upstream
+    labels = torch.randint(0, VOCAB, (rows,), generator=random)
+    labels[7::50] = IGNORE
+    return Case(
+        hidden=torch.randn(length, D, generator=random).bfloat16().double(),
+        weight=torch.randn(PADDED, D, generator=random).bfloat16().double(),
+        labels=labels,
+        rows=torch.randperm(length, generator=random)[:rows].sort().values,
+        weights=torch.rand(rows, generator=random).double(),
+    )
 
 
-def _expected() -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and gradients in fp64 by torch, the padding of the vocabulary cut off."""
-    hidden, weight, labels, upstream = _inputs()
-    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    losses = functional.cross_entropy(h[ROWS] @ w[:VOCAB].t(), labels, reduction="none")
-    (losses * upstream).sum().backward()
-    assert h.grad is not None
-    assert w.grad is not None
-    return losses.detach(), h.grad, w.grad
+def compute(
+    function: Callable[..., LinearCrossEntropy],
+    case: Case,
+    dtype: torch.dtype,
+    upstream: Tensor | float = 1.0,
+    **options: Any,
+) -> Outcome:
+    hidden = case.hidden.to(dtype, copy=True).requires_grad_()
+    weight = case.weight.to(dtype, copy=True).requires_grad_()
+    result = function(
+        hidden,
+        weight,
+        case.labels,
+        rows=case.rows,
+        weights=case.weights.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        vocab_size=VOCAB,
+        **options,
+    )
+    (result.loss * upstream).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(result=result, hidden=hidden.grad, weight=weight.grad)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
+def error(found: Tensor, exact: Tensor) -> float:
+    """Root mean square."""
+    return (found.double() - exact).square().mean().sqrt().item()
 
 
-def test_one_rank_is_torch_without_the_padding() -> None:
-    hidden, weight, labels, upstream = _inputs()
-    h, w = hidden.requires_grad_(), weight.requires_grad_()
-    losses = linear_cross_entropy(h, w, ROWS, labels, vocab_size=VOCAB)
-    (losses * upstream).sum().backward()
-    for found, expected in zip((losses.detach(), h.grad, w.grad), _expected(), strict=True):
-        assert found is not None
-        assert _close(found, expected)
-    assert w.grad is not None
-    assert not w.grad[VOCAB:].any()
+def assert_no_worse_than_plain(
+    ours: Outcome, plain: Outcome, exact: Outcome, weight: float = 1.0
+) -> None:
+    """Against fp64; `weight` times plain torch's error is allowed to the weight's gradient."""
+    triples = list(zip(ours.tensors(), plain.tensors(), exact.tensors(), strict=True))
+    for number, (mine, theirs, truth) in enumerate(triples):
+        allowed = error(theirs, truth) * (weight if number == len(triples) - 1 else 1)
+        assert error(mine, truth) <= allowed + 1e-6 * (1 + error(truth, torch.zeros(())))
+    assert torch.equal(ours.result.hit, plain.result.hit)
 
 
-def _rank(sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_error_beyond_that_of_plain_torch(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    exact = compute(reference, case(), torch.float64, **options)
+    plain = compute(reference, case(), dtype, **options)
+    ours = compute(linear_cross_entropy, case(), dtype, **options)
+    # On the CPU the products of the three chunks in bf16 are rounded before they are added up.
+    assert_no_worse_than_plain(ours, plain, exact, weight=1.2 if dtype == torch.bfloat16 else 1)
+    assert not ours.weight[VOCAB:].any()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fp64_is_torch(options: dict[str, Any]) -> None:
+    exact = compute(reference, case(), torch.float64, **options)
+    ours = compute(linear_cross_entropy, case(), torch.float64, **options)
+    for mine, truth in zip(ours.tensors(), exact.tensors(), strict=True):
+        assert torch.allclose(mine, truth, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_are_those_of_the_loss(reduction: str, options: dict[str, Any]) -> None:
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 3, dtype=torch.float64, generator=random, requires_grad=True)
+    weight = torch.randn(8, 3, dtype=torch.float64, generator=random, requires_grad=True)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            torch.tensor([2, 6, IGNORE, 0]),
+            rows=torch.tensor([0, 2, 3, 5]),
+            weights=torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=torch.float64),
+            vocab_size=7,
+            reduction=reduction,
+            **options,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("upstream", [3.0, 0.0, -0.5])
+def test_a_scalar_upstream_gradient_scales(upstream: float) -> None:
+    exact = compute(reference, case(), torch.float64, upstream)
+    ours = compute(linear_cross_entropy, case(), torch.float32, upstream)
+    assert error(ours.hidden, exact.hidden) < 1e-5
+    assert error(ours.weight, exact.weight) < 1e-5
+
+
+def test_upstream_gradients_that_differ_from_row_to_row() -> None:
+    few = case()
+    upstream = torch.randn(2 * len(few.rows), generator=torch.Generator().manual_seed(1))[::2]
+    weighted = replace(few, weights=few.weights * upstream.double())
+    exact = compute(reference, weighted, torch.float64)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        ours = compute(linear_cross_entropy, few, dtype, upstream, reduction="none")
+        assert ours.result.loss.shape == few.labels.shape
+        assert error(ours.hidden, exact.hidden) < limit
+        assert error(ours.weight, exact.weight) < limit
+
+
+def test_a_second_backward_pass_finds_the_same_gradients() -> None:
+    few = case(9, 7)
+    hidden, weight = few.hidden.requires_grad_(), few.weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, few.labels, rows=few.rows).loss
+    first = torch.autograd.grad(loss * 0, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    third = torch.autograd.grad(loss, (hidden, weight))
+    assert not any(gradient.any() for gradient in first)
+    assert all(torch.equal(one, other) for one, other in zip(second, third, strict=True))
+    assert second[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_the_weight_is_added_to_main_grad(dtype: torch.dtype) -> None:
+    exact = compute(reference, case(), torch.float64)
+    plain = compute(reference, case(), dtype)
+    main_grad = torch.full((PADDED, D), 3.0)
+    ours = compute(linear_cross_entropy, case(), dtype, main_grad=main_grad)
+    assert_no_worse_than_plain(replace(ours, weight=main_grad - 3), plain, exact)
+
+
+def test_main_grad_needs_an_upstream_gradient_of_one() -> None:
+    main_grad = torch.zeros(PADDED, D)
+    with pytest.raises(RuntimeError, match=r"upstream gradient is not 1.*`weights`"):
+        compute(linear_cross_entropy, case(), torch.float32, 2.0, main_grad=main_grad)
+
+
+def test_a_detached_weight_leaves_its_gradient_in_main_grad_alone() -> None:
+    few = case(9, 7)
+    hidden, main_grad = few.hidden.float().requires_grad_(), torch.zeros(PADDED, D)
+    weight = few.weight.float().requires_grad_()
+    linear_cross_entropy(
+        hidden, weight.detach(), few.labels, rows=few.rows, main_grad=main_grad
+    ).loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+    assert main_grad.any()
+
+
+def test_without_grad_mode_main_grad_stays_as_it_is() -> None:
+    few, main_grad = case(9, 7), torch.zeros(PADDED, D)
+    hidden, weight = few.hidden.float().requires_grad_(), few.weight.float().requires_grad_()
+    with torch.no_grad():
+        result = linear_cross_entropy(
+            hidden, weight, few.labels, rows=few.rows, main_grad=main_grad
+        )
+    trained = linear_cross_entropy(hidden, weight, few.labels, rows=few.rows)
+    assert torch.equal(result.loss, trained.loss)
+    assert not main_grad.any()
+
+
+def test_only_the_loss_has_a_gradient() -> None:
+    result = compute(linear_cross_entropy, case(), torch.float32).result
+    assert result.loss.requires_grad
+    assert not any(figure.requires_grad for figure in result[1:])
+
+
+@pytest.mark.parametrize("main", [False, True])
+@pytest.mark.parametrize("labels", [[], [IGNORE, IGNORE, IGNORE]])
+def test_nothing_to_learn_from_gives_zeros(labels: list[int], main: bool) -> None:
+    hidden, weight = torch.randn(5, D).requires_grad_(), torch.randn(PADDED, D).requires_grad_()
+    main_grad = torch.zeros(PADDED, D) if main else None
+    result = linear_cross_entropy(
+        hidden,
+        weight,
+        torch.tensor(labels, dtype=torch.long),
+        rows=torch.arange(len(labels)),
+        main_grad=main_grad,
+    )
+    result.loss.backward()
+    assert result.loss.item() == 0
+    assert result.token_loss.shape == (len(labels),)
+    assert not result.hit.any()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (5, D)
+    assert not hidden.grad.any()
+    found = weight.grad if main_grad is None else main_grad
+    assert found is not None
+    assert not found.any()
+
+
+def test_all_rows_of_a_strided_hidden_state() -> None:
+    few = case(7, 7)
+    wide = torch.cat([few.hidden, few.hidden], dim=1)
+    found = linear_cross_entropy(wide[:, :D], few.weight, few.labels, vocab_size=VOCAB)
+    expected = reference(few.hidden, few.weight, few.labels, vocab_size=VOCAB)
+    assert torch.allclose(found.token_loss, expected.token_loss)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits(dtype: torch.dtype) -> None:
+    few = case(9, 7)
+    large = replace(few, hidden=few.hidden * 2048)
+    exact = compute(reference, large, torch.float64)
+    plain = compute(reference, large, dtype)
+    ours = compute(linear_cross_entropy, large, dtype)
+    assert exact.result.log_normalizer.max() > 1e4
+    assert_no_worse_than_plain(ours, plain, exact)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows(value: float) -> None:
+    few = case(9, 7)
+    few.hidden[few.rows[2], 3] = value
+    ours = compute(linear_cross_entropy, few, torch.float32)
+    assert ours.result.loss.isnan()
+    assert ours.result.token_loss.isnan().tolist() == [row == 2 for row in range(7)]
+    assert ours.hidden[few.rows[2]].isnan().all()
+    assert ours.weight[:VOCAB].isnan().all()
+
+
+def test_a_row_of_weight_zero_hides_what_is_not_finite() -> None:
+    few = case(9, 7)
+    few.hidden[few.rows[2], 3] = math.nan
+    few.weights[2] = 0
+    ours = compute(linear_cross_entropy, few, torch.float32)
+    assert ours.result.loss.isfinite()
+    assert not ours.hidden[few.rows[2]].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduction": "mean"}, 'reduction is \'mean\', expected "sum" or "none"'),
+        ({"labels": torch.tensor([1, 2])}, r"labels are \[2\], expected \[3\]"),
+        ({"labels": torch.tensor([1, VOCAB, 2])}, "neither below the vocabulary's size"),
+        ({"labels": torch.tensor([1, -1, 2])}, "neither below the vocabulary's size"),
+        ({"weight": torch.zeros(PADDED, D, dtype=torch.bfloat16)}, "expected one dtype"),
+        ({"weight": torch.zeros(PADDED, D + 1)}, "expected one dtype and one width"),
+        ({"main_grad": torch.zeros(PADDED, D).bfloat16()}, "main_grad is torch.bfloat16"),
+        ({"main_grad": torch.zeros(PADDED, D), "reduction": "none"}, "main_grad needs"),
+        ({"weights": torch.ones(2)}, r"weights are \[2\], expected \[3\]"),
+        ({"rows": torch.tensor([0, 2, 1])}, "rows"),
+        ({"rows": torch.tensor([0, 1, 9])}, "rows"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(3, D),
+        "weight": torch.zeros(PADDED, D, requires_grad=True),
+        "labels": torch.tensor([1, IGNORE, 2]),
+        "vocab_size": VOCAB,
+    }
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        linear_cross_entropy(**{**given, **change})
+
+
+# --- vocabulary shards ---
+
+
+def _rank(dtype: torch.dtype, mode: str, options: dict[str, Any]) -> list[Outcome]:
+    """Twice the outcome on this rank: its rows of `hidden`, its rows of the weight."""
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    hidden, weight, labels, upstream = _inputs()
-    share = T // size if sequence_parallel else T
-    first = rank * share if sequence_parallel else 0
-    h = hidden[first : first + share].clone().requires_grad_()
-    w = weight.chunk(size)[rank].clone().requires_grad_()
-    losses = linear_cross_entropy(
-        h,
-        w,
-        ROWS,
-        labels,
-        vocab_size=VOCAB,
+    whole = case()
+    mine = whole.hidden.chunk(size)[rank] if mode == "sequence" else whole.hidden
+    share = replace(whole, hidden=mine, weight=whole.weight.chunk(size)[rank])
+    outcomes = []
+    for _ in range(2):
+        arguments = dict(options, group=dist.group.WORLD, sequence_parallel=mode == "sequence")
+        if mode == "main_grad":
+            arguments["main_grad"] = torch.zeros(share.weight.shape)
+        if mode == "none":
+            arguments["reduction"] = "none"
+        outcome = compute(linear_cross_entropy, share, dtype, **arguments)
+        if mode == "main_grad":
+            outcome = replace(outcome, weight=arguments["main_grad"])
+        outcomes.append(
+            replace(outcome, result=LinearCrossEntropy(*(x.detach() for x in outcome.result)))
+        )
+    dist.destroy_process_group()
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "mode", "options"),
+    [
+        (2, torch.float32, "replicated", OPTIONS[-1]),
+        (4, torch.float32, "replicated", OPTIONS[0]),
+        (4, torch.float32, "sequence", OPTIONS[-1]),
+        (2, torch.bfloat16, "sequence", OPTIONS[0]),
+        (4, torch.bfloat16, "main_grad", OPTIONS[-1]),
+        (2, torch.float32, "none", OPTIONS[0]),
+    ],
+)
+def test_vocabulary_shards(
+    size: int, dtype: torch.dtype, mode: str, options: dict[str, Any]
+) -> None:
+    exact = compute(reference, case(), torch.float64, **options)
+    plain = compute(reference, case(), dtype, **options)
+    found = run_ranks(size, _rank, dtype, mode, options)
+    for again, other in ((found[0][1], found[0][0]), *((each[0], found[0][0]) for each in found)):
+        for mine, theirs in zip(again.result, other.result, strict=True):
+            assert torch.equal(mine, theirs)
+    ranks = [first for first, _ in found]
+    hidden = torch.cat([each.hidden for each in ranks]) if mode == "sequence" else ranks[0].hidden
+    weight = torch.cat([each.weight for each in ranks])
+    result = ranks[0].result
+    if mode == "none":
+        result = result._replace(loss=result.loss.sum())
+    whole = Outcome(result=result, hidden=hidden, weight=weight)
+    if dtype == torch.bfloat16:  # each rank's part of the sum is rounded
+        plain = replace(plain, hidden=exact.hidden + size**0.5 * (plain.hidden - exact.hidden))
+    assert_no_worse_than_plain(whole, plain, exact, weight=1.2)
+    assert not weight[VOCAB:].any()
+    for each in ranks if mode != "sequence" else []:
+        assert torch.equal(each.hidden, hidden)
+
+
+def _no_rows(sequence_parallel: bool) -> tuple[float, bool]:
+    dist.init_process_group("gloo")
+    hidden = torch.randn(4, D).requires_grad_()
+    none = torch.empty(0, dtype=torch.long)
+    result = linear_cross_entropy(
+        hidden,
+        torch.randn(PADDED // 2, D).requires_grad_(),
+        none,
+        rows=none,
         group=dist.group.WORLD,
         sequence_parallel=sequence_parallel,
     )
-    (losses * upstream).sum().backward()
+    result.loss.backward()
     dist.destroy_process_group()
-    assert h.grad is not None
-    assert w.grad is not None
-    return losses.detach(), h.grad, w.grad
+    assert hidden.grad is not None
+    return result.loss.item(), bool(hidden.grad.any())
 
 
-def test_vocabulary_shards() -> None:
-    losses, grad_h, grad_w = _expected()
-    found = run_ranks(4, _rank, False)
-    for rank, (loss, h, w) in enumerate(found):
-        assert _close(loss, losses)
-        assert _close(h, grad_h)
-        assert _close(w, torch.cat([grad_w]).chunk(4)[rank])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_no_row_on_any_rank(sequence_parallel: bool) -> None:
+    assert run_ranks(2, _no_rows, sequence_parallel) == [(0.0, False)] * 2
 
 
-def test_vocabulary_shards_with_sequence_parallelism() -> None:
-    losses, grad_h, grad_w = _expected()
-    found = run_ranks(2, _rank, True)
-    assert _close(torch.cat([h for _, h, _ in found]), grad_h)
-    assert _close(torch.cat([w for _, _, w in found]), grad_w)
-    assert all(_close(loss, losses) for loss, _, _ in found)
+# --- as an operator of torch ---
 
 
-def test_no_supervised_row() -> None:
-    hidden, weight, _, _ = _inputs()
-    h, w = hidden.requires_grad_(), weight.requires_grad_()
-    none = torch.empty(0, dtype=torch.long)
-    losses = linear_cross_entropy(h, w, none, none, vocab_size=VOCAB)
-    assert losses.shape == (0,)
-    losses.sum().backward()
-    assert h.grad is not None
-    assert not h.grad.any()
+def _arguments(gradients: bool) -> tuple[Any, ...]:
+    few = case(9, 7)
+    return (
+        few.hidden.float().requires_grad_(gradients),
+        few.weight.float().requires_grad_(gradients),
+        few.labels,
+        few.rows,
+        few.weights.float(),
+    )
 
 
-def test_large_logits_stay_finite() -> None:
-    hidden, weight, labels, _ = _inputs()
-    losses = linear_cross_entropy(hidden * 1e4, weight, ROWS, labels, vocab_size=VOCAB)
-    assert losses.isfinite().all()
+@pytest.mark.parametrize("gradients", [False, True])
+def test_opcheck(gradients: bool) -> None:
+    options = (VOCAB, "", False, IGNORE, 0.01, 0.1)
+    torch.library.opcheck(
+        torch.ops.mcore_sft.linear_cross_entropy,
+        (*_arguments(gradients), *options, gradients, gradients),
+    )
 
 
-def test_bf16_is_no_worse_than_plain_bf16() -> None:
-    hidden, weight, labels, _ = _inputs()
-    exact, _, _ = _expected()
-    h, w = hidden.bfloat16(), weight.bfloat16()
-    ours = linear_cross_entropy(h, w, ROWS, labels, vocab_size=VOCAB)
-    plain = functional.cross_entropy(h[ROWS] @ w[:VOCAB].t(), labels, reduction="none")
-    assert ours.dtype == torch.float32
-    assert (ours - exact).abs().max() <= (plain - exact).abs().max() + 1e-6
+def test_opcheck_of_the_mutating_form() -> None:
+    torch.library.opcheck(
+        torch.ops.mcore_sft.linear_cross_entropy_main_grad_,
+        (*_arguments(False), torch.zeros(PADDED, D), VOCAB, "", False, IGNORE, 0.01, 0.1, True),
+    )
+
+
+@pytest.mark.parametrize("form", ["sum", "none", "main_grad"])
+def test_compiles_into_one_graph(form: str) -> None:
+    few = case(9, 7)
+
+    def train(hidden: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
+        result = linear_cross_entropy(
+            hidden * 1.5,
+            weight,
+            few.labels,
+            rows=few.rows,
+            vocab_size=VOCAB,
+            reduction="none" if form == "none" else "sum",
+            main_grad=main_grad if form == "main_grad" else None,
+        )
+        return (result.loss * (1 if form == "main_grad" else 2)).sum()
+
+    found = []
+    for function in (train, torch.compile(train, fullgraph=True, backend="aot_eager")):
+        hidden, weight = few.hidden.float().requires_grad_(), few.weight.float().requires_grad_()
+        main_grad = torch.zeros(PADDED, D)
+        loss = function(hidden, weight, main_grad)
+        loss.backward()
+        found.append((loss, hidden.grad, main_grad if form == "main_grad" else weight.grad))
+    for eager, compiled in zip(*found, strict=True):
+        assert eager is not None
+        assert compiled is not None
+        assert torch.allclose(eager, compiled, rtol=1e-6, atol=1e-7)
+
+
+# --- memory ---
+
+
+def peak(function: Callable[[], Any], folder: Path) -> int:
+    """Bytes of tensors that `function` held at most, beyond those that were there before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    held = [event["args"]["Total Allocated"] for event in memory]
+    return int(max(held) - held[0] + memory[0]["args"]["Bytes"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_is_one_chunk_of_logits_beyond_the_gradients(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    rows, width, vocab = 2048, 64, 4096
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width).to(dtype).requires_grad_()
+    labels, main_grad = torch.randint(0, vocab, (rows,)), torch.zeros(vocab, width)
+    chunk, gradient = 1024 * vocab, rows * width * hidden.element_size()
+    small = 32 * rows + (4 << 20) * (dtype == torch.bfloat16)
+
+    def train() -> None:
+        linear_cross_entropy(hidden, weight, labels, main_grad=main_grad).loss.backward()
+
+    assert peak(train, tmp_path) <= chunk + 2 * gradient + weight.nbytes + small
+
+    def validate() -> None:
+        with torch.no_grad():
+            linear_cross_entropy(hidden, weight, labels)
+
+    # In bf16 torch lays out the weight anew for its product.
+    laid_out = weight.nbytes * (dtype == torch.bfloat16)
+    assert peak(validate, tmp_path) <= chunk + 32 * rows + laid_out

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_sft.ops import library
 from mcore_sft.ops.packing import best_fit_pack, best_fit_pack_reference
 
 
@@ -115,11 +114,3 @@ def test_operator_is_registered_in_full():
         (lengths, 8, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
-
-
-def test_missing_library_says_how_to_build_it(tmp_path):
-    with pytest.raises(library.LibraryError, match="pip install --no-build-isolation -e"):
-        library.load(tmp_path)
-    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
-    with pytest.raises(library.LibraryError, match="build it again"):
-        library.load(tmp_path)

@@ -1,0 +1,430 @@
+// The passes over rows of logits on NVIDIA GPUs: one block of threads a row, so that no sum crosses
+// blocks and every run gives the same bits.
+//
+// All are bound by memory. What needs both the sums and the gradient reads its row twice in one
+// kernel, the second time backwards, from where the first ended: with one block of 1024 threads on
+// each multiprocessor the rows under way (128,256 columns in bf16: 132 x 251 KB = 33 MB on an H100,
+// 108 x 251 KB = 27 MB on an A100) stay in the L2 cache of 50 or 40 MB, and their newest parts in
+// L1. Memory is read once and written once.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <climits>
+#include <cstdint>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Kind { kStatistics, kGradient, kBoth };
+
+// Rows of logits and all that is known of them.
+struct Job {
+  void* logits;
+  const int64_t* labels;
+  int64_t first;
+  int stride, width;
+  const float *largest, *log_sum, *weights;
+  float* statistics;
+  float twice_z_loss, smoothing, share;  // share = smoothing / vocab_size
+};
+
+constexpr int kStatistics = 5;
+constexpr int kWarp = 32;
+constexpr int kLoads = 4;  // vectors that a thread asks for before it uses the first
+
+// A block for both passes has a multiprocessor to itself: 1024 threads of more than 32 registers.
+constexpr int most_threads(Kind kind) { return kind == Kind::kBoth ? 1024 : 512; }
+
+__device__ float value(float element) { return element; }
+__device__ float value(__nv_bfloat16 element) { return __bfloat162float(element); }
+
+__device__ void store(float* to, float value) { *to = value; }
+__device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
+// exp(x) for x <= 0, within 1 unit in the last place; 0 for -inf, NaN for NaN. For bf16 the
+// hardware's own, whose error of 2^-22 + |x| 2^-24 is far below a rounding to bf16.
+template <typename Element>
+__device__ float exponential(float x) {
+  if constexpr (sizeof(Element) == sizeof(float)) return expf(x);
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+}
+
+// 16 bytes of a row.
+template <typename Element>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  static constexpr int kLanes = 4;
+  static __device__ void unpack(uint4 from, float (&to)[kLanes]) {
+    to[0] = __uint_as_float(from.x);
+    to[1] = __uint_as_float(from.y);
+    to[2] = __uint_as_float(from.z);
+    to[3] = __uint_as_float(from.w);
+  }
+  static __device__ uint4 pack(const float (&from)[kLanes]) {
+    return {__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
+            __float_as_uint(from[3])};
+  }
+};
+
+template <>
+struct Vector<__nv_bfloat16> {
+  static constexpr int kLanes = 8;
+  static __device__ void unpack(uint4 from, float (&to)[kLanes]) {
+    const uint32_t words[] = {from.x, from.y, from.z, from.w};
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = __uint_as_float(words[i] << 16);
+      to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  static __device__ uint4 pack(const float (&from)[kLanes]) {
+    uint32_t words[4];
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+      words[i] = __bfloat16_as_ushort(pair.x) | uint32_t{__bfloat16_as_ushort(pair.y)} << 16;
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+};
+
+// Part of a row as aligned vectors, and the elements before and after them, at most one a thread:
+// rows of an odd number of columns are as fast as others.
+template <typename Element>
+struct Span {
+  static constexpr int kLanes = Vector<Element>::kLanes;
+
+  Element* begin;
+  int head;     // elements before the first vector
+  int vectors;
+  int edges;    // elements in no vector, before and after
+
+  __device__ Span(Element* begin, int count) : begin(begin) {
+    const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % sizeof(uint4));
+    head = past == 0 ? 0 : min(count, static_cast<int>((sizeof(uint4) - past) / sizeof(Element)));
+    vectors = (count - head) / kLanes;
+    edges = count - vectors * kLanes;
+  }
+
+  __device__ uint4* body() const { return reinterpret_cast<uint4*>(begin + head); }
+
+  __device__ Element* edge(int i) const {
+    return begin + (i < head ? i : vectors * kLanes + i);
+  }
+
+  // The thread that reads and writes this column.
+  __device__ int owner(int column) const {
+    const int in_body = column - head;
+    if (in_body < 0) return column;
+    const int vector = in_body / kLanes;
+    return vector < vectors ? vector % static_cast<int>(blockDim.x) : column - vectors * kLanes;
+  }
+};
+
+struct Sums {
+  float largest = -FLT_MAX;  // m
+  float exponentials = 0;    // sum exp(z - m)
+  float products = 0;        // sum exp(z - m) (z - m)
+  float logits = 0;          // sum z
+};
+
+// x exp(x) given exp(x), and 0, not NaN, at -inf.
+__device__ float product(float x, float exponential) { return fmaxf(x, -FLT_MAX) * exponential; }
+
+// Measure the sums from `largest`, which is at least the largest so far.
+template <typename Element>
+__device__ void rescale(Sums& sums, float largest) {
+  const float x = sums.largest - largest;
+  const float factor = exponential<Element>(x);
+  sums.products = factor * sums.products + product(x, factor) * sums.exponentials;
+  sums.exponentials *= factor;
+  sums.largest = largest;
+}
+
+// Add logits of which none is above the largest.
+template <typename Element, int kCount>
+__device__ void add(Sums& sums, const float (&logits)[kCount]) {
+  float exponentials = 0, products = 0, total = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float x = logits[i] - sums.largest;
+    const float e = exponential<Element>(x);
+    exponentials += e;
+    products += product(x, e);
+    total += logits[i];
+  }
+  sums.exponentials += exponentials;
+  sums.products += products;
+  sums.logits += total;
+}
+
+// The sums of what this thread reads of the row.
+template <typename Element>
+__device__ Sums thread_sums(const Span<Element>& span) {
+  constexpr int kLanes = Span<Element>::kLanes;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const uint4* const body = span.body();
+  Sums sums;
+  for (int start = thread; start < span.vectors; start += kLoads * threads) {
+    uint4 raw[kLoads] = {};
+    float z[kLanes];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+      if (start + k * threads < span.vectors) raw[k] = body[start + k * threads];
+    float largest = sums.largest;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (start + k * threads >= span.vectors) break;
+      Vector<Element>::unpack(raw[k], z);
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) largest = fmaxf(largest, z[i]);  // fmaxf leaves NaN out
+    }
+    rescale<Element>(sums, largest);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (start + k * threads >= span.vectors) break;
+      Vector<Element>::unpack(raw[k], z);
+      add<Element>(sums, z);
+    }
+  }
+  if (thread < span.edges) {
+    const float z[] = {value(*span.edge(thread))};
+    rescale<Element>(sums, fmaxf(sums.largest, z[0]));
+    add<Element>(sums, z);
+  }
+  return sums;
+}
+
+// `combine` over all threads of the block, in an order that is always the same; every thread gets
+// the result. `of_warps` is shared memory that nothing else uses.
+template <typename Combine>
+__device__ float reduce(float value, float neutral, Combine combine, float (&of_warps)[kWarp]) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(~0u, value, distance));
+  if (lane == 0) of_warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = lane < warps ? of_warps[lane] : neutral;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(~0u, value, distance));
+  return value;
+}
+
+template <typename Element>
+__device__ Sums row_sums(const Span<Element>& span) {
+  __shared__ float of_warps[4][kWarp];
+  const auto larger = [](float a, float b) { return fmaxf(a, b); };
+  const auto plus = [](float a, float b) { return a + b; };
+  Sums sums = thread_sums(span);
+  rescale<Element>(sums, reduce(sums.largest, -FLT_MAX, larger, of_warps[0]));
+  sums.exponentials = reduce(sums.exponentials, 0, plus, of_warps[1]);
+  sums.products = reduce(sums.products, 0, plus, of_warps[2]);
+  sums.logits = reduce(sums.logits, 0, plus, of_warps[3]);
+  return sums;
+}
+
+template <typename Element>
+__device__ void zero(const Span<Element>& span) {
+  const int thread = threadIdx.x, threads = blockDim.x;
+  for (int j = thread; j < span.vectors; j += threads) __stcs(span.body() + j, uint4{});
+  if (thread < span.edges) store(span.edge(thread), 0);
+}
+
+// scale exp(d) - shift in place of z, with d = z - largest - log_sum, from the end to the begin.
+template <typename Element>
+__device__ void write_gradient(const Span<Element>& span, float largest, float log_sum, float scale,
+                               float shift) {
+  constexpr int kLanes = Span<Element>::kLanes;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  uint4* const body = span.body();
+  const auto gradient = [=](float z) {
+    return scale * exponential<Element>(z - largest - log_sum) - shift;
+  };
+  if (thread < span.edges) {
+    Element* const edge = span.edge(thread);
+    store(edge, gradient(value(*edge)));
+  }
+  const int step = kLoads * threads;
+  for (int start = (span.vectors - 1) / step * step + thread; start >= 0; start -= step) {
+    uint4 raw[kLoads] = {};
+#pragma unroll
+    for (int k = kLoads - 1; k >= 0; --k)
+      if (start + k * threads < span.vectors) raw[k] = body[start + k * threads];
+#pragma unroll
+    for (int k = kLoads - 1; k >= 0; --k) {
+      if (start + k * threads >= span.vectors) continue;
+      float z[kLanes];
+      Vector<Element>::unpack(raw[k], z);
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) z[i] = gradient(z[i]);
+      // Streaming: what is written leaves the L2 cache before what is still to be read.
+      __stcs(body + start + k * threads, Vector<Element>::pack(z));
+    }
+  }
+}
+
+template <typename Element, Kind kKind>
+__global__ void __launch_bounds__(most_threads(kKind)) pass(const __grid_constant__ Job job) {
+  const int64_t r = blockIdx.x;
+  Element* const row = static_cast<Element*>(job.logits) + r * job.stride;
+  const Span<Element> span(row, job.width);
+  const int64_t label = job.labels[r];
+  const bool here = job.first <= label && label - job.first < job.width;
+  const int column = here ? static_cast<int>(label - job.first) : 0;
+  // One thread alone reads, overwrites and then mends the label's element: no barrier is needed.
+  const bool owner = static_cast<int>(threadIdx.x) == (here ? span.owner(column) : 0);
+  const float of_label = owner && here ? value(row[column]) : 0;
+
+  float largest, log_sum;
+  if constexpr (kKind == Kind::kGradient) {
+    largest = job.largest[r];
+    log_sum = job.log_sum[r];
+  } else {
+    const Sums sums = row_sums(span);
+    if (owner) {
+      float* const statistics = job.statistics + r * kStatistics;
+      statistics[0] = sums.largest;
+      statistics[1] = sums.exponentials;
+      statistics[2] = sums.products;
+      statistics[3] = sums.logits;
+      statistics[4] = of_label;
+    }
+    largest = sums.largest;
+    log_sum = logf(sums.exponentials);
+  }
+
+  if constexpr (kKind != Kind::kStatistics) {
+    const float weight = job.weights[r];
+    if (weight == 0) {  // whatever the logits hold
+      zero(Span<Element>(row, job.stride));
+      return;
+    }
+    const float pull = job.twice_z_loss * (largest + log_sum);
+    write_gradient(span, largest, log_sum, weight * (1 + pull), weight * job.share);
+    zero(Span<Element>(row + job.width, job.stride - job.width));
+    if (owner && here) {  // exp(d) - 1 before any rounding: most labels of a trained model have p near 1
+      const float d = of_label - largest - log_sum;
+      store(row + column, weight * (expm1f(d) + pull * expf(d) + job.smoothing - job.share));
+    }
+  }
+}
+
+template <typename Element, Kind kKind>
+void launch(const Job& job, int64_t rows, cudaStream_t stream) {
+  // A row that fits is read at once; a longer one by as many threads as may be.
+  const int vectors = job.stride / Vector<Element>::kLanes;
+  const int threads = std::clamp(static_cast<int>(std::bit_ceil(vectors / kLoads + 1u)), 4 * kWarp,
+                                 most_threads(kKind));
+  pass<Element, kKind><<<static_cast<unsigned>(rows), threads, 0, stream>>>(job);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <Kind kKind>
+void run(const Tensor& logits, const Job& job) {
+  if (logits.size(0) == 0) return;
+  const int32_t device = logits.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const auto launch_typed = logits.scalar_type() == ScalarType::Float
+                                ? &launch<float, kKind>
+                                : &launch<__nv_bfloat16, kKind>;
+  launch_typed(job, logits.size(0), static_cast<cudaStream_t>(stream));
+}
+
+void check_rows(const Tensor& values, const char* name, ScalarType type, const Tensor& logits) {
+  STD_TORCH_CHECK(values.scalar_type() == type && values.dim() == 1 && values.is_contiguous(),
+                  "cross_entropy: ", name, " is ", toString(values.scalar_type()), " of ",
+                  values.dim(), " dimensions, expected contiguous ", toString(type), " [C]");
+  STD_TORCH_CHECK(values.size(0) == logits.size(0), "cross_entropy: ", name, " has ",
+                  values.size(0), " elements, expected one for each of the ", logits.size(0),
+                  " rows of logits");
+  STD_TORCH_CHECK(values.is_cuda() && values.get_device_index() == logits.get_device_index(),
+                  "cross_entropy: ", name, " is on another device than logits (cuda:",
+                  logits.get_device_index(), ")");
+}
+
+const float* check_values(const Tensor& values, const char* name, const Tensor& logits) {
+  check_rows(values, name, ScalarType::Float, logits);
+  return static_cast<const float*>(values.const_data_ptr());
+}
+
+Job job_of(const Tensor& logits, const Tensor& labels, int64_t first, int64_t width) {
+  const ScalarType type = logits.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "cross_entropy: logits are ", toString(type), ", expected Float or BFloat16");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "cross_entropy: logits have ",
+                  logits.dim(), " dimensions, expected contiguous [C, V]");
+  STD_TORCH_CHECK(logits.size(0) <= INT_MAX && logits.size(1) <= INT_MAX / 2,
+                  "cross_entropy: logits are [", logits.size(0), ", ", logits.size(1),
+                  "], expected at most ", INT_MAX, " rows and ", INT_MAX / 2, " columns");
+  STD_TORCH_CHECK(0 <= width && width <= logits.size(1), "cross_entropy: width is ", width,
+                  ", expected 0 to ", logits.size(1));
+  STD_TORCH_CHECK(first >= 0, "cross_entropy: first is ", first, ", expected at least 0");
+  check_rows(labels, "labels", ScalarType::Long, logits);
+  Job job{};
+  job.logits = logits.data_ptr();
+  job.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  job.first = first;
+  job.stride = static_cast<int>(logits.size(1));
+  job.width = static_cast<int>(width);
+  return job;
+}
+
+void add_loss(Job& job, int64_t vocab_size, double z_loss, double smoothing) {
+  job.twice_z_loss = static_cast<float>(2 * z_loss);
+  job.smoothing = static_cast<float>(smoothing);
+  job.share = static_cast<float>(smoothing / static_cast<double>(vocab_size));
+}
+
+Tensor cross_entropy_statistics(Tensor logits, Tensor labels, int64_t first, int64_t width) {
+  Job job = job_of(logits, labels, first, width);
+  Tensor statistics =
+      torch::stable::new_empty(logits, {logits.size(0), kStatistics}, ScalarType::Float);
+  job.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  run<Kind::kStatistics>(logits, job);
+  return statistics;
+}
+
+void cross_entropy_gradient_(Tensor logits, Tensor labels, Tensor largest, Tensor log_sum,
+                             Tensor weights, int64_t first, int64_t width, int64_t vocab_size,
+                             double z_loss, double smoothing) {
+  Job job = job_of(logits, labels, first, width);
+  job.largest = check_values(largest, "largest", logits);
+  job.log_sum = check_values(log_sum, "log_sum", logits);
+  job.weights = check_values(weights, "weights", logits);
+  add_loss(job, vocab_size, z_loss, smoothing);
+  run<Kind::kGradient>(logits, job);
+}
+
+Tensor cross_entropy_(Tensor logits, Tensor labels, Tensor weights, int64_t width, double z_loss,
+                      double smoothing) {
+  Job job = job_of(logits, labels, 0, width);
+  job.weights = check_values(weights, "weights", logits);
+  add_loss(job, width, z_loss, smoothing);
+  Tensor statistics =
+      torch::stable::new_empty(logits, {logits.size(0), kStatistics}, ScalarType::Float);
+  job.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  run<Kind::kBoth>(logits, job);
+  return statistics;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mcore_sft, CUDA, ops) {
+  ops.impl("cross_entropy_statistics", TORCH_BOX(&cross_entropy_statistics));
+  ops.impl("cross_entropy_gradient_", TORCH_BOX(&cross_entropy_gradient_));
+  ops.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
+}
