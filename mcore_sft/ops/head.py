@@ -53,7 +53,9 @@ class Machine:
     chunk_rows: Callable[[Tensor], int]
     """Weight -> how many rows of logits are held at a time, at most."""
     add_product: Callable[[Tensor, Tensor, Tensor, bool], None]
-    """(sum, left, right, fresh): sum += left @ right in the sum's precision; = where fresh."""
+    """(sum, left, right, fresh): sum += left @ right, = where fresh, in the sum's precision."""
+    add_product_exactly: Callable[[Tensor, Tensor, Tensor, bool], None]
+    """The same with products in the sum's precision too, for a sum that is to be rounded again."""
 
 
 class Figures(NamedTuple):
@@ -135,6 +137,8 @@ class Compaction:
             received = [torch.arange(n) + rank * self.sent for rank, n in enumerate(counts)]
             self.received = torch.cat(received).to(hidden.device, non_blocking=True)
             rows = rows[ends[shard.rank] : ends[shard.rank + 1]] - bounds[shard.rank]
+        elif rows is not None and len(rows) == length:
+            rows = None
         self.rows = None if rows is None else rows.to(hidden.device, non_blocking=True)
 
     def gather(self, hidden: Tensor) -> Tensor:
@@ -285,7 +289,10 @@ class Head:
                 self.compaction.start_return(self.grad_x)
         if self.for_weight:
             fresh = self.main_grad is None and rows is self.chunks[0]
-            self.machine.add_product(self.grad_weight, logits.t(), self.x[rows], fresh)
+            rounded_again = self.grad_weight.dtype != self.weight.dtype and self.main_grad is None
+            machine = self.machine
+            add = machine.add_product_exactly if rounded_again else machine.add_product
+            add(self.grad_weight, logits.t(), self.x[rows], fresh)
         return figures
 
     def _new_grad_weight(self) -> Tensor:
@@ -359,7 +366,7 @@ def split(rows: int, limit: int) -> list[slice]:
     if rows == 0:
         return []
     number = -(-rows // limit)
-    length = min(limit, -(-rows // (number * 64)) * 64)
+    length = min(limit, -(-rows // (number * 16)) * 16)
     return [slice(begin, min(begin + length, rows)) for begin in range(0, rows, length)]
 
 

@@ -149,30 +149,29 @@ _mutating_operator = torch.ops.mcore_sft.linear_cross_entropy_main_grad_
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros are made for each of them
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
     ctx.gradients = output[-2:]
 
 
-def _scale_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward pass times that of the loss, in place.
 
     A second backward pass through the same loss finds them used up, and computes them anew.
     """
+    found: list[Tensor | None] = [None] * (5 + len(ctx.options))
+    if grad is None:
+        return tuple(found)
     gradients = ctx.gradients or _operator(*ctx.saved_tensors, *ctx.options)[-2:]
     ctx.gradients = None
-    if type(grad) is Tensor:
-        for gradient in gradients:
-            torch.ops.mcore_sft.scale_(gradient, grad)
-    else:  # torch.compile traces: no output of the forward pass may change after it
-        gradients = [gradient * grad for gradient in gradients]
-    grad_hidden, grad_weight = gradients
-    for_hidden, for_weight = ctx.options[-2:]
-    return (
-        grad_hidden if for_hidden else None,
-        grad_weight if for_weight else None,
-        *[None] * (3 + len(ctx.options)),
-    )
+    for place, wanted in enumerate(ctx.options[-2:]):
+        if wanted and type(grad) is Tensor:
+            torch.ops.mcore_sft.scale_(gradients[place], grad)
+            found[place] = gradients[place]
+        elif wanted:  # torch.compile traces: no output of the forward pass may change after it
+            found[place] = gradients[place] * grad
+    return tuple(found)
 
 
 torch.library.register_autograd(

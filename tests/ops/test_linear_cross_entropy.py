@@ -47,7 +47,7 @@ class Outcome:
 
 
 def case(length: int = 1600, rows: int = 1200) -> Case:
-    """By default so many rows that the operator needs three chunks in bf16 and five in fp32."""
+    """By default so many rows that the operator needs two chunks in bf16 and four in fp32."""
     random = torch.Generator().manual_seed(0)
     labels = torch.randint(0, VOCAB, (rows,), generator=random)
     labels[7::50] = IGNORE
@@ -89,14 +89,11 @@ def error(found: Tensor, exact: Tensor) -> float:
     return (found.double() - exact).square().mean().sqrt().item()
 
 
-def assert_no_worse_than_plain(
-    ours: Outcome, plain: Outcome, exact: Outcome, weight: float = 1.0
-) -> None:
-    """Against fp64; `weight` times plain torch's error is allowed to the weight's gradient."""
-    triples = list(zip(ours.tensors(), plain.tensors(), exact.tensors(), strict=True))
-    for number, (mine, theirs, truth) in enumerate(triples):
-        allowed = error(theirs, truth) * (weight if number == len(triples) - 1 else 1)
-        assert error(mine, truth) <= allowed + 1e-6 * (1 + error(truth, torch.zeros(())))
+def assert_no_worse_than_plain(ours: Outcome, plain: Outcome, exact: Outcome) -> None:
+    """The errors against fp64 are no larger than plain torch's, but for the order of sums."""
+    for mine, theirs, truth in zip(ours.tensors(), plain.tensors(), exact.tensors(), strict=True):
+        size = 1 + error(truth, torch.zeros(()))
+        assert error(mine, truth) <= 1.02 * error(theirs, truth) + 1e-6 * size
     assert torch.equal(ours.result.hit, plain.result.hit)
 
 
@@ -106,8 +103,7 @@ def test_no_error_beyond_that_of_plain_torch(dtype: torch.dtype, options: dict[s
     exact = compute(reference, case(), torch.float64, **options)
     plain = compute(reference, case(), dtype, **options)
     ours = compute(linear_cross_entropy, case(), dtype, **options)
-    # On the CPU the products of the three chunks in bf16 are rounded before they are added up.
-    assert_no_worse_than_plain(ours, plain, exact, weight=1.2 if dtype == torch.bfloat16 else 1)
+    assert_no_worse_than_plain(ours, plain, exact)
     assert not ours.weight[VOCAB:].any()
 
 
@@ -364,7 +360,7 @@ def test_vocabulary_shards(
     whole = Outcome(result=result, hidden=hidden, weight=weight)
     if dtype == torch.bfloat16:  # each rank's part of the sum is rounded
         plain = replace(plain, hidden=exact.hidden + size**0.5 * (plain.hidden - exact.hidden))
-    assert_no_worse_than_plain(whole, plain, exact, weight=1.2)
+    assert_no_worse_than_plain(whole, plain, exact)
     assert not weight[VOCAB:].any()
     for each in ranks if mode != "sequence" else []:
         assert torch.equal(each.hidden, hidden)
@@ -475,13 +471,13 @@ def test_memory_is_one_chunk_of_logits_beyond_the_gradients(
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
     weight = torch.randn(vocab, width).to(dtype).requires_grad_()
     labels, main_grad = torch.randint(0, vocab, (rows,)), torch.zeros(vocab, width)
-    chunk, gradient = 1024 * vocab, rows * width * hidden.element_size()
-    small = 32 * rows + (4 << 20) * (dtype == torch.bfloat16)
+    chunk, gradient = 1280 * vocab, rows * width * hidden.element_size()
+    product = 3 << 20  # a slice of the weight's gradient in bf16, then in fp32
 
     def train() -> None:
         linear_cross_entropy(hidden, weight, labels, main_grad=main_grad).loss.backward()
 
-    assert peak(train, tmp_path) <= chunk + 2 * gradient + weight.nbytes + small
+    assert peak(train, tmp_path) <= chunk + 2 * gradient + product + weight.nbytes + 64 * rows
 
     def validate() -> None:
         with torch.no_grad():
