@@ -68,7 +68,7 @@ class PackedDataset:
 def _array(file: Path) -> npt.NDArray[Any]:
     try:
         return np.asanyarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except ValueError as error:
+    except (ValueError, EOFError, OSError) as error:
         raise DataError(
             f"{file}: not an array file ({error}); run preprocess again with --overwrite"
         ) from None

@@ -47,7 +47,7 @@ class IndexedTokens:
         self.dtype = np.dtype(_CODES[code])
         start = _HEADER.size
         self.lengths = np.memmap(index, dtype="<i4", mode="r", offset=start, shape=(count,))
-        self._offsets = np.memmap(
+        self.offsets = np.memmap(
             index, dtype="<i8", mode="r", offset=start + 4 * count, shape=(count,)
         )
         expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
@@ -62,7 +62,7 @@ class IndexedTokens:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        start = int(self._offsets[index]) // self.dtype.itemsize
+        start = int(self.offsets[index]) // self.dtype.itemsize
         return self._tokens[start : start + int(self.lengths[index])].astype(np.int32)
 
 

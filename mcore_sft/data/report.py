@@ -1,6 +1,6 @@
 """What a packed dataset holds, for people: examples with their trained tokens, and the counts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
-from rich.text import Text
 
 from mcore_sft.config import DataConfig
 from mcore_sft.data.conversation import Conversation, read_source
 from mcore_sft.data.prompt import Dropped, Example, Prompt
+from mcore_sft.data.show import coloured
 from mcore_sft.data.tokenizer import Tokenizer
 
 
@@ -27,7 +27,7 @@ def show_examples(
             console.print(Rule(f"{conversation.where}: dropped ({made.reason})", align="left"))
             continue
         console.print(Rule(_title(conversation, made, config.sequence_length), align="left"))
-        console.print(_colour(made, tokenizer))
+        console.print(coloured(made, tokenizer))
 
 
 def show_manifest(manifest: Mapping[str, Any], folder: Path, *, console: Console) -> None:
@@ -61,23 +61,3 @@ def _title(conversation: Conversation, example: Example, longest: int) -> str:
     trained = int((example.spans[:, 1] - example.spans[:, 0]).sum())
     title = f"{conversation.where}: {len(example)} tokens, {trained} trained"
     return f"{title}; dropped (longer than {longest})" if len(example) > longest else title
-
-
-def _colour(example: Example, tokenizer: Tokenizer) -> Text:
-    text = Text()
-    for start, end, trained in _runs(example):
-        shown = tokenizer.decode(example.tokens[start:end].tolist())
-        text.append(shown, style="green" if trained else "dim")
-    return text
-
-
-def _runs(example: Example) -> Iterator[tuple[int, int, bool]]:
-    """Stretches of the example that are trained, and those between them."""
-    done = 0
-    for start, end in example.spans.tolist():
-        if done < start:
-            yield done, start, False
-        yield start, end, True
-        done = end
-    if done < len(example):
-        yield done, len(example), False
