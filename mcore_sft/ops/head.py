@@ -208,7 +208,7 @@ class Head:
         limit = machine.chunk_rows(weight)
         if for_weight and main_grad is None and weight.element_size() == 2:
             # Several chunks would need a sum in fp32: as many bytes hold 2 D rows of logits.
-            limit = max(limit, 2 * weight.shape[1])
+            limit = 2 * max(limit, weight.shape[1])
         self.chunks = split(len(labels), limit)
         self.grad_x = torch.empty_like(self.x) if for_hidden else self.x.new_empty(0)
         self.main_grad = main_grad
