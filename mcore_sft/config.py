@@ -79,6 +79,93 @@ class SourceConfig(Section):
     """Read so many rows and no more."""
 
 
+class FilterConfig(Section):
+    """Which rows are kept, and what is cut from them, in this order; all but deduplicate are off.
+
+    NeMo-Skills' own defaults of May 2025 are remove_contaminated and trim_solutions on, the others
+    off; the published recipe for OpenMathInstruct-2 turns every filter off and leaves deduplicate,
+    the order and seed 42 as they are there.
+    """
+
+    drop_multi_boxed: Literal[True, False, "balanced"] = False
+    r"""Drop solutions with two `\boxed{...}`; `balanced` heeds nested braces and empty boxes."""
+    remove_contaminated: bool = False
+    """Drop problems that `contamination_file` holds, to the letter."""
+    contamination_file: Path | None = None
+    """JSON lines of `problem` and `contaminated`, as NeMo-Skills writes them."""
+    drop_if_contains: tuple[str, ...] = ()
+    """Drop solutions that hold one of these strings: remove_code_errors is "Traceback (most recent
+    call last)", "<output cut>", "Timed out", "SyntaxError"; remove_matplotlib "from matplotlib",
+    "import matplotlib"."""
+    drop_if_missing: tuple[str, ...] = ()
+    """Drop solutions in which one of these strings is missing: remove_no_think_tags is "<think>",
+    "</think>"."""
+    majority_filter: bool = False
+    """Drop by the columns majority_votes and total_votes; a row without them is kept."""
+    min_majority_votes: CountOrZero = 0
+    """Votes that the answer must have had."""
+    min_majority_percentage: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Portion of the votes, between 0 and 1, that the answer must have had."""
+    trim_prefix: bool = False
+    """Take a leading "My solution:" and its line break away."""
+    trim_solutions: Literal[True, False, "balanced"] = False
+    r"""End solutions with the line of the last `\boxed{...}`; `balanced` closes a formula that
+    stands open there, and takes the last box that is closed and not empty."""
+    drop_incorrect_arithmetic: Literal[True, False, "standalone"] = False
+    """Drop solutions with an equation of numbers that is wrong by more than 1e-4; `standalone`
+    judges whole equations in one line, with all their sides."""
+    split_arithmetic: Literal[True, False, "standalone"] = False
+    """Write `1 + 2 + 3 = 6` as `1 + 2 + 3 = 3 + 3 = 6`; `standalone` as above."""
+    remove_len_outlier_problems: bool = False
+    """Drop problems outside min_problem_length and max_problem_length."""
+    min_problem_length: CountOrZero = 0
+    """Tokens."""
+    max_problem_length: Count = 1024
+    """Tokens."""
+    remove_len_outlier_solutions: bool = False
+    """Drop solutions outside min_solution_length and max_solution_length."""
+    min_solution_length: CountOrZero = 0
+    """Tokens, or characters where `use_chars_for_min_length`."""
+    max_solution_length: Count = 2048
+    """Tokens."""
+    use_chars_for_min_length: bool = False
+    """Count characters for min_solution_length."""
+    deduplicate: bool = True
+    """Keep the first of the rows that are alike in problem and solution, after the filters."""
+    downsampling_method: Literal["random", "fair"] | None = None
+    """`random` rows, or `fair`: the first solution of each problem, then the second, and so on."""
+    num_output_samples: Count | None = None
+    """Rows that downsampling keeps; if there are fewer, all."""
+    order: Literal["source", "nemo_skills"] = "source"
+    """Order of the rows written; `nemo_skills` is grouped by problem, then shuffled by the seed."""
+    random_seed: int = 42
+    """Seed of that shuffle and of the downsampling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.remove_contaminated and self.contamination_file is None:
+            raise ValueError("remove_contaminated needs contamination_file, given none")
+        if (self.downsampling_method is None) != (self.num_output_samples is None):
+            raise ValueError("downsampling_method and num_output_samples need each other")
+        for text in ("problem", "solution"):
+            low, high = getattr(self, f"min_{text}_length"), getattr(self, f"max_{text}_length")
+            in_tokens = text == "problem" or not self.use_chars_for_min_length
+            if low > high and in_tokens:
+                raise ValueError(f"min_{text}_length {low} is above max_{text}_length {high}")
+        return self
+
+
+class ContaminationConfig(Section):
+    """Problems of benchmarks, which training must not hold."""
+
+    against: tuple[SourceConfig, ...] = ()
+    """Benchmarks; of their rows the problem alone is read."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a benchmark problem's 8-grams that makes a training problem the same."""
+    remove: bool = True
+    """Drop such problems, and those equal but for case and white space; false tells of them."""
+
+
 class DataConfig(Section):
     """What is read, and how it is packed."""
 
@@ -90,6 +177,10 @@ class DataConfig(Section):
     """Sources to train on."""
     validation: tuple[SourceConfig, ...] = ()
     """Sources of the validation loss."""
+    filters: FilterConfig = FilterConfig()
+    """Which rows are kept, of training and validation alike."""
+    contamination: ContaminationConfig = ContaminationConfig()
+    """What is compared with benchmarks, and how."""
     sequence_length: Count = 4096
     """Tokens in one pack; a longer example is dropped and counted, never cut."""
     seed: int = 42

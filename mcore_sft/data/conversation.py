@@ -16,6 +16,9 @@ from typing import Any, Literal
 from mcore_sft.config import SourceConfig
 from mcore_sft.data.errors import DataError
 
+VOTES = ("majority_votes", "total_votes")
+"""Columns of a conversation's votes, as NeMo-Skills names them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
@@ -27,16 +30,27 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Who said what; `where` names the row it came from, for messages to the user."""
+    """Who said what; `where` names the row it came from, for messages to the user.
+
+    votes: how many of how many sampled solutions gave this one's answer, where the row says so.
+    """
 
     messages: tuple[Message, ...]
     where: str = ""
+    votes: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, problem: str, solution: str, *, where: str = "") -> "Conversation":
+    def of(
+        cls,
+        problem: str,
+        solution: str,
+        *,
+        where: str = "",
+        votes: tuple[float, float] | None = None,
+    ) -> "Conversation":
         """A problem and its solution."""
         said = (Message(role="user", content=problem), Message(role="assistant", content=solution))
-        return cls(messages=said, where=where)
+        return cls(messages=said, where=where, votes=votes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +72,14 @@ class Chunk:
             row = raw if isinstance(raw, Mapping) else _object(raw, where)
             problem = _text(row, self.source.problem, "problem", where)
             solution = _text(row, self.source.solution, "solution", where)
-            yield Conversation.of(problem, solution, where=where)
+            yield Conversation.of(problem, solution, where=where, votes=_votes(row))
+
+    def problems(self) -> Iterator[str]:
+        """Its problems in order; no solution is needed."""
+        for number, raw in self.rows:
+            where = f"{self.name}:{number}"
+            row = raw if isinstance(raw, Mapping) else _object(raw, where)
+            yield _text(row, self.source.problem, "problem", where)
 
 
 def read_source(source: SourceConfig, *, root: Path) -> Iterator[Conversation]:
@@ -135,9 +156,10 @@ def _parquet(source: SourceConfig, file: Path, rows: int) -> Iterator[Chunk]:
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             there = opened.schema_arrow.names
-            wanted = [name for name in (source.problem, source.solution) if name in there]
+            needed = {source.problem, source.solution}
             # Where one is missing, all columns are read, so that the error can name them.
-            columns = wanted if len(wanted) == 2 else there
+            wanted = needed | set(VOTES) if needed <= set(there) else set(there)
+            columns = [name for name in there if name in wanted]
             size_of_row = file.stat().st_size / max(opened.metadata.num_rows, 1)
             first = 1
             for batch in opened.iter_batches(batch_size=rows, columns=columns):
@@ -198,6 +220,13 @@ def _text(row: Mapping[str, Any], column: str, role: str, where: str) -> str:
             "mend or remove the row"
         ) from None
     return text
+
+
+def _votes(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    majority, total = (row.get(column) for column in VOTES)
+    if isinstance(majority, int | float) and isinstance(total, int | float):
+        return majority, total
+    return None
 
 
 def _missing_column(row: Mapping[str, Any], column: str, role: str, where: str) -> str:

@@ -59,6 +59,7 @@ class _Split(BaseModel):
     packing_efficiency: float
     examples_per_pack: float
     dropped: dict[str, _Count]
+    contaminated_problems: _Count
 
 
 class _Manifest(BaseModel):

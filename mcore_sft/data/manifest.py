@@ -8,7 +8,7 @@ from typing import Any
 
 from mcore_sft.data.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 

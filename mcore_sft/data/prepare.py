@@ -85,7 +85,8 @@ def _describe_inputs(
     config: DataConfig, prompt: Prompt, tokenizer: Tokenizer, console: Console
 ) -> dict[str, Any]:
     """All that decides the bytes of the dataset."""
-    splits = _splits(config)
+    splits = {**_splits(config), "against": config.contamination.against}
+    contaminated = config.filters.contamination_file
     return {
         "data": config.model_dump(mode="json", exclude=_ELSEWHERE),
         "prompt": {**prompt.describe(), "fingerprint": prompt.fingerprint},
@@ -97,7 +98,9 @@ def _describe_inputs(
         "sources": {
             split: [_describe_source(source, config.root, console) for source in sources]
             for split, sources in splits.items()
+            if sources
         },
+        "contamination_file": contaminated and manifests.sha256_of(config.root / contaminated),
     }
 
 
@@ -147,22 +150,43 @@ def _reuse(folder: Path, inputs: Mapping[str, Any], console: Console) -> dict[st
 def _write_splits(
     config: DataConfig, folder: Path, *, prompt: Prompt, tokenizer: Tokenizer, console: Console
 ) -> dict[str, Any]:
-    recipe = Recipe(
-        tokenizer=tokenizer.path,
-        gigatoken=tokenizer.gigatoken,
-        prompt=prompt.describe(),
-        sequence_length=config.sequence_length,
-    )
     try:
         return {
-            split: _write_split(config, folder, split, sources, recipe, tokenizer, console)
-            for split, sources in _splits(config).items()
+            split: _write_split(config, folder, split, prompt, tokenizer, console)
+            for split in _splits(config)
         }
     except _GigatokenDiffers:
         # All or nothing, so that the bytes do not depend on which process noticed.
         tokenizer.gigatoken = False
         console.print("starting again with `tokenizers` for every text")
         return _write_splits(config, folder, prompt=prompt, tokenizer=tokenizer, console=console)
+
+
+def _recipe(config: DataConfig, split: str, prompt: Prompt, tokenizer: Tokenizer) -> Recipe:
+    """How the rows of `split` become examples; only training is compared with benchmarks."""
+    filters = config.filters
+    if filters.contamination_file is not None:
+        file = config.root / filters.contamination_file
+        filters = filters.model_copy(update={"contamination_file": file})
+    return Recipe(
+        tokenizer=tokenizer.path,
+        gigatoken=tokenizer.gigatoken,
+        prompt=prompt.describe(),
+        sequence_length=config.sequence_length,
+        filters=filters,
+        benchmark=_benchmark(config) if split == "train" else (),
+        threshold=config.contamination.threshold,
+        remove=config.contamination.remove,
+    )
+
+
+def _benchmark(config: DataConfig) -> tuple[str, ...]:
+    """The problems of all benchmarks that training must not hold."""
+    problems: dict[str, None] = {}
+    for source in config.contamination.against:
+        for chunk in read_chunks(source, root=config.root):
+            problems.update(dict.fromkeys(chunk.problems()))
+    return tuple(problems)
 
 
 class _GigatokenDiffers(Exception):
@@ -173,18 +197,23 @@ def _write_split(
     config: DataConfig,
     folder: Path,
     split: str,
-    sources: Sequence[SourceConfig],
-    recipe: Recipe,
+    prompt: Prompt,
     tokenizer: Tokenizer,
     console: Console,
 ) -> dict[str, Any]:
+    sources = _splits(config)[split]
+    recipe = _recipe(config, split, prompt, tokenizer)
     files = [file for source in sources for file in source_files(source, root=config.root)]
     total = sum(file.stat().st_size for file in files)
     rows: dict[int, int] = {}
     workers = config.workers or os.cpu_count() or 1
     encoded = encode_all(_chunks(sources, config.root, rows), recipe, workers=workers)
+    filters = config.filters
+    if split != "train":  # a validation set is taken as it is
+        whole = {"downsampling_method": None, "num_output_samples": None}
+        filters = filters.model_copy(update=whole)
     with (
-        SplitWriter(folder, split, vocab_size=tokenizer.vocab_size) as writer,
+        SplitWriter(folder, split, vocab_size=tokenizer.vocab_size, filters=filters) as writer,
         progress(f"tokenizing {split}", total=total or None, console=console) as advance,
     ):
         for chunk in encoded:

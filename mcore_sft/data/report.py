@@ -50,6 +50,9 @@ def show_manifest(manifest: Mapping[str, Any], folder: Path, *, console: Console
     table.add_row(
         "packing efficiency", *(f"{counts['packing_efficiency']:.2%}" for counts in splits.values())
     )
+    if any(counts["contaminated_problems"] for counts in splits.values()):
+        shared = (counts["contaminated_problems"] for counts in splits.values())
+        table.add_row("problems like a benchmark's", *(f"{number:,}" for number in shared))
     for reason in sorted({reason for counts in splits.values() for reason in counts["dropped"]}):
         dropped = (counts["dropped"].get(reason, 0) for counts in splits.values())
         table.add_row(f"dropped: {reason}", *(f"{number:,}" for number in dropped))

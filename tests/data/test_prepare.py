@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from mcore_sft.config import DataConfig, PromptConfig
-from mcore_sft.data.conversation import read_source
+from mcore_sft.data.conversation import Conversation, read_source
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prepare import check_fit, prepare
@@ -49,7 +49,9 @@ def test_dataset_holds_what_the_prompt_makes_of_the_rows(packed):
     tokenizer = load_tokenizer(FIXTURES / "tokenizer")
     prompt = Prompt.load(PromptConfig(), tokenizer)
     talks = read_source(config().train[0], root=FIXTURES)
-    examples = [made for made in prompt.examples(list(talks)) if len(made) <= 256]
+    distinct = list(dict.fromkeys(talk.messages for talk in talks))
+    once = [Conversation(messages=messages) for messages in distinct]
+    examples = [made for made in prompt.examples(once) if len(made) <= 256]
     assert 0 < dataset.num_examples == len(examples) < 200, "some are too long, most are not"
     for index, expected in enumerate(examples):
         got = dataset.example(index)
@@ -61,7 +63,7 @@ def test_counts_add_up(packed):
     dataset = PackedDataset(packed)
     counts = dataset.counts
     assert counts["rows"] == 200 == counts["examples"] + sum(counts["dropped"].values())
-    assert set(counts["dropped"]) == {"longer than the sequence"}
+    assert counts["dropped"].keys() == {"duplicate", "longer than the sequence"}
     assert counts["source_rows"] == [200]
     packs = [dataset.pack(p) for p in range(len(dataset))]
     assert counts["packs"] == len(packs)
@@ -206,7 +208,7 @@ def test_folder_without_a_manifest_that_can_be_read(packed, tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json: broken"):
         PackedDataset(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99}', encoding="utf-8")
-    with pytest.raises(DataError, match="format 99, expected 1"):
+    with pytest.raises(DataError, match="format 99, expected 2"):
         PackedDataset(tmp_path)
 
 
@@ -230,3 +232,134 @@ def test_examples_are_shown_with_trained_tokens_in_green():
     assert "<|begin_of_text|>" in untrained
     assert "\\boxed" in trained
     assert "<|eot_id|>" in trained
+
+
+# --- filters, duplicates, sampling, contamination ---
+
+
+def solved(problem: str, solution: str, **columns) -> dict:
+    return {"problem": problem, "generated_solution": solution, **columns}
+
+
+def write_rows(file: Path, rows: list[dict]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file.name
+
+
+def texts(folder: Path, split: str = "train") -> list[str]:
+    """The examples of a split in the order in which they are written."""
+    dataset, tokenizer = PackedDataset(folder, split), load_tokenizer(FIXTURES / "tokenizer")
+    examples = (dataset.example(i) for i in range(dataset.num_examples))
+    return [tokenizer.decode(e.tokens[e.spans[0, 0] : -1].tolist()) for e in examples]
+
+
+ROWS = [solved(f"What is {i // 4} + 1?", f"It is {i // 4 + 1} ({i}).") for i in range(3000)]
+"""Four solutions of each problem, in three chunks."""
+
+
+def test_filters_drop_and_trim_and_are_counted(tmp_path):
+    rows = [
+        solved("a?", "My solution:\nThe answer is \\boxed{1}.\nSo there."),
+        solved("b?", "\\boxed{1} and \\boxed{2}"),
+        solved("c?", "few agree: \\boxed{3}", majority_votes=1, total_votes=8),
+        solved("d?", "most agree: \\boxed{4}", majority_votes=7, total_votes=8),
+    ]
+    filters = {
+        "drop_multi_boxed": True,
+        "trim_prefix": True,
+        "trim_solutions": True,
+        "majority_filter": True,
+        "min_majority_percentage": 0.5,
+    }
+    write_rows(tmp_path / "rows.jsonl", rows)
+    made, _ = run(config(tmp_path, filters=filters), tmp_path / "packed")
+    assert texts(tmp_path / "packed") == [
+        "The answer is \\boxed{1}.",
+        "most agree: \\boxed{4}",
+    ]
+    assert made["splits"]["train"]["dropped"] == {"drop_multi_boxed": 1, "majority_filter": 1}
+
+
+def test_token_lengths_are_those_of_the_tokenizer(tmp_path):
+    rows = [solved("a?", "one"), solved("b?", "one two three four five six seven eight")]
+    filters = {"remove_len_outlier_solutions": True, "max_solution_length": 4}
+    write_rows(tmp_path / "rows.jsonl", rows)
+    made, _ = run(config(tmp_path, filters=filters), tmp_path / "packed")
+    assert texts(tmp_path / "packed") == ["one"]
+    assert made["splits"]["train"]["dropped"] == {"remove_len_outlier_solutions": 1}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_duplicates_are_dropped_wherever_they_stand(tmp_path, workers):
+    rows = [*ROWS, ROWS[5], solved("What is 1 + 1?", "My solution:\nIt is 2 (5).")]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    settings = {"workers": workers, "filters": {"trim_prefix": True}}
+    made, _ = run(config(tmp_path, **settings), tmp_path / "packed")
+    assert texts(tmp_path / "packed") == [row["generated_solution"] for row in ROWS]
+    assert made["splits"]["train"]["dropped"] == {"duplicate": 2}
+    kept, _ = run(config(tmp_path, filters={"deduplicate": False}), tmp_path / "kept")
+    assert kept["splits"]["train"]["examples"] == 3002
+
+
+@pytest.mark.parametrize("order", ["source", "nemo_skills"])
+@pytest.mark.parametrize("method", ["random", "fair"])
+def test_downsampling_keeps_whole_examples(tmp_path, method, order):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    filters = {"downsampling_method": method, "num_output_samples": 1000, "order": order}
+    sources = {"validation": [{"path": "rows.jsonl"}], "filters": filters}
+    made, _ = run(config(tmp_path, **sources), tmp_path / "packed")
+    counts = made["splits"]["train"]
+    assert counts["rows"] == 3000 == counts["examples"] + counts["dropped"]["not sampled"]
+    assert made["splits"]["validation"]["examples"] == 3000
+    found = texts(tmp_path / "packed")
+    places = [[row["generated_solution"] for row in ROWS].index(text) for text in found]
+    assert len(set(places)) == 1000
+    assert (places == sorted(places)) == (order == "source")
+    if method == "fair":  # of 750 problems all have one, and 250 a second one
+        turns = [place % 4 for place in places]
+        assert [turns.count(turn) for turn in range(4)] == [750, 250, 0, 0]
+    dataset = PackedDataset(tmp_path / "packed")
+    packed = [example for p in range(len(dataset)) for example in dataset.pack(p).examples]
+    assert sum(len(example) for example in packed) == counts["tokens"]
+
+
+def test_what_a_benchmark_asks_is_dropped_and_listed(tmp_path):
+    problem = "Find the number of ways to seat eight people around a round table with no rotation."
+    rows = [
+        solved(problem.upper(), "5040"),
+        solved(problem + " Explain your answer.", "5040"),
+        solved("Find the number of cats.", "3"),
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows * 2)
+    write_rows(tmp_path / "test.jsonl", [{"problem": problem}])
+    settings = {
+        "contamination": {"against": [{"path": "test.jsonl"}]},
+        "validation": [{"path": "rows.jsonl"}],
+    }
+    made, _ = run(config(tmp_path, **settings), tmp_path / "packed")
+    assert texts(tmp_path / "packed") == ["3"]
+    counts = made["splits"]["train"]
+    assert counts["dropped"] == {"in a benchmark": 4, "duplicate": 1}
+    assert counts["contaminated_problems"] == 2
+    assert made["splits"]["validation"]["examples"] == 3
+    listed = (tmp_path / "packed" / "train.contamination.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in listed]
+    assert [each["kind"] for each in found] == ["normalized", "8-gram"]
+    assert all(each["benchmark_problem"] == problem for each in found)
+
+    told = {"against": [{"path": "test.jsonl"}], "remove": False}
+    made, _ = run(config(tmp_path, contamination=told), tmp_path / "told")
+    assert made["splits"]["train"]["examples"] == 3
+    assert made["splits"]["train"]["contaminated_problems"] == 2
+
+
+def test_sampled_and_compared_bytes_do_not_depend_on_workers(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "test.jsonl", [{"problem": f"what is {i} + 1?"} for i in range(0, 90, 7)])
+    settings = {
+        "contamination": {"against": [{"path": "test.jsonl"}]},
+        "filters": {"downsampling_method": "fair", "num_output_samples": 999},
+    }
+    for workers in (1, 3):
+        run(config(tmp_path, workers=workers, **settings), tmp_path / f"packed-{workers}")
+    assert contents(tmp_path / "packed-1") == contents(tmp_path / "packed-3")
