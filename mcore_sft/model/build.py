@@ -48,7 +48,7 @@ class Gpt(GPTModel):
             return output
         rows = kwargs["loss_mask"]
         weight = self.output_weight()
-        main_grad = getattr(weight, "main_grad", None)
+        main_grad = getattr(weight, "main_grad", None) if weight.requires_grad else None
         if self.share_embeddings_and_output_weights and self.pre_process:
             weight = weight.detach()  # autograd brings the gradient of the embedding alone
         elif main_grad is not None and torch.is_grad_enabled():

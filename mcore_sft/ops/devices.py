@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcore_sft.ops.head import Head, Inputs, Machine, Options
+from mcore_sft.ops.head import Head, Inputs, Machine, Options, arithmetic
 
 _HEAD = "mcore_sft::linear_cross_entropy"
 
@@ -101,13 +101,14 @@ for _device, _machine, _scale in (
 
 @torch.library.register_fake(_HEAD)  # type: ignore[untyped-decorator]
 def _fake_head(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, weight, _, _, weights = arguments[:5]
+    hidden, weight, labels = arguments[:3]
+    figure = labels.new_empty(labels.shape, dtype=arithmetic(hidden.dtype))
     for_hidden, for_weight = arguments[-2:]
     return (
-        weights.new_empty(()),
-        *(torch.empty_like(weights) for _ in range(3)),
-        torch.empty_like(weights, dtype=torch.bool),
-        torch.empty_like(hidden) if for_hidden else hidden.new_empty(0),
+        figure.new_empty(()),
+        *(torch.empty_like(figure) for _ in range(3)),
+        torch.empty_like(figure, dtype=torch.bool),
+        hidden.new_empty(hidden.shape if for_hidden else 0),
         torch.empty_like(weight) if for_weight else weight.new_empty(0),
     )
 

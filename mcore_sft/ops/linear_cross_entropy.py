@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mcore_sft.ops import devices  # noqa: F401 (registers what the operators compute)
@@ -73,25 +72,42 @@ def linear_cross_entropy(
     main_grad: fp32 [V, D]. The weight's gradient is added to it, in the forward pass (not under
         no_grad), and what autograd is given for the weight is to be thrown away: Megatron-core does
         so where `weight.grad_added_to_main_grad`. A detached weight is given nothing. The upstream
-        gradient must be 1: put factors into `weights`.
+        gradient must be 1: put factors into `weights`. A weight that has another use must be
+        detached; and what runs the forward pass twice (checkpointing) adds twice.
 
-    Gradients flow to `hidden` and `weight`, once: there are no second derivatives.
+    Gradients flow to `hidden` and `weight`; there are no second derivatives and no forward-mode
+    ones. All ranks of `group` must agree in everything but their part of hidden and weight.
+    ValueError and RuntimeError say what does not fit.
     """
-    if reduction not in ("sum", "none"):
-        raise ValueError(f'reduction is {reduction!r}, expected "sum" or "none"')
-    if main_grad is not None and reduction == "none":
-        raise ValueError('main_grad needs reduction "sum"')
-    sharded = group is not None and dist.get_world_size(group) > 1
+    _check_options(reduction, label_smoothing, main_grad)
+    _check_tensors(hidden, weight, labels)
+    ranks = dist.get_world_size(group) if group is not None else 1
+    sharded = group is not None and ranks > 1
+    if vocab_size is None:
+        vocab_size = len(weight) * ranks
+    if not 0 < vocab_size <= len(weight) * ranks:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected 1 to {len(weight) * ranks}: "
+            f"{ranks} rank(s) of {len(weight)} vocabulary rows"
+        )
     options = Options(
-        vocab_size=vocab_size or weight.shape[0] * (dist.get_world_size(group) if sharded else 1),
+        vocab_size=vocab_size,
         group=group.group_name if group is not None and sharded else "",
         sequence_parallel=sequence_parallel and sharded,
         ignore_index=ignore_index,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )
+    precision = arithmetic(hidden.dtype)
     if weights is None:
-        weights = torch.ones(labels.shape, dtype=arithmetic(hidden.dtype), device=hidden.device)
+        weights = torch.ones(labels.shape, dtype=precision, device=labels.device)
+    if weights.shape != labels.shape or weights.requires_grad:
+        raise ValueError(
+            f"weights are {list(weights.shape)}, requires_grad={weights.requires_grad}; expected "
+            f"{list(labels.shape)}, one a row, and detached: no gradient flows to them"
+        )
+    labels = labels.contiguous()
+    weights = torch.where(labels == ignore_index, 0, weights.to(precision))
     tensors = (hidden, weight, labels, rows, weights)
     for_hidden = torch.is_grad_enabled() and hidden.requires_grad
     for_weight = torch.is_grad_enabled() and weight.requires_grad
@@ -105,6 +121,31 @@ def linear_cross_entropy(
     if reduction == "none":
         loss = torch.where(weights == 0, 0, weights * figures[0])
     return LinearCrossEntropy(loss, *figures)
+
+
+def _check_options(reduction: str, label_smoothing: float, main_grad: Tensor | None) -> None:
+    if reduction not in ("sum", "none"):
+        raise ValueError(f'reduction is {reduction!r}, expected "sum" or "none"')
+    if main_grad is not None and reduction == "none":
+        raise ValueError('main_grad needs reduction "sum"')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    known = (torch.float32, torch.bfloat16, torch.float64)
+    if hidden.dtype not in known or hidden.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"hidden is {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} "
+            f"{list(weight.shape)}; expected two matrices in fp32, bf16 or fp64"
+        )
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}, expected int64 [R]")
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            f"hidden is on {hidden.device}, weight on {weight.device}, labels on {labels.device}; "
+            "expected one device"
+        )
 
 
 def reference(
@@ -155,6 +196,13 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.gradients = output[-2:]
 
 
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivatives; call backward without create_graph"
+        )
+
+
 def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward pass times that of the loss, in place.
 
@@ -163,6 +211,7 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
     found: list[Tensor | None] = [None] * (5 + len(ctx.options))
     if grad is None:
         return tuple(found)
+    _refuse_second_derivatives(grad)
     gradients = ctx.gradients or _operator(*ctx.saved_tensors, *ctx.options)[-2:]
     ctx.gradients = None
     for place, wanted in enumerate(ctx.options[-2:]):
@@ -202,8 +251,8 @@ class _IntoMainGrad(torch.autograd.Function):
         return loss, *figures
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives(grad)
         torch._assert_async(
             grad == 1,
             "the upstream gradient is not 1, but main_grad has the weight's gradient already: "
@@ -237,12 +286,13 @@ class _PerRow(torch.autograd.Function):
         return torch.where(weights == 0, 0, weights * figures[0]), *figures
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives(grad)
         hidden, weight, labels, rows, weights = ctx.saved_tensors
         for_hidden, for_weight = ctx.needs_input_grad[:2]
+        upstream = torch.where(weights == 0, 0, weights * grad)
         *_, grad_hidden, grad_weight = _operator(
-            hidden, weight, labels, rows, weights * grad, *ctx.options, for_hidden, for_weight
+            hidden, weight, labels, rows, upstream, *ctx.options, for_hidden, for_weight
         )
         return (
             grad_hidden if for_hidden else None,

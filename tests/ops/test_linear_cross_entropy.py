@@ -208,6 +208,43 @@ def test_without_grad_mode_main_grad_stays_as_it_is() -> None:
     assert not main_grad.any()
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"main_grad": torch.zeros(104, D)}])
+def test_second_derivatives_are_refused(options: dict[str, Any]) -> None:
+    few = case(9, 7)
+    hidden, weight = few.hidden.float().requires_grad_(), few.weight.float()
+    loss = linear_cross_entropy(hidden, weight, few.labels, rows=few.rows, **options).loss.sum()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_what_an_ignored_row_weighs_does_not_matter(reduction: str) -> None:
+    few = case()
+    few.weights[few.labels == IGNORE] = math.nan
+    ours = compute(linear_cross_entropy, few, torch.float32, reduction=reduction)
+    assert ours.result.loss.isfinite().all()
+    assert ours.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("weights", [torch.ones(7).long(), torch.ones(7).double()])
+def test_compiled_with_weights_of_another_dtype_and_a_transposed_hidden_state(
+    weights: Tensor,
+) -> None:
+    few = case(9, 7)
+    rows = few.hidden[few.rows].float().t().contiguous().t()
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden * 2, few.weight.float(), few.labels, weights=weights
+        ).loss.double()
+
+    hidden = rows.clone().requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden)
+    compiled.backward()
+    assert torch.allclose(compiled, loss(rows))
+    assert hidden.grad is not None
+
+
 def test_only_the_loss_has_a_gradient() -> None:
     result = compute(linear_cross_entropy, case(), torch.float32).result
     assert result.loss.requires_grad
@@ -288,7 +325,15 @@ def test_a_row_of_weight_zero_hides_what_is_not_finite() -> None:
         ({"weight": torch.zeros(PADDED, D + 1)}, "expected one dtype and one width"),
         ({"main_grad": torch.zeros(PADDED, D).bfloat16()}, "main_grad is torch.bfloat16"),
         ({"main_grad": torch.zeros(PADDED, D), "reduction": "none"}, "main_grad needs"),
-        ({"weights": torch.ones(2)}, r"weights are \[2\], expected \[3\]"),
+        ({"weights": torch.ones(2)}, r"weights are \[2\].*expected \[3\]"),
+        ({"weights": torch.ones(3, requires_grad=True)}, "requires_grad=True"),
+        ({"hidden": torch.zeros(3, D).half()}, "hidden is torch.float16"),
+        ({"hidden": torch.zeros(D)}, "expected two matrices"),
+        ({"labels": torch.tensor([1, 2, 3], dtype=torch.int32)}, "expected int64"),
+        ({"labels": torch.zeros(3, dtype=torch.long, device="meta")}, "expected one device"),
+        ({"vocab_size": PADDED + 1}, f"1 rank.s. of {PADDED} vocabulary rows"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"rows": torch.tensor([0, 2, 1])}, "rows"),
         ({"rows": torch.tensor([0, 1, 9])}, "rows"),
     ],
