@@ -31,10 +31,11 @@ inline Doubles exponential(Doubles x) {
 }
 
 // How the elements of a row are read and written; all arithmetic is in `Vector`.
-struct Float {
-  using Element = float;
-  using Value = float;
-  using Vector = Floats;
+template <typename Number, typename Numbers>
+struct Plain {
+  using Element = Number;
+  using Value = Number;
+  using Vector = Numbers;
 
   static Vector load(const Element* from) {
     Vector values;
@@ -44,18 +45,8 @@ struct Float {
   static void store(Element* to, Vector values) { std::memcpy(to, &values, sizeof values); }
 };
 
-struct Double {
-  using Element = double;
-  using Value = double;
-  using Vector = Doubles;
-
-  static Vector load(const Element* from) {
-    Vector values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-  }
-  static void store(Element* to, Vector values) { std::memcpy(to, &values, sizeof values); }
-};
+using Float = Plain<float, Floats>;
+using Double = Plain<double, Doubles>;
 
 struct BFloat {
   using Element = uint16_t;

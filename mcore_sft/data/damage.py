@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.indexed import IndexedTokens
+from mcore_sft.data.indexed import IndexedTokens, running_sum
 from mcore_sft.data.progress import progress
 
 LISTED = 3
@@ -198,7 +198,7 @@ def _load(file: Path, kind: type[np.integer[Any]], dimensions: int) -> Array:
 def _examples(arrays: Arrays) -> Iterator[str]:
     """Lengths, and whether the sequences lie one after another."""
     lengths, offsets = arrays.tokens.lengths, arrays.tokens.offsets
-    expected = (_running_sum(lengths)[:-1]) * arrays.tokens.dtype.itemsize
+    expected = (running_sum(lengths)[:-1]) * arrays.tokens.dtype.itemsize
     yield from _each(
         arrays.file("idx"),
         lengths < 1,
@@ -215,7 +215,7 @@ def _tokens(arrays: Arrays, vocab_size: int) -> Iterator[str]:
     """Whether the vocabulary has every token."""
     file = arrays.file("bin")
     raw = np.memmap(file, dtype=arrays.tokens.dtype, mode="r")
-    begins = _running_sum(arrays.tokens.lengths)
+    begins = running_sum(arrays.tokens.lengths)
     count = 0
     for begin in range(0, len(raw), _CHUNK):
         part = raw[begin : begin + _CHUNK]
@@ -349,19 +349,12 @@ def _packs_with(arrays: Arrays, example: int) -> str:
 def _trained(arrays: Arrays) -> npt.NDArray[np.int64]:
     """Supervised tokens of each example; the first token is predicted by nothing."""
     sizes = arrays.spans[:, 1] - np.maximum(arrays.spans[:, 0], 1)
-    return np.diff(_running_sum(sizes)[arrays.span_offsets])
+    return np.diff(running_sum(sizes)[arrays.span_offsets])
 
 
 def _per_pack(arrays: Arrays, of_examples: Array) -> npt.NDArray[np.int64]:
     """Sums over the examples of each pack."""
-    return np.diff(_running_sum(of_examples[arrays.packs])[arrays.pack_offsets])
-
-
-def _running_sum(numbers: Array) -> npt.NDArray[np.int64]:
-    """Sums of the first 0, 1, 2, ... numbers."""
-    sums = np.zeros(len(numbers) + 1, dtype=np.int64)
-    np.cumsum(numbers, out=sums[1:])
-    return sums
+    return np.diff(running_sum(of_examples[arrays.packs])[arrays.pack_offsets])
 
 
 def _each(file: Path, wrong: npt.NDArray[np.bool_], say: Callable[[int], str]) -> Iterator[str]:

@@ -90,7 +90,11 @@ class Encoder:
         self._prompt = Prompt.restore(recipe.prompt, self._tokenizer)
         self._longest = recipe.sequence_length
         self._filters = Filters(recipe.filters, self._count_tokens)
-        self._benchmark = Contamination(recipe.benchmark, threshold=recipe.threshold)
+        self._benchmark = (
+            Contamination(recipe.benchmark, threshold=recipe.threshold)
+            if recipe.benchmark
+            else None
+        )
         self._remove = recipe.remove
         self._checked: set[bytes] = set()
         self._contaminated: set[str] = set()
@@ -142,6 +146,8 @@ class Encoder:
 
     def _check(self, rows: Sequence[Row]) -> list[Finding]:
         """What the benchmark shares with problems that this process has not seen before."""
+        if self._benchmark is None:
+            return []
         new = distinct((row.problem for row in rows), self._checked)
         findings = self._benchmark.check(new)
         # A 13-gram alone is often a phrase that everybody uses: it is told of, and stays.

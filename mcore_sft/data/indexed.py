@@ -6,6 +6,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,13 @@ _CODES: dict[int, type[np.int32] | type[np.uint16]] = {4: np.int32, 8: np.uint16
 def token_type(vocab_size: int) -> np.dtype[np.int32] | np.dtype[np.uint16]:
     """Smallest type that Megatron's own tools would choose for such a vocabulary."""
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
+
+
+def running_sum(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Sums of the first 0, 1, 2, ... of `counts` [N]: where each begins and the last ends."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
 
 
 def write_index(

@@ -15,7 +15,7 @@ from mcore_sft.data.contamination import Finding
 from mcore_sft.data.encode import Encoded
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.filters import Seen, row_order
-from mcore_sft.data.indexed import token_type, write_index
+from mcore_sft.data.indexed import running_sum, token_type, write_index
 
 Lengths = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
@@ -56,7 +56,8 @@ class SplitWriter:
     def add(self, encoded: Encoded) -> None:
         """Append the examples of one chunk, but for those that came before."""
         if self._filters.deduplicate:
-            encoded = encoded.keep(self._seen.new(encoded.hashes), DUPLICATE)
+            new = self._seen.new(encoded.hashes)
+            encoded = encoded if new.all() else encoded.keep(new, DUPLICATE)
         self._tokens.write(encoded.tokens.astype(self._dtype).tobytes())
         self._lengths.append(encoded.lengths)
         self._spans.append(encoded.spans)
@@ -77,7 +78,7 @@ class SplitWriter:
         if not np.array_equal(rows, np.arange(len(problems))):
             self._reorder(rows, lengths)
             self._dropped[NOT_SAMPLED] += len(lengths) - len(rows)
-            spans = spans[_ranges(_offsets(span_counts), rows)]
+            spans = spans[_ranges(running_sum(span_counts), rows)]
             lengths, span_counts = lengths[rows], span_counts[rows]
         self._write_findings()
         if len(lengths) == 0:
@@ -87,14 +88,14 @@ class SplitWriter:
                 "give other sources, or a longer data.sequence_length"
             )
         write_index(self._prefix.with_suffix(".idx"), lengths, self._dtype)
-        span_offsets = _offsets(span_counts)
+        span_offsets = running_sum(span_counts)
         self._save("spans", spans)
         self._save("span_offsets", span_offsets)
         order, pack_offsets = self._pack(lengths, sequence_length, seed)
         self._save("packs", order)
         self._save("pack_offsets", pack_offsets)
         # The first token of an example is predicted by nothing.
-        trained = _offsets(spans[:, 1] - np.maximum(spans[:, 0], 1))[span_offsets]
+        trained = running_sum(spans[:, 1] - np.maximum(spans[:, 0], 1))[span_offsets]
         supervised = np.add.reduceat(np.diff(trained)[order], pack_offsets[:-1])
         self._save("supervised", supervised.astype(np.int32))
         tokens, packs = int(lengths.sum(dtype=np.int64)), len(pack_offsets) - 1
@@ -114,7 +115,7 @@ class SplitWriter:
     def _reorder(self, rows: Ids, lengths: Lengths) -> None:
         """Write the tokens anew, those of `rows` alone and in this order."""
         file = self._prefix.with_suffix(".bin")
-        offsets = _offsets(lengths)
+        offsets = running_sum(lengths)
         tokens = np.memmap(file, dtype=self._dtype, mode="r")
         aside = file.with_suffix(".reordered")
         with aside.open("wb") as out:
@@ -157,10 +158,3 @@ def _ranges(offsets: Ids, which: Ids) -> Ids:
     before = np.cumsum(counts) - counts
     numbers: Ids = np.arange(counts.sum()) + np.repeat(offsets[which] - before, counts)
     return numbers
-
-
-def _offsets(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Running sum that begins with 0, one longer than `counts`."""
-    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets

@@ -224,7 +224,7 @@ class Head:
             empty = self.weights
             parts = [Figures(empty, empty.clone(), empty.clone(), self.valid)]
         figures = Figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        losses = torch.where(self.weights == 0, 0, self.weights * figures.token_loss)
+        losses = weighted(self.weights, figures.token_loss)
         loss = losses.sum(dtype=torch.float64).to(losses.dtype)
         grad_hidden = self.compaction.finish_return() if self.for_hidden else self.grad_x
         if self.main_grad is None:
@@ -359,6 +359,11 @@ def combine(statistics: Tensor, valid: Tensor, options: Options) -> tuple[Tensor
             hit=valid & (label_logit >= largest),
         ),
     )
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """weights * values, and 0 where the weight is, whatever the value."""
+    return torch.where(weights == 0, 0, weights * values)
 
 
 def split(rows: int, limit: int) -> list[slice]:

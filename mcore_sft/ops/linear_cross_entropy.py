@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mcore_sft.ops import devices  # noqa: F401 (registers what the operators compute)
-from mcore_sft.ops.head import Options, arithmetic
+from mcore_sft.ops.head import Options, arithmetic, weighted
 
 IGNORE = -100
 
@@ -119,7 +119,7 @@ def linear_cross_entropy(
         return LinearCrossEntropy(*into.apply(*tensors, main_grad, options))
     loss, *figures, _, _ = _operator(*tensors, *options, for_hidden, for_weight)
     if reduction == "none":
-        loss = torch.where(weights == 0, 0, weights * figures[0])
+        loss = weighted(weights, figures[0])
     return LinearCrossEntropy(loss, *figures)
 
 
@@ -283,14 +283,14 @@ class _PerRow(torch.autograd.Function):
         ctx.options = options
         _, *figures, _, _ = _operator(hidden, weight, labels, rows, weights, *options, False, False)
         ctx.mark_non_differentiable(*figures)
-        return torch.where(weights == 0, 0, weights * figures[0]), *figures
+        return weighted(weights, figures[0]), *figures
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives(grad)
         hidden, weight, labels, rows, weights = ctx.saved_tensors
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        upstream = torch.where(weights == 0, 0, weights * grad)
+        upstream = weighted(weights, grad)
         *_, grad_hidden, grad_weight = _operator(
             hidden, weight, labels, rows, upstream, *ctx.options, for_hidden, for_weight
         )
