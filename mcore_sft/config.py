@@ -68,15 +68,34 @@ class SourceConfig(Section):
     """One file, glob or dataset of rows."""
 
     path: str
-    """JSON lines, Parquet, a glob of them, or the name of a Hugging Face dataset."""
+    """JSON lines, JSON, Parquet or Arrow, plain or compressed (.gz, .bz2, .xz, .zst); Megatron's
+    tokens (.idx); a glob of such files; or the name of a Hugging Face dataset."""
+    name: str | None = None
+    """Configuration of a Hugging Face dataset that has several, such as `main` of openai/gsm8k."""
     split: str = "train"
     """Split, where `path` is the name of a Hugging Face dataset."""
     problem: str = "problem"
     """Column that holds the problem."""
     solution: str = "generated_solution"
     """Column that holds the solution, which is what is learned."""
+    messages: str | None = None
+    """Column of whole conversations (a list of role and content) instead of problem and solution;
+    what assistants say in them is learned."""
+    tools: str | None = None
+    """Column of the tools that a conversation may call, for the tokenizer's chat template."""
+    mask: str | None = None
+    """For Megatron's tokens, which do not say what is trained: an .idx with 0 or 1 for each token,
+    or `all`."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often an epoch shows each example: 2 is twice, 0.5 a random half of them once."""
     limit: Count | None = None
     """Read so many rows and no more."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools needs messages, given none")
+        return self
 
 
 class FilterConfig(Section):
@@ -166,6 +185,18 @@ class ContaminationConfig(Section):
     """Drop such problems, and those equal but for case and white space; false tells of them."""
 
 
+class HoldoutConfig(Section):
+    """A part of `train` that is kept for the validation loss instead."""
+
+    fraction: Fraction = 0.0
+    """Part of the rows, or of the distinct problems."""
+    by: Literal["row", "problem"] = "row"
+    """`row` cuts as NeMo RL does: the rows that `datasets.train_test_split` takes for this seed;
+    `problem` takes all rows of a problem together, so that no problem is on both sides."""
+    seed: int = 42
+    """Decides which."""
+
+
 class DataConfig(Section):
     """What is read, and how it is packed."""
 
@@ -177,6 +208,12 @@ class DataConfig(Section):
     """Sources to train on."""
     validation: tuple[SourceConfig, ...] = ()
     """Sources of the validation loss."""
+    holdout: HoldoutConfig = HoldoutConfig()
+    """A part of `train` for the validation loss, where `validation` names no source."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run, or is left out and counted."""
+    max_bad_rows: Count = 100
+    """`skip` leaves out so many in each split; one more ends the run."""
     filters: FilterConfig = FilterConfig()
     """Which rows are kept, of training and validation alike."""
     contamination: ContaminationConfig = ContaminationConfig()
@@ -187,6 +224,15 @@ class DataConfig(Section):
     """Seed of the shuffles within the packing and of the order of packs."""
     workers: CountOrZero = 0
     """Processes that tokenize; 0 is one per core. The bytes written do not depend on it."""
+    gigatoken: bool = True
+    """Tokenize by gigatoken, whose ids are compared with those of `tokenizers` as it goes; false
+    uses `tokenizers`, which is slower, for all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.holdout.fraction and self.validation:
+            raise ValueError("holdout.fraction and validation are two validation sets; give one")
+        return self
 
 
 class ParallelConfig(Section):
@@ -341,8 +387,11 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} is not a multiple of "
                 f"parallel.tensor {self.parallel.tensor}, which parallel.sequence needs"
             )
-        if self.train.validate_every and not self.data.validation:
-            raise ValueError("train.validate_every is set but data.validation names no source")
+        if self.train.validate_every and not (self.data.validation or self.data.holdout.fraction):
+            raise ValueError(
+                "train.validate_every is set but data.validation names no source and "
+                "data.holdout.fraction is 0"
+            )
         return self
 
     @property

@@ -16,6 +16,7 @@ from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from mcore_sft.data.batch import Batch
+from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import prepare
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
@@ -110,13 +111,9 @@ def pack_rows(config: RunConfig) -> None:
     """Preprocess the rows of `config`."""
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     prompt = Prompt.load(config.prompt, tokenizer)
-    prepare(
-        config.data,
-        config.packed,
-        prompt=prompt,
-        tokenizer=tokenizer,
-        console=Console(quiet=True),
-    )
+    console = Console(quiet=True)
+    job = Job(config=config.data, prompt=prompt, tokenizer=tokenizer, console=console)
+    prepare(job, config.packed)
 
 
 def train(config: RunConfig, layout: str = "one") -> list[dict[str, Any]]:

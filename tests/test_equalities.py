@@ -497,7 +497,7 @@ def _examples_of_steps(config: Any) -> Any:
     """The examples of each step, found by the tokens of the loader's batches, taken apart again."""
     dataset = PackedDataset(config.packed)
     by_tokens = {
-        dataset.example(i).tokens.tobytes(): dataset.example(i) for i in range(dataset.num_examples)
+        dataset.example(i).tokens.tobytes(): dataset.example(i) for i in range(dataset.num_distinct)
     }
     loader = Loader(
         dataset,

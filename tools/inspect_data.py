@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from mcore_sft import command
-from mcore_sft.data.damage import Arrays, find_damage, find_structural_damage, read_manifest
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data import manifest as manifests
+from mcore_sft.data.damage import find_damage, find_structural_damage
+from mcore_sft.data.dataset import Arrays, PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.report import show_manifest
 from mcore_sft.data.show import Viewer, length_chart, load_own_tokenizer
@@ -31,7 +32,7 @@ def main() -> None:
     if arguments.verify:
         _verify(folder, console)
         return
-    manifest = read_manifest(folder)
+    manifest = manifests.read(folder)
     if arguments.pack is None and arguments.example is None and arguments.random is None:
         _summarize(folder, manifest, arguments.split, console)
         return
@@ -72,7 +73,7 @@ def _verify(folder: Path, console: Console) -> None:
         console.print(sentence, soft_wrap=True)
     if found:
         raise DataError(f"{folder}: damaged, see above; run preprocess again with --overwrite")
-    manifest = read_manifest(folder)
+    manifest = manifests.read(folder)
     console.print(
         f"{folder}: sound ({len(manifest['files'])} files, {', '.join(manifest['splits'])})",
         soft_wrap=True,

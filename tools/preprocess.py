@@ -1,42 +1,91 @@
 """Text in, packed dataset out: python tools/preprocess.py --config configs/X.yaml [--show N]."""
 
+import argparse
+from pathlib import Path
+
 from rich.console import Console
 
 from mcore_sft import command
-from mcore_sft.data.prepare import check_fit, prepare
+from mcore_sft.config import RunConfig
+from mcore_sft.data.job import Job, check_fit
+from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
+from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.report import show_examples, show_manifest
+from mcore_sft.data.report import show_manifest
 from mcore_sft.data.tokenizer import load_tokenizer
 
 
 def main() -> None:
     """Tokenize, pack and write the sources of an experiment, or only show some of its examples."""
+    arguments = _parser().parse_intermixed_args()
+    config = command.experiment(arguments)
+    job = _job(config)
+    if arguments.show is not None:
+        preview(job, arguments.show, console=Console())
+    elif arguments.export_jsonl is not None:
+        rows = export_json_lines(job, arguments.export_jsonl)
+        print(f"{arguments.export_jsonl}: {rows:,} rows")
+    elif arguments.shard is not None:
+        index, count = arguments.shard
+        shard = prepare_shard(
+            job, config.packed, index=index, count=count, overwrite=arguments.overwrite
+        )
+        print(f"{shard}: shard {index} of {count}; when all are there: --merge {count}")
+    else:
+        overwrite = arguments.overwrite
+        if arguments.merge is None:
+            manifest = prepare(job, config.packed, overwrite=overwrite)
+        else:
+            manifest = merge(job, config.packed, count=arguments.merge, overwrite=overwrite)
+        show_manifest(manifest, config.packed, console=Console())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command.parser("text -> packed dataset")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--show",
-        type=int,
+        type=_count,
         metavar="N",
         help="print N examples, trained tokens green; write nothing",
     )
+    instead.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="encode every N-th block, from I (0 to N - 1), on this machine",
+    )
+    instead.add_argument(
+        "--merge", type=_count, metavar="N", help="make the dataset of the N shards"
+    )
+    instead.add_argument(
+        "--export-jsonl",
+        type=Path,
+        metavar="FILE",
+        help="write data.train as NeMo-Skills' plain JSON lines (expected_answer, input, output)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset there")
-    arguments = parser.parse_intermixed_args()
-    config = command.experiment(arguments)
+    return parser
 
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
+
+def _job(config: RunConfig) -> Job:
+    tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
     check_fit(tokenizer, config.model.path)
     prompt = Prompt.load(config.prompt, tokenizer)
-    if arguments.show is not None:
-        show_examples(config.data, arguments.show, prompt, tokenizer, console=Console())
-        return
-    manifest = prepare(
-        config.data,
-        config.packed,
-        prompt=prompt,
-        tokenizer=tokenizer,
-        console=Console(stderr=True),
-        overwrite=arguments.overwrite,
-    )
-    show_manifest(manifest, config.packed, console=Console())
+    return Job(config=config.data, prompt=prompt, tokenizer=tokenizer, console=Console(stderr=True))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, given {text!r}")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, given {text!r}")
+    return int(index), int(count)
 
 
 if __name__ == "__main__":

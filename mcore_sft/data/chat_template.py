@@ -1,6 +1,8 @@
 """Messages and a Jinja chat template in, text out, rendered as transformers does it."""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,13 +14,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mcore_sft.data.errors import DataError
 
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+
 
 class ChatTemplate:
-    """A chat template that came with a tokenizer; it is data, and runs in a sandbox."""
+    """A chat template that came with a tokenizer; it is data, and runs in a sandbox.
 
-    def __init__(self, source: str, *, where: Path) -> None:
+    tokens: how bos, eos and pad are spelt. marks_answers: whether `{% generation %}` says in it
+    which text is the assistant's.
+    """
+
+    def __init__(self, source: str, *, where: Path, tokens: Mapping[str, str]) -> None:
         self.source = source
+        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         self._where = where
+        self._spelt = {f"{role}_token": name for role, name in tokens.items()}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -32,19 +43,49 @@ class ChatTemplate:
             raise DataError(f"{where}: the chat template is not valid Jinja: {error}") from None
 
     def render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, tokens: dict[str, str]
+        self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """Text of `messages`; `tokens` spells bos, eos and pad for the template."""
-        spelt = {f"{role}_token": name for role, name in tokens.items()}
+        """Text of `messages`; `DataError` if the template refuses them."""
+        return self._render(messages, tools, add_generation_prompt, ("", ""))
+
+    def render_marked(
+        self, messages: Messages, *, tools: Tools | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Text of `messages`, and where in it each `{% generation %}` begins and ends."""
+        plain = self.render(messages, tools=tools)
+        # Noncharacters mark the places: the first two that the text itself does not hold.
+        begin, end = [mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if mark not in plain][:2]
+        marked = self._render(messages, tools, False, (begin, end))
+        if marked.replace(begin, "").replace(end, "") != plain:
+            raise DataError(
+                f"{self._where}: the chat template does something to what stands in its "
+                "{% generation %} blocks, so they cannot say what is trained"
+            )
+        first, *others = marked.split(begin)
+        spans, length = [], len(first)
+        for other in others:
+            answer, _, rest = other.partition(end)
+            spans.append((length, length + len(answer)))
+            length += len(answer) + len(rest)
+        return plain, spans
+
+    def _render(
+        self,
+        messages: Messages,
+        tools: Tools | None,
+        add_generation_prompt: bool,
+        marks: tuple[str, str],
+    ) -> str:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **spelt,
+                generation_marks=marks,
+                **self._spelt,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # as the template may do
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{self._where}: the chat template refuses messages of {roles}: {error}"
@@ -52,17 +93,31 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part; it leaves no trace in the text."""
+    """`{% generation %}` holds the assistant's part, which stands between two marks, or none."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark", [nodes.Name("generation_marks", "load")])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, marks: tuple[str, str], caller: Any) -> str:
+        begin, end = marks
+        return f"{begin}{caller()}{end}"
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _refuse(message: str) -> NoReturn:

@@ -7,133 +7,32 @@ findings of one kind are spelt out.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 
 from mcore_sft.data import manifest as manifests
+from mcore_sft.data.dataset import Array, Arrays
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.indexed import IndexedTokens, running_sum
+from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.progress import progress
 
 LISTED = 3
 
-Array = npt.NDArray[Any]
-_Count = Annotated[int, Field(ge=0)]
-_FORMS: dict[str, tuple[type[np.integer[Any]], int]] = {
-    "spans": (np.int32, 2),
-    "span_offsets": (np.int64, 1),
-    "packs": (np.int64, 1),
-    "pack_offsets": (np.int64, 1),
-    "supervised": (np.int32, 1),
-}
 _CHUNK = 1 << 24
-
-
-class _File(BaseModel):
-    bytes: _Count
-    sha256: str
-
-
-class _Tokenizer(BaseModel):
-    fingerprint: str
-    vocab_size: _Count
-
-
-class _Inputs(BaseModel):
-    tokenizer: _Tokenizer
-
-
-class _Split(BaseModel):
-    rows: _Count
-    examples: _Count
-    tokens: _Count
-    supervised_tokens: _Count
-    longest: _Count
-    packs: _Count
-    packing_efficiency: float
-    examples_per_pack: float
-    dropped: dict[str, _Count]
-    contaminated_problems: _Count
-
-
-class _Manifest(BaseModel):
-    fingerprint: str
-    sequence_length: _Count
-    inputs: _Inputs
-    splits: Annotated[dict[str, _Split], Field(min_length=1)]
-    files: dict[str, _File]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`; `DataError` if it, or anything in it, is not what we write."""
-    try:
-        manifest = manifests.read(folder)
-        _Manifest.model_validate(manifest, strict=True)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"])
-        raise DataError(
-            f"{folder / manifests.NAME}: broken ({where}: {first['msg'].lower()}); "
-            "run preprocess again with --overwrite"
-        ) from None
-    return manifest
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Arrays:
-    """The files of one split, memory-mapped, of the right types; what they say may be wrong."""
-
-    prefix: Path
-    tokens: IndexedTokens
-    spans: Array
-    span_offsets: Array
-    packs: Array
-    pack_offsets: Array
-    supervised: Array
-
-    @classmethod
-    def open(cls, folder: Path, split: str) -> "Arrays":
-        """Map the files of `split`; `DataError` names the first that cannot be."""
-        prefix = folder / split
-        try:
-            tokens = IndexedTokens(prefix)
-        except DataError:
-            raise
-        except (OSError, ValueError) as error:
-            raise DataError(f"{prefix}.bin, {prefix}.idx: cannot be read ({error})") from None
-        arrays = {name: _load(Path(f"{prefix}.{name}.npy"), *_FORMS[name]) for name in _FORMS}
-        return cls(prefix=prefix, tokens=tokens, **arrays)
-
-    def file(self, name: str) -> Path:
-        """Where one of the arrays lies, or the tokens (`bin`, `idx`)."""
-        return Path(f"{self.prefix}.{name}.npy" if name in _FORMS else f"{self.prefix}.{name}")
-
-    def pack_of(self, place: int) -> int:
-        """The pack that the entry at `place` of `packs` belongs to."""
-        return int(np.searchsorted(self.pack_offsets, place, side="right")) - 1
 
 
 def find_damage(folder: Path, *, console: Console) -> list[str]:
     """All that is wrong with a packed dataset, a sentence each; every byte is read.
 
-    `DataError` if there is no manifest to compare with.
+    `DataError` if there is no manifest to compare with, or it was changed.
     """
-    manifest = read_manifest(folder)
+    manifest = manifests.read(folder)
     files = manifest["files"]
     found: list[str] = []
-    if (digest := manifests.digest_of(files)) != manifest["fingerprint"]:
-        found.append(
-            f"{folder / manifests.NAME}: its files make the fingerprint {digest}, "
-            f"expected {manifest['fingerprint']}; the manifest was changed"
-        )
     total = sum(described["bytes"] for described in files.values())
     with progress("checksums", total=total, console=console) as advance:
         for name, described in files.items():
@@ -176,25 +75,6 @@ def _check_file(folder: Path, name: str, described: dict[str, Any]) -> Iterator[
         yield f"{folder / name}: cannot be read ({error.strerror})"
 
 
-def _load(file: Path, kind: type[np.integer[Any]], dimensions: int) -> Array:
-    try:
-        with file.open("rb") as opened:
-            begin = opened.read(len(np.lib.format.MAGIC_PREFIX))
-        if begin != np.lib.format.MAGIC_PREFIX:
-            raise ValueError(f"begins with {begin!r}")
-        array: Array = np.asanyarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except Exception as error:  # of a damaged header, numpy raises nearly anything
-        raise DataError(
-            f"{file}: not an array file ({error}); run preprocess again with --overwrite"
-        ) from None
-    if array.dtype != np.dtype(kind) or array.ndim != dimensions:
-        raise DataError(
-            f"{file}: holds {array.dtype} {list(array.shape)}, expected {np.dtype(kind)} with "
-            f"{dimensions} dimension(s); run preprocess again with --overwrite"
-        )
-    return array
-
-
 def _examples(arrays: Arrays) -> Iterator[str]:
     """Lengths, and whether the sequences lie one after another."""
     lengths, offsets = arrays.tokens.lengths, arrays.tokens.offsets
@@ -213,8 +93,7 @@ def _examples(arrays: Arrays) -> Iterator[str]:
 
 def _tokens(arrays: Arrays, vocab_size: int) -> Iterator[str]:
     """Whether the vocabulary has every token."""
-    file = arrays.file("bin")
-    raw = np.memmap(file, dtype=arrays.tokens.dtype, mode="r")
+    file, raw = arrays.file("bin"), arrays.tokens.values
     begins = running_sum(arrays.tokens.lengths)
     count = 0
     for begin in range(0, len(raw), _CHUNK):
@@ -257,7 +136,7 @@ def _spans(arrays: Arrays) -> Iterator[str]:
 
 
 def _packs(arrays: Arrays, sequence_length: int) -> Iterator[str]:
-    """Whether every example is in exactly one pack, and no pack is empty or too long."""
+    """Whether every example is in a pack, and no pack is empty or too long."""
     packs, lengths = arrays.packs, arrays.tokens.lengths
     file = arrays.file("packs")
     num_packs = len(arrays.supervised)
@@ -273,11 +152,9 @@ def _packs(arrays: Arrays, sequence_length: int) -> Iterator[str]:
             f"pack {arrays.pack_of(i)}: holds example {packs[i]}, expected 0 to {len(lengths) - 1}"
         ),
     )
-    times = np.bincount(packs[~strange], minlength=len(lengths))
+    missing = np.bincount(packs[~strange], minlength=len(lengths)) == 0
     yield from _each(
-        file,
-        times != 1,
-        lambda i: f"example {i}: is in {_packs_with(arrays, i)}, expected in exactly one",
+        file, missing, lambda i: f"example {i}: is in no pack, expected in one or more"
     )
     if strange.any():
         return
@@ -306,8 +183,9 @@ def _counts(arrays: Arrays, file: Path, split: str, said: dict[str, Any]) -> Ite
     lengths = arrays.tokens.lengths
     held = {
         "examples": len(lengths),
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "supervised_tokens": int(_trained(arrays).sum()),
+        "visits": len(arrays.packs),
+        "tokens": int(lengths[arrays.packs].sum(dtype=np.int64)),
+        "supervised_tokens": int(arrays.supervised.sum(dtype=np.int64)),
         "longest": int(lengths.max()),
         "packs": len(arrays.supervised),
     }
@@ -339,11 +217,6 @@ def _offsets(
             f"expected {'not backwards' if empty else 'at least one more'}"
         ),
     )
-
-
-def _packs_with(arrays: Arrays, example: int) -> str:
-    packs = [arrays.pack_of(place) for place in np.flatnonzero(arrays.packs == example).tolist()]
-    return f"packs {', '.join(map(str, packs))}" if packs else "no pack"
 
 
 def _trained(arrays: Arrays) -> npt.NDArray[np.int64]:

@@ -3,10 +3,12 @@
 SPLIT.bin, SPLIT.idx                      tokens, one sequence per example (Megatron's format)
 SPLIT.spans.npy, SPLIT.span_offsets.npy   trained runs int32 [S, 2]; those of example i are
                                           spans[span_offsets[i]:span_offsets[i + 1]]
-SPLIT.packs.npy, SPLIT.pack_offsets.npy   example ids pack by pack, in the same manner
+SPLIT.packs.npy, SPLIT.pack_offsets.npy   example ids pack by pack, in the same manner; an example
+                                          may be shown several times in an epoch
 SPLIT.supervised.npy                      int32 [P], supervised tokens of each pack
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,50 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import IndexedTokens
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example
+
+Array = npt.NDArray[Any]
+
+_FORMS: dict[str, tuple[type[np.integer[Any]], int]] = {
+    "spans": (np.int32, 2),
+    "span_offsets": (np.int64, 1),
+    "packs": (np.int64, 1),
+    "pack_offsets": (np.int64, 1),
+    "supervised": (np.int32, 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arrays:
+    """The files of one split, memory-mapped, of the right types; what they say may be wrong."""
+
+    prefix: Path
+    tokens: IndexedTokens
+    spans: Array
+    span_offsets: Array
+    packs: Array
+    pack_offsets: Array
+    supervised: Array
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> "Arrays":
+        """Map the files of `split`; `DataError` names the first that cannot be."""
+        prefix = folder / split
+        try:
+            tokens = IndexedTokens(prefix)
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DataError(f"{prefix}.bin, {prefix}.idx: cannot be read ({error})") from None
+        arrays = {name: _load(Path(f"{prefix}.{name}.npy"), *_FORMS[name]) for name in _FORMS}
+        return cls(prefix=prefix, tokens=tokens, **arrays)
+
+    def file(self, name: str) -> Path:
+        """Where one of the arrays lies, or the tokens (`bin`, `idx`)."""
+        return Path(f"{self.prefix}.{name}.npy" if name in _FORMS else f"{self.prefix}.{name}")
+
+    def pack_of(self, place: int) -> int:
+        """The pack that the entry at `place` of `packs` belongs to."""
+        return int(np.searchsorted(self.pack_offsets, place, side="right")) - 1
 
 
 class PackedDataset:
@@ -36,39 +82,60 @@ class PackedDataset:
         files = self.manifest["files"]
         own = {name: files[name] for name in files if name.startswith(f"{split}.")}
         manifests.check_files(folder, own, verify=verify)
-        self._tokens = IndexedTokens(folder / split)
-        self._spans = _array(folder / f"{split}.spans.npy")
-        self._span_offsets = _array(folder / f"{split}.span_offsets.npy")
-        self._packs = _array(folder / f"{split}.packs.npy")
-        self._pack_offsets = _array(folder / f"{split}.pack_offsets.npy")
-        self.supervised = _array(folder / f"{split}.supervised.npy")
+        self._arrays = Arrays.open(folder, split)
+        self.supervised = self._arrays.supervised
         self.counts: dict[str, Any] = self.manifest["splits"][split]
         self.sequence_length: int = self.manifest["sequence_length"]
         self.fingerprint: str = self.manifest["fingerprint"]
 
     def __len__(self) -> int:
-        return len(self._pack_offsets) - 1
+        return len(self._arrays.pack_offsets) - 1
 
     @property
     def num_examples(self) -> int:
-        """Examples in all packs."""
-        return len(self._tokens)
+        """Examples in all packs; one that is shown twice in an epoch is two."""
+        return len(self._arrays.packs)
+
+    @property
+    def num_distinct(self) -> int:
+        """Examples that are stored; their ids are below this."""
+        return len(self._arrays.tokens)
 
     def example(self, index: int) -> Example:
         """The example with this id."""
-        start, end = self._span_offsets[index : index + 2].tolist()
-        return Example(tokens=self._tokens[index], spans=np.array(self._spans[start:end]))
+        return self._examples(np.array([index]))[0]
 
     def pack(self, index: int) -> Pack:
         """The examples of one pack, in their order."""
-        start, end = self._pack_offsets[index : index + 2].tolist()
-        return Pack(examples=tuple(self.example(i) for i in self._packs[start:end].tolist()))
+        start, end = self._arrays.pack_offsets[index : index + 2].tolist()
+        return Pack(examples=self._examples(self._arrays.packs[start:end]))
+
+    def _examples(self, ids: npt.NDArray[np.int64]) -> tuple[Example, ...]:
+        spans, offsets = self._arrays.spans, self._arrays.span_offsets
+        columns = (self._arrays.tokens.take(ids), offsets[ids].tolist(), offsets[ids + 1].tolist())
+        return tuple(
+            [
+                Example(tokens=tokens, spans=spans[start:end])
+                for tokens, start, end in zip(*columns, strict=True)
+            ]
+        )
 
 
-def _array(file: Path) -> npt.NDArray[Any]:
+def _load(file: Path, kind: type[np.integer[Any]], dimensions: int) -> Array:
+    """The array in `file`, a plain one over the map: slices of np.memmap itself are slow."""
     try:
-        return np.asanyarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError, OSError) as error:
+        with file.open("rb") as opened:
+            begin = opened.read(len(np.lib.format.MAGIC_PREFIX))
+        if begin != np.lib.format.MAGIC_PREFIX:
+            raise ValueError(f"begins with {begin!r}")
+        array: Array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # of a damaged header, numpy raises nearly anything
         raise DataError(
             f"{file}: not an array file ({error}); run preprocess again with --overwrite"
         ) from None
+    if array.dtype != np.dtype(kind) or array.ndim != dimensions:
+        raise DataError(
+            f"{file}: holds {array.dtype} {list(array.shape)}, expected {np.dtype(kind)} with "
+            f"{dimensions} dimension(s); run preprocess again with --overwrite"
+        )
+    return array

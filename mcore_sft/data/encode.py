@@ -1,78 +1,129 @@
-"""A chunk of rows in, its tokens as flat arrays out: the work of one process.
+"""A block of rows in, its examples as flat arrays out: the work of one process.
 
-Chunk -> conversations -> filters -> examples -> Encoded
+Block -> Rows -> filters -> contamination -> Examples -> Encoded
 """
 
-from collections import Counter, deque
+import json
+import math
+import signal
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mcore_sft.config import FilterConfig
+from mcore_sft.data.blocks import Block
 from mcore_sft.data.contamination import Contamination, Finding, distinct
-from mcore_sft.data.conversation import Chunk, Conversation
+from mcore_sft.data.duplicates import Hashes, hashes_of, joined, text_hashes
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.filters import Filters, Hashes, Row, row_hashes
-from mcore_sft.data.prompt import Dropped, Example, Prompt
+from mcore_sft.data.filters import Filters, Row
+from mcore_sft.data.indexed import running_sum
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.rows import Chats, Examples, Pairs, Rows, Tokens
 from mcore_sft.data.tokenizer import load_tokenizer
+
+BAD = "bad row"
+"""Why a row is dropped that cannot be used, where the run may leave such out."""
 
 TOO_LONG = "longer than the sequence"
 """Why an example is dropped that no pack can hold."""
 
+UNTRAINED = "nothing to learn"
+"""Why an example is dropped of which others have marked no token as trained."""
+
 CONTAMINATED = "in a benchmark"
 """Why an example is dropped whose problem a benchmark asks too."""
+
+SAMPLES = 3
+"""Rows of a block that are shown for each reason to drop them."""
+
+PROMPTS = 8
+"""Examples of a block whose prompt is compared with what evaluation would send."""
+
+_EXCERPT = 600
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row that was dropped, and where it stands."""
+
+    where: str
+    text: str
+
+
+@dataclass
+class Drops:
+    """Rows that become no example, counted by reason, and the first few of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+
+    def add(self, reason: str, count: int, samples: Iterable[Sample] = ()) -> None:
+        """Count `count` rows; of `samples`, as many are kept as are shown."""
+        if count:
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            shown = self.samples.setdefault(reason, [])
+            shown.extend(islice(samples, SAMPLES - len(shown)))
+
+    def update(self, other: "Drops") -> None:
+        """Add those of `other`."""
+        for reason, count in other.counts.items():
+            self.add(reason, count, other.samples.get(reason, ()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """Examples of a chunk, end to end, and what became of its rows.
+    """Examples of one block and what became of its rows. M = examples.
 
-    tokens int32 [sum of lengths]; lengths int32 [N]; spans int32 [S, 2]; span_counts int32 [N];
-    hashes uint64 [N, 2] of problem and solution; problems uint64 [N], a hash of the problem.
+    numbers int64 [M]: line or row of each in file `name`; hashes uint64 [M, 2]: of all that makes
+    two examples the same; problems uint64 [M]: of the problem.
+    rows: how many could be used, which `examples.rows` counts; size: bytes of the source.
     """
 
-    tokens: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.int32]
-    span_counts: npt.NDArray[np.int32]
+    source: int
+    name: str
+    examples: Examples
+    numbers: npt.NDArray[np.int64]
     hashes: Hashes
     problems: npt.NDArray[np.uint64]
     findings: Sequence[Finding]
-    dropped: Mapping[str, int]
+    drops: Drops
     rows: int
     size: int
     gigatoken: bool
+    tokenized_elsewhere: bool
 
-    def keep(self, wanted: npt.NDArray[np.bool_], reason: str) -> "Encoded":
-        """Only the `wanted` [N] examples; the others are counted under `reason`."""
-        lost = int((~wanted).sum())
+    def keep(self, wanted: npt.NDArray[np.bool_]) -> "Encoded":
+        """Only the `wanted` [M] examples."""
+        if wanted.all():
+            return self
         return replace(
             self,
-            tokens=self.tokens[np.repeat(wanted, self.lengths)],
-            lengths=self.lengths[wanted],
-            spans=self.spans[np.repeat(wanted, self.span_counts)],
-            span_counts=self.span_counts[wanted],
+            examples=self.examples.keep(wanted),
+            numbers=self.numbers[wanted],
             hashes=self.hashes[wanted],
             problems=self.problems[wanted],
-            dropped=Counter(self.dropped) + Counter({reason: lost}),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that a process needs to know to encode a chunk."""
+    """All that a process needs to know to encode a block."""
 
     tokenizer: Path
     gigatoken: bool
     prompt: Mapping[str, Any]
     sequence_length: int
+    skip_bad: bool
     filters: FilterConfig
     benchmark: Sequence[str]
     """Problems that training must not hold."""
@@ -80,97 +131,220 @@ class Recipe:
     """Share of a benchmark problem's 8-grams that makes a training problem the same."""
     remove: bool
     """Whether rows with such problems are dropped, and not only told of."""
+    as_json: bool = False
+    """Bytes of NeMo-Skills' JSON lines instead of tokens, and no row is too long."""
 
 
 class Encoder:
-    """Encodes chunks by one recipe."""
+    """Encodes blocks by one recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
         self._tokenizer = load_tokenizer(recipe.tokenizer, gigatoken=recipe.gigatoken)
         self._prompt = Prompt.restore(recipe.prompt, self._tokenizer)
-        self._longest = recipe.sequence_length
         self._filters = Filters(recipe.filters, self._count_tokens)
         self._benchmark = (
             Contamination(recipe.benchmark, threshold=recipe.threshold)
             if recipe.benchmark
             else None
         )
-        self._remove = recipe.remove
         self._checked: set[bytes] = set()
         self._contaminated: set[str] = set()
 
-    def encode(self, chunk: Chunk) -> Encoded:
-        """Tokens of all examples that are wanted and that a pack can hold; the rest is counted."""
-        dropped: Counter[str] = Counter()
-        rows = self._filter(list(chunk.conversations()), dropped)
+    def encode(self, block: Block, source: int = 0) -> Encoded:
+        """Examples of all rows that are wanted and that a pack can hold; the rest is counted."""
+        read = block.read(skip_bad=self._recipe.skip_bad)
+        drops = Drops()
+        bad = (Sample(f"{read.name}:{number}", said) for number, said in read.bad.items())
+        drops.add(BAD, len(read.bad), bad)
+        rows, origin = self._filtered(read, drops)
         findings = self._check(rows)
-        if self._remove:
-            clean = [row for row in rows if row.problem not in self._contaminated]
-            dropped[CONTAMINATED] += len(rows) - len(clean)
-            rows = clean
-        kept: list[tuple[Row, Example]] = []
-        talks = [Conversation.of(row.problem, row.solution) for row in rows]
-        for row, made in zip(rows, self._prompt.examples(talks), strict=True):
-            if isinstance(made, Dropped):
-                dropped[made.reason] += 1
-            elif len(made) > self._longest:
-                dropped[TOO_LONG] += 1
-            else:
-                kept.append((row, made))
-        problems = [row.problem for row, _ in kept]
-        solutions = [row.solution for row, _ in kept]
-        examples = [example for _, example in kept]
-        nothing = np.zeros(0, dtype=np.int32)
+        if self._contaminated and self._recipe.remove:
+            problems = _problems(rows).to_pylist()
+            clean = np.array([problem not in self._contaminated for problem in problems], np.bool_)
+            drops.add(CONTAMINATED, int((~clean).sum()), _samples(rows, ~clean))
+            rows, origin = rows.take(clean), origin[clean]
+        examples = self._examples(rows, drops)
+        hashes, problem_hashes = _hashes(rows, examples)
         return Encoded(
-            tokens=np.concatenate([nothing, *(example.tokens for example in examples)]),
-            lengths=np.array([len(example) for example in examples], dtype=np.int32),
-            spans=np.concatenate([nothing.reshape(0, 2), *(example.spans for example in examples)]),
-            span_counts=np.array([len(example.spans) for example in examples], dtype=np.int32),
-            hashes=row_hashes(problems, solutions),
-            problems=row_hashes(problems)[:, 0],
+            source=source,
+            name=read.name,
+            examples=replace(examples, rows=origin[examples.rows]),
+            numbers=rows.numbers[examples.rows],
+            hashes=hashes,
+            problems=problem_hashes,
             findings=findings,
-            dropped=+dropped,
-            rows=len(chunk.rows),
-            size=chunk.size,
+            drops=drops,
+            rows=len(read),
+            size=block.size,
             gigatoken=self._tokenizer.gigatoken,
+            tokenized_elsewhere=isinstance(read, Tokens),
         )
 
-    def _filter(self, talks: Sequence[Conversation], dropped: Counter[str]) -> list[Row]:
-        rows = []
-        for talk in talks:
-            problem, solution = (message.content for message in talk.messages)
-            rows.append(Row(problem, solution, *(talk.votes or ())))
-        filtered = self._filters.apply(rows)
-        dropped.update(reason for reason in filtered if isinstance(reason, str))
-        return [row for row in filtered if isinstance(row, Row)]
+    def _filtered(self, rows: Rows, drops: Drops) -> tuple[Any, npt.NDArray[np.int64]]:
+        """The rows that the filters leave, perhaps changed, and the index each had."""
+        everything = np.arange(len(rows), dtype=np.int64)
+        if not self._filters.active:
+            return rows, everything
+        if not isinstance(rows, Pairs):
+            raise DataError(
+                f"{rows.name}: the filters read problems and solutions, which this source does "
+                "not have apart; turn those of data.filters off"
+            )
+        votes = rows.votes.tolist() if rows.votes is not None else [(None, None)] * len(rows)
+        texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), votes, strict=True)
+        made = self._filters.apply([Row(p, s, *map(_number, v)) for p, s, v in texts])
+        kept = np.array([isinstance(row, Row) for row in made], np.bool_)
+        for index in np.flatnonzero(~kept).tolist():
+            drops.add(str(made[index]), 1, _samples(rows, np.array([index])))
+        left = [row.solution for row in made if isinstance(row, Row)]
+        changed = replace(rows.take(kept), solutions=pa.array(left, pa.large_string()))
+        return changed, everything[kept]
 
-    def _check(self, rows: Sequence[Row]) -> list[Finding]:
+    def _check(self, rows: Any) -> list[Finding]:
         """What the benchmark shares with problems that this process has not seen before."""
         if self._benchmark is None:
             return []
-        new = distinct((row.problem for row in rows), self._checked)
-        findings = self._benchmark.check(new)
+        if isinstance(rows, Tokens):
+            raise DataError(
+                f"{rows.name}: tokens cannot be compared with benchmarks; give this source as "
+                "text, or leave data.contamination.against empty"
+            )
+        problems = _problems(rows).to_pylist()
+        found = self._benchmark.check(distinct(problems, self._checked))
         # A 13-gram alone is often a phrase that everybody uses: it is told of, and stays.
-        self._contaminated.update(f.problem for f in findings if f.kind != "13-gram")
-        return findings
+        self._contaminated.update(each.problem for each in found if each.kind != "13-gram")
+        return found
+
+    def _examples(self, rows: Any, drops: Drops) -> Examples:
+        if self._recipe.as_json:
+            return _json_lines(rows, self._prompt)
+        if isinstance(rows, Tokens):
+            return self._of_tokens(rows, drops)
+        examples, dropped = self._prompt.encode(rows)
+        if isinstance(rows, Pairs):
+            self._require_prompts_of_evaluation(rows, examples)
+        for index, reason in dropped.items():
+            drops.add(reason, 1, _samples(rows, np.array([index])))
+        return self._that_fit(rows, examples, drops)
+
+    def _require_prompts_of_evaluation(self, rows: Pairs, examples: Examples) -> None:
+        """`DataError` if some examples do not begin with the ids that evaluation would send."""
+        starts, spans = running_sum(examples.lengths), running_sum(examples.span_counts)
+        for i in range(0, len(examples), max(1, len(examples) // PROMPTS)):
+            row = int(examples.rows[i])
+            asked = self._prompt.prompt_ids(rows.problems[row].as_py())
+            trained = examples.tokens[starts[i] :][: examples.spans[spans[i], 0]].tolist()
+            if trained != asked:
+                raise DataError(
+                    f"{rows.where(row)}: training has other ids for its prompt than evaluation "
+                    f"would send ({trained[:8]} ... and {asked[:8]} ...); this is a defect of "
+                    "mcore_sft or of the tokenizer's files: data.gigatoken=false may avoid it"
+                )
+
+    def _of_tokens(self, rows: Tokens, drops: Drops) -> Examples:
+        """Examples that others have tokenized: all tokens must be of the vocabulary."""
+        examples, vocab_size = rows.examples, self._tokenizer.vocab_size
+        if examples.tokens.max(initial=0) >= vocab_size:
+            at = int(np.argmax(examples.tokens >= vocab_size))
+            example = int(np.searchsorted(running_sum(examples.lengths), at, side="right")) - 1
+            raise DataError(
+                f"{rows.where(int(examples.rows[example]))}: token {examples.tokens[at]} is not in "
+                f"the vocabulary of {vocab_size}; name the tokenizer that made the tokens"
+            )
+        idle = examples.span_counts == 0
+        drops.add(UNTRAINED, int(idle.sum()), _samples(rows, examples.rows[idle]))
+        return self._that_fit(rows, examples.keep(~idle), drops)
+
+    def _that_fit(self, rows: Rows, examples: Examples, drops: Drops) -> Examples:
+        long = examples.lengths > self._recipe.sequence_length
+        drops.add(TOO_LONG, int(long.sum()), _samples(rows, examples.rows[long]))
+        return examples.keep(~long)
 
     def _count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
 
 
-def encode_all(chunks: Iterable[Chunk], recipe: Recipe, *, workers: int) -> Iterator[Encoded]:
-    """Encode `chunks` in `workers` processes (1 = this one), in order, few of them in memory."""
+def _problems(rows: Pairs | Chats) -> pa.LargeStringArray:
+    """What each row asks; of a conversation, what its user says first."""
+    if isinstance(rows, Pairs):
+        return rows.problems
+    asked = (
+        next((str(m.get("content")) for m in messages if m.get("role") == "user"), "")
+        for messages in rows.messages
+    )
+    return pa.array(asked, pa.large_string())
+
+
+def _hashes(rows: Any, examples: Examples) -> tuple[Hashes, npt.NDArray[np.uint64]]:
+    """Hashes of the examples and of their problems."""
+    if isinstance(rows, Tokens):
+        offsets = running_sum(examples.lengths).tolist()
+        data = np.ascontiguousarray(examples.tokens).view(np.uint8).data
+        whole = hashes_of(data[4 * start : 4 * end] for start, end in pairwise(offsets))
+        return whole, whole[:, 0]
+    problems = text_hashes(_problems(rows))[examples.rows]
+    if isinstance(rows, Pairs):
+        rest = text_hashes(rows.solutions)[examples.rows]
+    else:
+        tools = rows.tools or [None] * len(rows)
+        talks = zip(rows.messages, tools, strict=True)
+        whole = hashes_of(json.dumps(talk, sort_keys=True).encode() for talk in talks)
+        rest = whole[examples.rows]
+    return joined(problems, rest), problems[:, 0]
+
+
+def _json_lines(rows: Rows, prompt: Prompt) -> Examples:
+    """The rows as NeMo-Skills writes them, a line each; its bytes are what stands for tokens."""
+    if not isinstance(rows, Pairs):
+        raise DataError(f"{rows.name}: only problems and solutions can be written as plain JSON")
+    answers = rows.answers.to_pylist() if rows.answers is not None else [None] * len(rows)
+    texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), answers, strict=True)
+    lines = []
+    for problem, solution, answer in texts:
+        known = {} if answer is None else {"expected_answer": answer}
+        said = {"input": prompt.text(problem), "output": prompt.answer(problem, solution)}
+        lines.append((json.dumps({**known, **said}) + "\n").encode())
+    return Examples(
+        tokens=np.frombuffer(b"".join(lines), np.uint8),
+        lengths=np.array([len(line) for line in lines], np.int32),
+        spans=np.zeros((0, 2), np.int32),
+        span_counts=np.zeros(len(lines), np.int32),
+        rows=np.arange(len(lines), dtype=np.int64),
+    )
+
+
+def _samples(rows: Rows, which: npt.NDArray[Any]) -> Iterator[Sample]:
+    """The rows at `which` (a mask or indices) as they are shown, one by one."""
+    for index in (np.flatnonzero(which) if which.dtype == np.bool_ else which).tolist():
+        text = rows.text(index)
+        short = text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
+        yield Sample(rows.where(index), short)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def encode_all(
+    blocks: Iterable[tuple[int, Block]], recipe: Recipe, *, workers: int
+) -> Iterator[Encoded]:
+    """Encode blocks (source, block) in `workers` processes, in order; few are in memory.
+
+    One worker is this process.
+    """
     if workers == 1:
-        yield from map(Encoder(recipe).encode, chunks)
+        encoder = Encoder(recipe)
+        yield from (encoder.encode(block, source) for source, block in blocks)
         return
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start, initargs=(recipe,)
     )
     try:
         waiting: deque[Future[Encoded]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode, chunk))
-            if len(waiting) >= 4 * workers:
+        for source, block in blocks:
+            waiting.append(pool.submit(_encode, block, source))
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -188,9 +362,10 @@ _encoder: Encoder | None = None  # one for each worker process, made when the pr
 
 def _start(recipe: Recipe) -> None:
     global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
     _encoder = Encoder(recipe)
 
 
-def _encode(chunk: Chunk) -> Encoded:
+def _encode(block: Block, source: int) -> Encoded:
     assert _encoder is not None
-    return _encoder.encode(chunk)
+    return _encoder.encode(block, source)

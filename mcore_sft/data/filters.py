@@ -1,30 +1,19 @@
 """Rows in, the rows worth training on out, by NeMo-Skills' filters of May 2025.
 
-    Row -> Row, or the name of the filter that drops it     in the processes that tokenize
-    hashes -> which are new; problems -> order of rows      in one process, which sees all rows
-
-N = rows, M = rows kept.
+Row -> Row, or the name of the filter that drops it
 """
 
 import json
-import random
 import re
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from mcore_sft.config import FilterConfig
 from mcore_sft.data.arithmetic import has_wrong_equation, spell_out
 from mcore_sft.data.errors import DataError
 
-Ids = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
-Order = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
 TokenCounter = Callable[[Sequence[str]], Sequence[int]]
 """Tokens of each text, without special tokens."""
 
@@ -37,8 +26,6 @@ _BOX_MARK = re.compile(r"\\boxed\s*+\{\s*+\}|(?P<open>\\boxed\s*+\{|\{)|\\[{}]|\
 _FORMULA_MARK = re.compile(
     r"\\\\|(?P<open>\\[\[(]|\\begin\b)|(?P<close>\\[\])]|\\end\b)|(?P<both>\$\$)"
 )
-_BLOCK = 1 << 16  # hashes inserted at a time
-_SHARE = 8  # a run of hashes is merged once it is no smaller than this share of the one before
 
 
 class Row(NamedTuple):
@@ -65,6 +52,13 @@ class Filters:
         self._filters = row_filters(config)
         self._config = config
         self._count_tokens = count_tokens
+
+    @property
+    def active(self) -> bool:
+        """Whether any filter is on."""
+        c = self._config
+        lengths = c.remove_len_outlier_problems or c.remove_len_outlier_solutions
+        return bool(self._filters) or lengths
 
     def apply(self, rows: Sequence[Row]) -> list[Row | str]:
         """For each row what is left of it, or the name of the filter that drops it."""
@@ -276,134 +270,3 @@ def _end_of_formula(text: str, box_end: int) -> int:
         if after_line and not depth + dollars:
             return text.find("\n", mark.end())
     return line_end
-
-
-def row_hashes(*columns: Sequence[str]) -> Hashes:
-    """128 bits of each row [N, 2], of one column or of several together; the same everywhere."""
-    digests = (
-        blake2b(
-            "".join(f"{len(text)} {text}" for text in row).encode("utf-8", "surrogatepass"),
-            digest_size=16,
-        ).digest()
-        for row in zip(*columns, strict=True)
-    )
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64).reshape(-1, 2)
-
-
-class Seen:
-    """The hashes of all rows so far, 16 bytes each, in sorted runs that are merged in place."""
-
-    def __init__(self) -> None:
-        self._runs: list[_Run] = []
-
-    def __len__(self) -> int:
-        return sum(len(run.high) for run in self._runs)
-
-    def new(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Which of `hashes` [N, 2] neither an earlier call nor an earlier row held: [N]."""
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: the first of equals stays first
-        high, low = hashes[order, 0], hashes[order, 1]
-        first = np.ones(len(order), dtype=np.bool_)
-        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-        order, high, low = order[first], high[first], low[first]
-        for run in self._runs:
-            unseen = ~run.holds(high, low)
-            order, high, low = order[unseen], high[unseen], low[unseen]
-        if len(order):
-            self._add(_Run(high, low))
-        new = np.zeros(len(hashes), dtype=np.bool_)
-        new[order] = True
-        return new
-
-    def _add(self, run: "_Run") -> None:
-        while self._runs and _SHARE * len(run.high) >= len(self._runs[-1].high):
-            larger = self._runs.pop()
-            larger.merge(run)
-            run = larger
-        self._runs.append(run)
-
-
-class _Run:
-    """Hashes sorted by their high half; equal ones there, all but impossible, in any order."""
-
-    def __init__(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> None:
-        self.high = high
-        self.low = low
-
-    def holds(
-        self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.bool_]:
-        at = np.searchsorted(self.high, high)
-        np.minimum(at, len(self.high) - 1, out=at)
-        same = self.high[at] == high
-        held: npt.NDArray[np.bool_] = same & (self.low[at] == low)
-        for i in np.flatnonzero(same & ~held).tolist():
-            end = int(np.searchsorted(self.high, high[i], side="right"))
-            held[i] = low[i] in self.low[at[i] : end]
-        return held
-
-    def merge(self, other: "_Run") -> None:
-        """Take in the hashes of `other`, without a second copy of one's own."""
-        at = np.searchsorted(self.high, other.high)
-        _insert(self.high, other.high, at)
-        _insert(self.low, other.low, at)
-
-
-def _insert(
-    array: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64], at: npt.NDArray[np.intp]
-) -> None:
-    """np.insert in place: from the end, a block of values at a time."""
-    end = len(array)
-    array.resize(end + len(values), refcheck=False)
-    for last in range(len(values), 0, -_BLOCK):
-        first = max(0, last - _BLOCK)
-        start = int(at[first])
-        array[start + first : end + last] = np.insert(
-            array[start:end], at[first:last] - start, values[first:last]
-        )
-        end = start
-
-
-def row_order(problems: Ids, config: FilterConfig) -> Order:
-    """Rows that are written [M], in their order, of rows whose `problems` are these [N].
-
-    NeMo-Skills groups the rows by problem, in the order of first appearance, and shuffles them with
-    Python's own generator. Its `fair` keeps no row at all where num_output_samples is exactly N;
-    ours keeps all.
-    """
-    c, num_samples = config, config.num_output_samples or len(problems)
-    if c.order == "source" and num_samples >= len(problems):
-        return np.arange(len(problems))
-    order = _grouped(problems)
-    if c.downsampling_method == "fair" and num_samples < len(problems):
-        order = order[_by_turns(problems[order])[:num_samples]]
-    _shuffle(order, c.random_seed)
-    order = order[:num_samples]
-    return np.sort(order) if c.order == "source" else order
-
-
-def _grouped(problems: Ids) -> Order:
-    """Rows of the first problem, of the second to appear, and so on; in source order in each."""
-    by_id = np.argsort(problems, kind="stable")
-    starts, counts = _groups(problems[by_id])
-    first_row = np.repeat(by_id[starts], counts)
-    return by_id[np.argsort(first_row, kind="stable")]
-
-
-def _by_turns(grouped: Ids) -> Order:
-    """Places in `grouped` by turns: the first row of each group, then the second, and so on."""
-    starts, counts = _groups(grouped)
-    turn = np.arange(len(grouped)) - np.repeat(starts, counts)
-    return np.argsort(turn, kind="stable")
-
-
-def _groups(ids: Ids) -> tuple[Order, Order]:
-    """Where each run of equal ids begins, and how long it is."""
-    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
-    return starts, np.diff(starts, append=len(ids))
-
-
-def _shuffle(order: Order, seed: int) -> None:
-    """random.seed(seed); random.shuffle(list(order)), in place and without a list's memory."""
-    in_place = cast(MutableSequence[int], order.data)
-    random.Random(seed).shuffle(in_place)

@@ -1,7 +1,7 @@
 """Token files in Megatron's indexed format: PREFIX.bin holds the tokens, PREFIX.idx where they lie.
 
 .idx = magic, version, dtype code, sequences S, document marks D, lengths int32 [S],
-       byte offsets int64 [S], document marks int64 [D]
+       byte offsets int64 [S], document marks int64 [D], modes int8 [S] (in some files, not read)
 """
 
 import struct
@@ -16,7 +16,9 @@ from mcore_sft.data.errors import DataError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _VERSION = 1
-_CODES: dict[int, type[np.int32] | type[np.uint16]] = {4: np.int32, 8: np.uint16}
+_CODES: dict[int, str] = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_FLOATS = {6, 7}
+_INT32 = np.dtype(np.int32)
 
 
 def token_type(vocab_size: int) -> np.dtype[np.int32] | np.dtype[np.uint16]:
@@ -36,60 +38,74 @@ def write_index(
 ) -> None:
     """Write the .idx of sequences of `lengths` [S] that lie one after another, a document each."""
     code = next(code for code, kind in _CODES.items() if np.dtype(kind) == dtype)
-    offsets = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1], out=offsets[1:])
-    offsets *= dtype.itemsize
     with file.open("wb") as out:
         out.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(lengths) + 1))
-        out.write(lengths.astype("<i4").tobytes())
-        out.write(offsets.tobytes())
-        out.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        lengths.astype("<i4", copy=False).tofile(out)
+        offsets = running_sum(lengths)[:-1]
+        offsets *= dtype.itemsize
+        offsets.astype("<i8", copy=False).tofile(out)
+        del offsets  # of a large dataset, one such array is enough at a time
+        np.arange(len(lengths) + 1, dtype="<i8").tofile(out)
 
 
 class IndexedTokens:
-    """Sequences of tokens, memory-mapped: tokens[i] is the i-th, [length]."""
+    """Sequences of tokens, memory-mapped: tokens[i] is the i-th, [length].
 
-    def __init__(self, prefix: Path) -> None:
-        index, tokens = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
-        code, count = _read_header(index)
+    lengths int32 [S] and offsets int64 [S], in bytes, of the sequences; documents int64 [D], where
+    documents begin and the last ends, counted in sequences; values [all], the tokens end to end.
+    """
+
+    def __init__(
+        self, prefix: Path, *, mend: str = "run preprocess again with --overwrite"
+    ) -> None:
+        """Map PREFIX.idx and PREFIX.bin; `DataError`, ending with `mend`, if they do not agree."""
+        index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        code, count, marks = _read_header(index, mend)
         self.dtype = np.dtype(_CODES[code])
-        start = _HEADER.size
-        self.lengths = np.memmap(index, dtype="<i4", mode="r", offset=start, shape=(count,))
-        self.offsets = np.memmap(
-            index, dtype="<i8", mode="r", offset=start + 4 * count, shape=(count,)
-        )
-        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
-        if tokens.stat().st_size != expected:
+        # Plain arrays over the map: slices of np.memmap itself take many times as long.
+        raw = np.asarray(np.memmap(index, dtype=np.uint8, mode="r"))
+        cuts = np.cumsum([_HEADER.size, 4 * count, 8 * count, 8 * marks])
+        self.lengths = raw[cuts[0] : cuts[1]].view("<i4")
+        self.offsets = raw[cuts[1] : cuts[2]].view("<i8")
+        self.documents = raw[cuts[2] : cuts[3]].view("<i8")
+        expected = 0
+        if count:
+            expected = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if (size := tokens.stat().st_size) != expected:
             raise DataError(
-                f"{tokens}: {tokens.stat().st_size} bytes, but {index.name} describes {expected}; "
-                "run preprocess again with --overwrite"
+                f"{tokens}: {size} bytes, but {index.name} describes {expected}; {mend}"
             )
-        self._tokens = np.memmap(tokens, dtype=self.dtype, mode="r")
+        self.values = np.zeros(0, dtype=self.dtype)
+        if size:  # an empty file cannot be mapped
+            self.values = np.asarray(np.memmap(tokens, dtype=self.dtype, mode="r"))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        start = int(self.offsets[index]) // self.dtype.itemsize
-        return self._tokens[start : start + int(self.lengths[index])].astype(np.int32)
+        return self.take(np.array([index]))[0]
+
+    def take(self, indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int32]]:
+        """The sequences with these indices; what needs no conversion is not copied."""
+        starts = self.offsets[indices] // self.dtype.itemsize
+        ends = starts + self.lengths[indices]
+        values, cuts = self.values, zip(starts.tolist(), ends.tolist(), strict=True)
+        return [values[start:end].astype(_INT32, copy=False) for start, end in cuts]
 
 
-def _read_header(index: Path) -> tuple[int, int]:
-    """Dtype code and number of sequences; `DataError` if this is no index."""
+def _read_header(index: Path, mend: str) -> tuple[int, int, int]:
+    """Dtype code, number of sequences and of document marks; `DataError` if this is no index."""
     with index.open("rb") as opened:
         raw = opened.read(_HEADER.size)
     broken = f"{index}: not the index of a token file"
     if len(raw) < _HEADER.size:
-        raise DataError(f"{broken} ({len(raw)} bytes); run preprocess again with --overwrite")
-    magic, version, code, count, documents = _HEADER.unpack(raw)
+        raise DataError(f"{broken} ({len(raw)} bytes); {mend}")
+    magic, version, code, count, marks = _HEADER.unpack(raw)
+    if magic == _MAGIC and version == _VERSION and code in _FLOATS:
+        raise DataError(f"{index}: holds fractions (dtype code {code}), expected tokens; {mend}")
     if magic != _MAGIC or version != _VERSION or code not in _CODES:
-        raise DataError(
-            f"{broken} (begins with {raw[:18].hex()}); run preprocess again with --overwrite"
-        )
-    expected = _HEADER.size + 12 * count + 8 * documents
-    if index.stat().st_size != expected:
-        raise DataError(
-            f"{index}: {index.stat().st_size} bytes, its header describes {expected}; "
-            "run preprocess again with --overwrite"
-        )
-    return code, count
+        raise DataError(f"{broken} (begins with {raw[:18].hex()}); {mend}")
+    size, expected = index.stat().st_size, _HEADER.size + 12 * count + 8 * marks
+    if size not in (expected, expected + count):
+        raise DataError(f"{index}: {size} bytes, its header describes {expected}; {mend}")
+    return code, count, marks

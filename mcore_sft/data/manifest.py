@@ -4,12 +4,63 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from mcore_sft.data.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
+REPORTS = ("report.json", "report.html")
+
+_AGAIN = "run preprocess again with --overwrite"
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _File(BaseModel):
+    bytes: _Count
+    sha256: str
+
+
+class _Prompt(BaseModel):
+    fingerprint: str
+
+
+class _Tokenizer(BaseModel):
+    fingerprint: str
+    vocab_size: _Count
+
+
+class _Inputs(BaseModel):
+    data: dict[str, Any]
+    prompt: _Prompt
+    tokenizer: _Tokenizer
+
+
+class _Split(BaseModel):
+    rows: _Count
+    examples: _Count
+    visits: _Count
+    tokens: _Count
+    supervised_tokens: _Count
+    longest: _Count
+    packs: _Count
+    packing_efficiency: float
+    examples_per_pack: float
+    dropped: dict[str, _Count]
+    contaminated_problems: _Count
+
+
+class _Manifest(BaseModel):
+    """What must be there; more may be."""
+
+    fingerprint: str
+    sequence_length: _Count
+    inputs: _Inputs
+    splits: Annotated[dict[str, _Split], Field(min_length=1)]
+    files: dict[str, _File]
+    digest: str
 
 
 def sha256_of(file: Path) -> str:
@@ -23,6 +74,14 @@ def digest_of(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def fingerprint_of(files: Mapping[str, Any]) -> str:
+    """SHA-256 that stands for a dataset, of what `describe_files` says of its files.
+
+    Reports are left out: how they look changes nothing that is trained on.
+    """
+    return digest_of({name: told for name, told in files.items() if name not in REPORTS})
+
+
 def describe_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by name."""
     return {
@@ -32,35 +91,42 @@ def describe_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest into `folder`."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    """Write the manifest into `folder`, with a digest of itself."""
+    signed = {**manifest, "digest": digest_of(manifest)}
+    text = json.dumps(signed, indent=2, ensure_ascii=False) + "\n"
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a packed dataset; `DataError` if `folder` holds none that we can read."""
+    """The manifest that was written into `folder`, without its digest.
+
+    `DataError` if there is none, or it is of another format, or not as it was written.
+    """
     file = folder / NAME
-    if not file.is_file():
-        raise DataError(
-            f"{folder}: no packed dataset here (no {NAME}); make it with tools/preprocess.py, "
-            "or mend data.packed"
-        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
         raise DataError(
-            f"{file}: broken ({error}); run preprocess again with --overwrite"
+            f"{folder}: no packed dataset here (no {NAME}); make it with tools/preprocess.py, "
+            "or mend data.packed"
         ) from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: broken ({error}); {_AGAIN}") from None
     if found != FORMAT:
+        raise DataError(f"{file}: format {found}, expected {FORMAT}; {_AGAIN}")
+    try:
+        _Manifest.model_validate(manifest, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise DataError(f"{file}: broken ({where}: {first['msg'].lower()}); {_AGAIN}") from None
+    expected = manifest.pop("digest")
+    if (digest := digest_of(manifest)) != expected:
         raise DataError(
-            f"{file}: format {found}, expected {FORMAT}; run preprocess again with --overwrite"
-        )
-    missing = {"splits", "files", "inputs", "fingerprint"} - manifest.keys()
-    if missing:
-        raise DataError(
-            f"{file}: broken (no {', '.join(sorted(missing))}); "
-            "run preprocess again with --overwrite"
+            f"{file}: was changed (digest {digest}, expected {expected}); undo that, or {_AGAIN}"
         )
     return dict(manifest)
 
@@ -70,17 +136,15 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify:
     for name, described in files.items():
         file = folder / name
         if not file.is_file():
-            raise DataError(
-                f"{file}: missing, but {NAME} names it; run preprocess again with --overwrite"
-            )
+            raise DataError(f"{file}: missing, but {NAME} names it; {_AGAIN}")
         size = file.stat().st_size
         if size != described["bytes"]:
             raise DataError(
                 f"{file}: {size} bytes, expected {described['bytes']} ({NAME}); the file is "
-                "truncated or of another run; run preprocess again with --overwrite"
+                f"truncated or of another run; {_AGAIN}"
             )
         if verify and (found := sha256_of(file)) != described["sha256"]:
             raise DataError(
                 f"{file}: corrupt: SHA-256 {found}, expected {described['sha256']} ({NAME}); "
-                "run preprocess again with --overwrite"
+                f"{_AGAIN}"
             )

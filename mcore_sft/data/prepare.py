@@ -1,136 +1,264 @@
 """Sources in, a packed dataset out: one folder, written beside its place and renamed when whole.
 
-sources -> chunks -> (worker processes) -> encoded examples -> split files -> manifest
+    sources -> blocks -> (worker processes) -> encoded blocks -> splits -> report -> manifest
+
+A machine may do every n-th block (`prepare_shard`), and one of them the rest (`merge`): the
+encoded blocks come from the shards' folders then, and all that follows is the same.
 """
 
-import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 
-from mcore_sft.config import DataConfig, SourceConfig
+from mcore_sft.config import DataConfig, HoldoutConfig
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.conversation import Chunk, read_chunks, source_files
-from mcore_sft.data.encode import Encoded, Recipe, encode_all
+from mcore_sft.data.encode import BAD, Drops, Encoded, encode_all
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.indexed import token_type
+from mcore_sft.data.job import Job
+from mcore_sft.data.order import row_order
+from mcore_sft.data.place import holds_dataset, new_folder
 from mcore_sft.data.progress import progress
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.split import SplitWriter
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.report import write_report
+from mcore_sft.data.shards import ShardWriter, finish_shard, merged, read_shard, shard_folder
+from mcore_sft.data.split import Collector, Split, SplitRules, packing_operator, write_splits
 
-_ELSEWHERE = {"packed", "root", "workers"}
-"""Keys of the data section that say where and how, and change no byte of the dataset."""
+Result = TypeVar("Result")
 
 
-def prepare(
-    config: DataConfig,
-    folder: Path,
-    *,
-    prompt: Prompt,
-    tokenizer: Tokenizer,
-    console: Console,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write the packed dataset of `config` to `folder` and return its manifest.
+def prepare(job: Job, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the packed dataset of `job` to `folder` and return its manifest.
 
     A folder that already holds the same is left as it is; another one there is a `DataError`
     unless `overwrite`. Nothing is left behind where something fails.
     """
-    if not config.train:
-        raise DataError("data.train names no source; give at least one (path, problem, solution)")
-    inputs = _describe_inputs(config, prompt, tokenizer, console)
-    if _holds_dataset(folder) and not overwrite:
-        return _reuse(folder, inputs, console)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
-        counts = _write_splits(config, partial, prompt=prompt, tokenizer=tokenizer, console=console)
-        files = manifests.describe_files(partial.iterdir())
-        manifest = {
-            "format": manifests.FORMAT,
-            "fingerprint": manifests.digest_of(files),
-            "sequence_length": config.sequence_length,
-            "inputs": inputs,
-            "splits": counts,
-            "files": files,
+    pack = packing_operator()  # found before anything is tokenized, or an error says how
+    if holds_dataset(folder) and not overwrite:
+        return _reuse(folder, job.inputs, job.console)
+    with new_folder(folder) as partial:
+        collectors = _by_one_tokenizer(
+            job,
+            lambda: {
+                split: _collect(job, split, _encode(job, split), partial) for split in job.sources
+            },
+        )
+        return _write(job, partial, collectors, job.inputs, pack)
+
+
+def prepare_shard(
+    job: Job, folder: Path, *, index: int, count: int, overwrite: bool = False
+) -> Path:
+    """Encode every `count`-th block, from `index`, into a folder beside `folder`; returns it.
+
+    A complete shard of the same inputs is left as it is, so that a killed array of jobs can be
+    started again.
+    """
+    shard = shard_folder(folder, index, count)
+    if holds_dataset(shard) and not overwrite:
+        if read_shard(shard, index=index, count=count)["inputs"] == job.inputs:
+            job.console.print(f"{shard}: this shard is there already; it is reused")
+            return shard
+        raise DataError(f"{shard}: a shard of other inputs lies here; replace it with --overwrite")
+    with new_folder(shard) as partial:
+        _by_one_tokenizer(job, lambda: _write_shard(job, partial, index, count))
+        finish_shard(
+            partial,
+            index=index,
+            count=count,
+            inputs=job.inputs,
+            gigatoken=job.tokenizer.gigatoken,
+        )
+    return shard
+
+
+def merge(job: Job, folder: Path, *, count: int, overwrite: bool = False) -> dict[str, Any]:
+    """Write to `folder` what `prepare` would have written, from its `count` shards."""
+    pack = packing_operator()
+    shards = [shard_folder(folder, index, count) for index in range(count)]
+    described = [read_shard(shard, index=i, count=count) for i, shard in enumerate(shards)]
+    inputs = _agreed(job, shards, described)
+    if holds_dataset(folder) and not overwrite:
+        return _reuse(folder, inputs, job.console)
+    with new_folder(folder) as partial:
+        collectors = {
+            split: _collect(job, split, merged(shards, split), partial, verb="merging")
+            for split in job.sources
         }
-        manifests.write(partial, manifest)
-        _put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return _write(job, partial, collectors, inputs, pack)
+
+
+def export_json_lines(job: Job, file: Path) -> int:
+    """Write the rows of `data.train` as NeMo-Skills does: expected_answer, input and output.
+
+    Returns how many. They are filtered and ordered as for training, but none is too long.
+    """
+    filters = job.config.filters
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.partial-") as partial:
+        lines = _encode(job, "train", as_json=True)
+        with Collector(
+            Path(partial) / "collected", np.dtype(np.uint8), deduplicate=filters.deduplicate
+        ) as collector:
+            for encoded in _watched(job, "train", lines):
+                collector.add(encoded)
+        everything, origins = collector.collected()
+        rows = row_order(origins.problems, filters)
+        everything.gather(rows, Path(partial) / "lines")
+        (Path(partial) / "lines").replace(file)
+    return len(rows)
+
+
+def _encode(
+    job: Job, split: str, *, every: int = 1, first: int = 0, as_json: bool = False
+) -> Iterator[Encoded]:
+    """The blocks of `split`, or every n-th of them, encoded in order."""
+    workers = job.config.workers or len(os.sched_getaffinity(0))
+    mine = islice(job.blocks(split), first, None, every)
+    return encode_all(mine, job.recipe(split, as_json=as_json), workers=workers)
+
+
+def _watched(
+    job: Job, split: str, blocks: Iterable[Encoded], *, verb: str = "tokenizing"
+) -> Iterator[Encoded]:
+    """`blocks`, with a bar that moves, and an end to bad rows and to wrong ids."""
+    total = None if verb == "merging" else job.size(split) or None
+    bad = Drops()
+    with progress(f"{verb} {split}", total=total, console=job.console) as advance:
+        for encoded in blocks:
+            if job.tokenizer.gigatoken and not encoded.gigatoken:
+                raise _GigatokenDiffers
+            bad.update(encoded.drops)
+            _limit_bad_rows(bad, split, job.config)
+            yield encoded
+            advance(encoded.size)
+
+
+def _limit_bad_rows(drops: Drops, split: str, config: DataConfig) -> None:
+    if drops.counts.get(BAD, 0) > config.max_bad_rows:
+        first = drops.samples[BAD][0]
+        raise DataError(
+            f"{first.text}; it is the first of more than {config.max_bad_rows} rows of "
+            f"data.{split} that cannot be used: mend them, or raise data.max_bad_rows"
+        )
+
+
+class _GigatokenDiffers(Exception):
+    """A sample did not bear out that gigatoken gives the tokenizer's ids."""
+
+
+def _by_one_tokenizer(job: Job, work: Callable[[], Result]) -> Result:
+    """`work` by gigatoken, or all of it by `tokenizers`, whichever process noticed."""
+    try:
+        return work()
+    except _GigatokenDiffers:
+        job.tokenizer.gigatoken = False
+        job.console.print("starting again with `tokenizers` for every text")
+        return work()
+
+
+def _collect(
+    job: Job, split: str, blocks: Iterable[Encoded], partial: Path, *, verb: str = "tokenizing"
+) -> Collector:
+    dtype = token_type(job.tokenizer.vocab_size)
+    deduplicate = job.config.filters.deduplicate
+    with Collector(partial / f"{split}.collected", dtype, deduplicate=deduplicate) as collector:
+        for encoded in _watched(job, split, blocks, verb=verb):
+            collector.add(encoded)
+    return collector
+
+
+def _write_shard(job: Job, partial: Path, index: int, count: int) -> None:
+    for split in job.sources:
+        blocks = _encode(job, split, every=count, first=index)
+        with ShardWriter(partial, split) as writer:
+            for encoded in _watched(job, split, blocks):
+                writer.add(encoded)
+
+
+def _agreed(job: Job, shards: Sequence[Path], described: Sequence[Mapping[str, Any]]) -> Any:
+    """The inputs that all shards were made of, which are those of `job`."""
+    inputs = described[0]["inputs"]
+    for shard, its in zip(shards, described, strict=True):
+        expected = {**inputs, **job.settings}
+        other = [key for key in expected if its["inputs"].get(key) != expected[key]]
+        if other:
+            raise DataError(
+                f"{shard}: a shard of other inputs (differs in: {', '.join(other)}); make it again "
+                "with this configuration and the same sources"
+            )
+    if len({its["gigatoken"] for its in described}) > 1:
+        slow = [
+            shard.name for shard, its in zip(shards, described, strict=True) if its["gigatoken"]
+        ]
+        raise DataError(
+            "gigatoken was found to differ from the tokenizer in some shards and not in others; "
+            f"make {', '.join(slow)} again with data.gigatoken=false --overwrite"
+        )
+    return inputs
+
+
+def _write(
+    job: Job,
+    partial: Path,
+    collectors: Mapping[str, Collector],
+    inputs: Mapping[str, Any],
+    pack: Any,
+) -> dict[str, Any]:
+    """Splits, report and manifest, from all that was collected."""
+    config = job.config
+    made: dict[str, Split] = {}
+    for split, collector in collectors.items():
+        rules = _rules(config, split, pack)
+        made.update(write_splits(partial, split, collector, rules))
+    if len(made) == 2:
+        shared = np.intersect1d(made["train"].problems, made["validation"].problems)
+        made["validation"].counts["shared_problems"] = len(shared)
+    counts = {split: written.counts for split, written in made.items()}
+    write_report(
+        partial,
+        counts=counts,
+        inputs=inputs,
+        sequence_length=config.sequence_length,
+        samples={split: collector.drops.samples for split, collector in collectors.items()},
+        tokenizer=job.tokenizer,
+        prompt=job.prompt,
+        root=config.root,
+    )
+    files = manifests.describe_files(partial.iterdir())
+    manifest = {
+        "format": manifests.FORMAT,
+        "fingerprint": manifests.fingerprint_of(files),
+        "sequence_length": config.sequence_length,
+        "inputs": inputs,
+        "splits": counts,
+        "files": files,
+    }
+    manifests.write(partial, manifest)
     return manifest
 
 
-def check_fit(tokenizer: Tokenizer, model: Path) -> None:
-    """`DataError` if `model` is a Hugging Face folder whose vocabulary the tokenizer exceeds."""
-    file = model / "config.json"
-    if not file.is_file():
-        return
-    vocab_size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size")
-    if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
-            f"{model} has a vocabulary of {vocab_size}; give the model's own tokenizer "
-            "(model.tokenizer=PATH)"
-        )
-
-
-def _describe_inputs(
-    config: DataConfig, prompt: Prompt, tokenizer: Tokenizer, console: Console
-) -> dict[str, Any]:
-    """All that decides the bytes of the dataset."""
-    splits = {**_splits(config), "against": config.contamination.against}
-    contaminated = config.filters.contamination_file
-    return {
-        "data": config.model_dump(mode="json", exclude=_ELSEWHERE),
-        "prompt": {**prompt.describe(), "fingerprint": prompt.fingerprint},
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "pad_id": tokenizer.pad_id,
-        },
-        "sources": {
-            split: [_describe_source(source, config.root, console) for source in sources]
-            for split, sources in splits.items()
-            if sources
-        },
-        "contamination_file": contaminated and manifests.sha256_of(config.root / contaminated),
-    }
-
-
-def _splits(config: DataConfig) -> dict[str, Sequence[SourceConfig]]:
-    splits = {"train": config.train, "validation": config.validation}
-    return {split: sources for split, sources in splits.items() if sources}
-
-
-def _describe_source(source: SourceConfig, root: Path, console: Console) -> dict[str, Any]:
-    """Checksums of the files of a source; a Hugging Face dataset is known by its name alone."""
-    files = source_files(source, root=root)
-    sums = []
-    total = sum(file.stat().st_size for file in files)
-    with progress(f"checksums of {source.path}", total=total, console=console) as advance:
-        for file in files:
-            sums.append({"name": file.name, "sha256": manifests.sha256_of(file)})
-            advance(file.stat().st_size)
-    return {"path": source.path, "files": sums}
-
-
-def _holds_dataset(folder: Path) -> bool:
-    """Whether a packed dataset lies there; a `DataError` if something else does."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not (folder / manifests.NAME).is_file():
-        raise DataError(
-            f"{folder}: it is not empty and holds no packed dataset; "
-            "give another folder (data.packed=DIR)"
-        )
-    return True
+def _rules(config: DataConfig, split: str, pack: Any) -> SplitRules:
+    """A validation set of its own is taken as it is: all of it, once, in its order."""
+    filters, holdout = config.filters, config.holdout
+    weights = [source.weight for source in config.train]
+    if split != "train":
+        whole = {"downsampling_method": None, "num_output_samples": None}
+        filters, holdout = filters.model_copy(update=whole), HoldoutConfig()
+        weights = [1.0] * len(config.validation)
+    return SplitRules(
+        filters=filters,
+        holdout=holdout,
+        weights=weights,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        pack=pack,
+    )
 
 
 def _reuse(folder: Path, inputs: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -145,110 +273,3 @@ def _reuse(folder: Path, inputs: Mapping[str, Any], console: Console) -> dict[st
     manifests.check_files(folder, manifest["files"], verify=True)
     console.print(f"{folder}: a packed dataset of the same inputs is there already; it is reused")
     return manifest
-
-
-def _write_splits(
-    config: DataConfig, folder: Path, *, prompt: Prompt, tokenizer: Tokenizer, console: Console
-) -> dict[str, Any]:
-    try:
-        return {
-            split: _write_split(config, folder, split, prompt, tokenizer, console)
-            for split in _splits(config)
-        }
-    except _GigatokenDiffers:
-        # All or nothing, so that the bytes do not depend on which process noticed.
-        tokenizer.gigatoken = False
-        console.print("starting again with `tokenizers` for every text")
-        return _write_splits(config, folder, prompt=prompt, tokenizer=tokenizer, console=console)
-
-
-def _recipe(config: DataConfig, split: str, prompt: Prompt, tokenizer: Tokenizer) -> Recipe:
-    """How the rows of `split` become examples; only training is compared with benchmarks."""
-    filters = config.filters
-    if filters.contamination_file is not None:
-        file = config.root / filters.contamination_file
-        filters = filters.model_copy(update={"contamination_file": file})
-    return Recipe(
-        tokenizer=tokenizer.path,
-        gigatoken=tokenizer.gigatoken,
-        prompt=prompt.describe(),
-        sequence_length=config.sequence_length,
-        filters=filters,
-        benchmark=_benchmark(config) if split == "train" else (),
-        threshold=config.contamination.threshold,
-        remove=config.contamination.remove,
-    )
-
-
-def _benchmark(config: DataConfig) -> tuple[str, ...]:
-    """The problems of all benchmarks that training must not hold."""
-    problems: dict[str, None] = {}
-    for source in config.contamination.against:
-        for chunk in read_chunks(source, root=config.root):
-            problems.update(dict.fromkeys(chunk.problems()))
-    return tuple(problems)
-
-
-class _GigatokenDiffers(Exception):
-    """A sample did not bear out that gigatoken gives the tokenizer's ids."""
-
-
-def _write_split(
-    config: DataConfig,
-    folder: Path,
-    split: str,
-    prompt: Prompt,
-    tokenizer: Tokenizer,
-    console: Console,
-) -> dict[str, Any]:
-    sources = _splits(config)[split]
-    recipe = _recipe(config, split, prompt, tokenizer)
-    files = [file for source in sources for file in source_files(source, root=config.root)]
-    total = sum(file.stat().st_size for file in files)
-    rows: dict[int, int] = {}
-    workers = config.workers or os.cpu_count() or 1
-    encoded = encode_all(_chunks(sources, config.root, rows), recipe, workers=workers)
-    filters = config.filters
-    if split != "train":  # a validation set is taken as it is
-        whole = {"downsampling_method": None, "num_output_samples": None}
-        filters = filters.model_copy(update=whole)
-    with (
-        SplitWriter(folder, split, vocab_size=tokenizer.vocab_size, filters=filters) as writer,
-        progress(f"tokenizing {split}", total=total or None, console=console) as advance,
-    ):
-        for chunk in encoded:
-            _add(writer, chunk, recipe, advance)
-    counts = writer.finish(sequence_length=config.sequence_length, seed=config.seed)
-    return {**counts, "source_rows": [rows.get(i, 0) for i in range(len(sources))]}
-
-
-def _add(
-    writer: SplitWriter, chunk: Encoded, recipe: Recipe, advance: Callable[[int], None]
-) -> None:
-    if recipe.gigatoken and not chunk.gigatoken:
-        raise _GigatokenDiffers
-    writer.add(chunk)
-    advance(chunk.size)
-
-
-def _chunks(sources: Sequence[SourceConfig], root: Path, rows: dict[int, int]) -> Iterator[Chunk]:
-    """Chunks of all sources in order; counts each source's rows into `rows` on the way."""
-    for index, source in enumerate(sources):
-        for chunk in read_chunks(source, root=root):
-            rows[index] = rows.get(index, 0) + len(chunk.rows)
-            yield chunk
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Make the files durable, then give the folder its name; what it replaces goes last."""
-    for file in [*partial.iterdir(), partial]:
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if not _holds_dataset(folder):
-        partial.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old)

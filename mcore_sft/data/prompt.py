@@ -1,23 +1,28 @@
-"""A conversation in, an example out: the text around problem and solution, and what is trained.
+"""Rows in, examples out: the text around what was said, and which tokens of it are trained.
 
-    (problem, solution) -> text -> Example (tokens, spans that are trained)
+    Pairs | Chats -> pieces of text, untrained and trained in turn -> ids -> Examples
 
-The ids of a prompt come from the whole prompt text, and the solution is tokenized by itself after
-it: so the ids that are trained on are those that an evaluation engine gets for the same problem.
+The ids of a prompt come from the whole text before an answer, and the answer is tokenized by itself
+after it: so the ids that are trained on are those that an evaluation engine gets for the same
+prompt. M = examples, G = pieces of text.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
-from mcore_sft.data.conversation import Conversation
+from mcore_sft.data.chat_template import Messages, Tools
+from mcore_sft.data.conversation import Conversation, checked
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.render import (
     Chat,
@@ -29,10 +34,20 @@ from mcore_sft.data.render import (
     read_instruction,
     read_template,
 )
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.rows import Chats, Examples, Pairs, Rows
+from mcore_sft.data.tokenizer import Ids, Offsets, Tokenizer
 
 SPECIAL_IN_TEXT = "special token in text"
 """Why a row is dropped whose own text spells a special token."""
+
+NO_ANSWER = "no answer at the end"
+"""Why a conversation is dropped that an assistant does not end: nothing is ever cut."""
+
+NO_STOP = "no stop token at the end"
+"""Why a row with markup of its own is dropped whose answer does not end with a stop token."""
+
+MANY_BOS = "more than one BOS token"
+"""Why a row with markup of its own is dropped that begins twice."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,11 +61,18 @@ class Example:
         return len(self.tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dropped:
-    """A row that becomes no example, and why."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pieces:
+    """Texts [G] end to end, untrained and trained in turn; counts [M] even, and rows [M], int64."""
 
-    reason: str
+    texts: pa.LargeStringArray
+    counts: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    @property
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """The first piece of each example, and the end of the last one's, [M + 1]."""
+        return _running_sum(self.counts)
 
 
 class Prompt:
@@ -67,10 +89,12 @@ class Prompt:
         if template == "chat":
             self._renderer = Chat(wording, tokenizer)
         else:
-            self._renderer = Markup(read_template(template), wording)
+            self._renderer = Markup(read_template(template), wording, tokenizer)
+        self._verbatim = isinstance(self._renderer, Markup) and self._renderer.verbatim
         self.stop_tokens = self._renderer.stop_tokens
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
-        self._require_one_bos()
+        self._reserved = np.union1d(tokenizer.special_ids, self.stop_ids)
+        self._num_bos = self._count_bos()
 
     @classmethod
     def load(cls, config: PromptConfig, tokenizer: Tokenizer) -> "Prompt":
@@ -113,71 +137,239 @@ class Prompt:
         """The text that a model is asked to continue."""
         return self._renderer.prompt(problem)
 
+    def answer(self, problem: str, solution: str) -> str:
+        """The text that is learned after `text(problem)`, up to and including the stop token."""
+        return self._renderer.pair(problem, solution)[1]
+
     def prompt_ids(self, problem: str) -> list[int]:
         """Ids that an engine gets for `problem`; `DataError` if it spells a special token."""
-        spelt = self._tokenizer.spells_special(problem)
-        if spelt:
+        spelt = np.intersect1d(self._tokenizer.encode(problem), self._reserved)
+        if len(spelt) and not self._verbatim:
             raise DataError(
-                f"problem {problem[:60]!r}: it spells the special token {spelt}, which would "
-                "become part of the markup; remove the token from the text"
+                f"problem {problem[:60]!r}: it spells the special token "
+                f"{self._tokenizer.decode([int(spelt[0])])}, which would become part of the "
+                "markup; remove the token from the text"
             )
         return self._tokenizer.encode(self.text(problem))
 
+    def encode(self, rows: Pairs | Chats) -> tuple[Examples, dict[int, str]]:
+        """Examples of `rows`, and why the others, by their index, become none.
+
+        Every example has a trained token, ends each answer with a stop token, and has the BOS of
+        the template once, or none; where a row would break this, the `DataError` names it.
+        """
+        dropped: dict[int, str] = {}
+        pieces = self._pieces(rows, dropped)
+        ids, offsets = self._tokenizer.encode_column(pieces.texts)
+        if isinstance(rows, Chats):
+            self._require_prompts_of_an_engine(rows, pieces, ids, offsets)
+        examples = _assemble(pieces, ids, offsets)
+        if isinstance(rows, Pairs) and isinstance(self._renderer, Markup) and not self._verbatim:
+            spelt = self._with_more_specials(examples)
+            dropped.update(dict.fromkeys(examples.rows[spelt].tolist(), SPECIAL_IN_TEXT))
+            examples = examples.keep(~spelt) if spelt.any() else examples
+        return self._proved(examples, rows, dropped), dropped
+
     def example(self, conversation: Conversation) -> Example:
-        """Prompt and solution as ids; the solution with its stop token is what is trained."""
-        made = self.examples([conversation])[0]
-        if isinstance(made, Dropped):
-            raise DataError(f"{conversation.where or 'conversation'}: dropped ({made.reason})")
-        return made
+        """The one example of `conversation`; `DataError` if it would be dropped."""
+        examples, dropped = self.encode(_row(conversation))
+        if dropped:
+            raise DataError(f"conversation: dropped ({dropped[0]})")
+        return Example(tokens=examples.tokens, spans=examples.spans)
 
-    def examples(self, conversations: Sequence[Conversation]) -> list[Example | Dropped]:
-        """An example or the reason for there being none, for each conversation, in order."""
-        turns = [_turn(conversation) for conversation in conversations]
-        special = [self._spells_special(*turn) for turn in turns]
-        clean = [turn for turn, spelt in zip(turns, special, strict=True) if not spelt]
-        # Data sets hold many solutions of one problem; each prompt is tokenized once.
-        problems = list(dict.fromkeys(problem for problem, _ in clean))
-        prompts = self._tokenizer.encode_batch([self.text(problem) for problem in problems])
-        ids_of = dict(zip(problems, prompts, strict=True))
-        answers = [self._renderer.answer(*turn) for turn in clean]
-        solutions = self._tokenizer.encode_batch(answers)
-        made = (
-            _join(ids_of[problem], solution)
-            for (problem, _), solution in zip(clean, solutions, strict=True)
+    def _pieces(self, rows: Pairs | Chats, dropped: dict[int, str]) -> _Pieces:
+        """The text of every row, but for those that are dropped here."""
+        if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
+            column = self._renderer.pairs(rows.problems, rows.solutions)
+            every = np.arange(len(rows), dtype=np.int64)
+            return _Pieces(texts=column, counts=np.full(len(rows), 2, np.int64), rows=every)
+        talks = {index: talk for index, talk in enumerate(self._talks(rows)) if _is_answered(*talk)}
+        dropped.update({i: NO_ANSWER for i in range(len(rows)) if i not in talks})
+        if not self._verbatim:
+            for index in self._that_spell_specials(talks):
+                dropped[index] = SPECIAL_IN_TEXT
+                del talks[index]
+        made = [self._turns(rows.where(index), *talk) for index, talk in talks.items()]
+        return _Pieces(
+            texts=pa.array([piece for pieces in made for piece in pieces], pa.large_string()),
+            counts=np.array([len(pieces) for pieces in made], np.int64),
+            rows=np.array(list(talks), np.int64),
         )
-        return [Dropped(reason=SPECIAL_IN_TEXT) if spelt else next(made) for spelt in special]
 
-    def _spells_special(self, problem: str, solution: str) -> bool:
-        spells = self._tokenizer.spells_special
-        return spells(problem) is not None or spells(solution) is not None
+    def _talks(self, rows: Pairs | Chats) -> Iterator[tuple[Messages, Tools | None]]:
+        """Messages and tools of each row."""
+        if isinstance(rows, Pairs):
+            assert isinstance(self._renderer, Chat)
+            texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), strict=True)
+            yield from ((self._renderer.messages(*pair), None) for pair in texts)
+            return
+        for index, messages in enumerate(rows.messages):
+            with _named(rows.where(index)):
+                yield checked(messages), rows.tools[index] if rows.tools else None
 
-    def _require_one_bos(self) -> None:
+    def _turns(self, where: str, messages: Messages, tools: Tools | None) -> list[str]:
+        with _named(where):
+            return self._renderer.turns(messages, tools)
+
+    def _that_spell_specials(self, talks: Mapping[int, tuple[Messages, Tools | None]]) -> list[int]:
+        """Which of `talks` hold a special token in a text of their own."""
+        texts = [(index, text) for index, talk in talks.items() for text in _strings(talk)]
+        column = pa.array([text for _, text in texts], pa.large_string())
+        ids, offsets = self._tokenizer.encode_column(column)
+        places = self._specials(ids)
+        found = np.searchsorted(offsets, places, side="right") - 1
+        return sorted({texts[i][0] for i in found.tolist()})
+
+    def _specials(self, ids: Ids) -> npt.NDArray[np.int64]:
+        """Where special tokens stand in `ids`, and stop tokens, if they are none."""
+        near = np.flatnonzero((ids >= self._reserved[0]) & (ids <= self._reserved[-1]))
+        return near[np.isin(ids[near], self._reserved)]
+
+    def _with_more_specials(self, examples: Examples) -> npt.NDArray[np.bool_]:
+        """Which examples [M] have other special tokens than those of the markup."""
+        places = self._specials(examples.tokens)
+        counts = np.diff(np.searchsorted(places, _running_sum(examples.lengths)))
+        return np.asarray(counts != self._num_specials)
+
+    @cached_property
+    def _num_specials(self) -> int:
+        """Special tokens of the template around a problem and its solution."""
+        pieces = self._tokenizer.encode_batch(self._renderer.pair("1 + 1", "2"))
+        return sum(len(self._specials(np.array(ids, dtype=np.int32))) for ids in pieces)
+
+    def _require_prompts_of_an_engine(
+        self, rows: Chats, pieces: _Pieces, ids: Ids, offsets: Offsets
+    ) -> None:
+        """`DataError` if what stands before a later answer has other ids as one text."""
+        firsts = pieces.firsts
+        answers = [
+            (m, first, answer)
+            for m, (first, last) in enumerate(pairwise(firsts.tolist()))
+            for answer in range(first + 3, last, 2)
+        ]
+        texts = ["".join(pieces.texts[first:answer].to_pylist()) for _, first, answer in answers]
+        whole, ends = self._tokenizer.encode_column(pa.array(texts, pa.large_string()))
+        for k, (m, first, answer) in enumerate(answers):
+            trained, asked = ids[offsets[first] : offsets[answer]], whole[ends[k] : ends[k + 1]]
+            if not np.array_equal(trained, asked):
+                raise DataError(
+                    f"{rows.where(int(pieces.rows[m]))}: {self._difference(trained, asked)}"
+                )
+
+    def _difference(self, trained: Ids, asked: Ids) -> str:
+        """Where two ways to write one text as ids part, in words."""
+        shorter = min(len(trained), len(asked))
+        others = np.flatnonzero(trained[:shorter] != asked[:shorter])
+        at = int(others[0]) if len(others) else shorter
+        near = self._tokenizer.decode(trained[max(0, at - 8) : at + 8].tolist())
+        return (
+            f"before its last answers an engine would send {asked[at : at + 3].tolist()} where "
+            f"turns that are tokenized one by one have {trained[at : at + 3].tolist()}, near "
+            f"{near!r}; mend the row (does an answer begin or end with white space?), or name "
+            "another prompt.template"
+        )
+
+    def _proved(self, examples: Examples, rows: Rows, dropped: dict[int, str]) -> Examples:
+        """`examples`, of which each ends its answers with a stop token and has one BOS at most."""
+        starts = _running_sum(examples.lengths)
+        spans = _running_sum(examples.span_counts)
+        owners = np.repeat(np.arange(len(examples)), examples.span_counts)
+        last = examples.tokens[starts[owners] + examples.spans[:, 1] - 1]
+        no_stop = np.zeros(len(examples), np.bool_)
+        no_stop[owners[~np.isin(last, self.stop_ids)]] = True
+        no_stop |= np.diff(spans) == 0
+        many_bos = self._other_bos(examples, starts)
+        for reason, which in ((NO_STOP, no_stop), (MANY_BOS, many_bos & ~no_stop)):
+            found = examples.rows[which].tolist()
+            if found and not self._verbatim:
+                raise DataError(
+                    f"{rows.where(found[0])}: expected a stop token at the end of each answer, and "
+                    f"{self._num_bos} BOS tokens, as prompt.template {self._template!r} has them "
+                    "elsewhere; mend it, or name another"
+                )
+            dropped.update(dict.fromkeys(found, reason))
+        good = ~(no_stop | many_bos)
+        return examples if good.all() else examples.keep(good)
+
+    def _other_bos(self, examples: Examples, starts: Offsets) -> npt.NDArray[np.bool_]:
+        """Which examples [M] do not have as many BOS tokens as the template: one, or none."""
         bos = self._tokenizer.bos_id
         if bos is None:
-            return
-        count = self._tokenizer.encode(self.text("1 + 1")).count(bos)
+            return np.zeros(len(examples), np.bool_)
+        places = np.flatnonzero(examples.tokens == bos)
+        ends = starts[1:]
+        if bos in self.stop_ids:  # it ends answers too: only the prompt tells
+            ends = starts[:-1] + examples.spans[_running_sum(examples.span_counts)[:-1], 0]
+        counts = np.searchsorted(places, ends) - np.searchsorted(places, starts[:-1])
+        return np.asarray(counts > 1 if self._verbatim else counts != self._num_bos)
+
+    def _count_bos(self) -> int:
+        """BOS tokens of the template: one, or none."""
+        bos = self._tokenizer.bos_id
+        count = 0 if bos is None else self._tokenizer.encode(self.text("1 + 1")).count(bos)
         if count > 1:
             raise DataError(
                 f"prompt.template {self._template!r}: it has {count} BOS tokens, expected one; "
                 "mend the template, or the chat template of the tokenizer"
             )
+        return count
 
 
-def _join(prompt: Sequence[int], solution: Sequence[int]) -> Example:
-    tokens = np.array([*prompt, *solution], dtype=np.int32)
-    return Example(tokens=tokens, spans=np.array([[len(prompt), len(tokens)]], dtype=np.int32))
+def _assemble(pieces: _Pieces, ids: Ids, offsets: Offsets) -> Examples:
+    """The ids of all pieces as examples; every second piece is trained."""
+    starts = offsets[pieces.firsts]
+    runs = pieces.counts // 2
+    spans = np.stack([offsets[1:-1:2], offsets[2::2]], axis=1)
+    spans -= np.repeat(starts[:-1], runs)[:, None]
+    return Examples(
+        tokens=ids,
+        lengths=np.diff(starts).astype(np.int32),
+        spans=spans.astype(np.int32),
+        span_counts=runs.astype(np.int32),
+        rows=pieces.rows,
+    )
 
 
-def _turn(conversation: Conversation) -> tuple[str, str]:
-    """Problem and solution of a conversation of one turn."""
-    roles = [message.role for message in conversation.messages]
-    if roles != ["user", "assistant"]:
-        raise DataError(
-            f"{conversation.where or 'conversation'}: expected one user message and one assistant "
-            f"message, found {', '.join(roles) or 'none'}"
-        )
-    problem, solution = conversation.messages
-    return problem.content, solution.content
+def _row(conversation: Conversation) -> Pairs | Chats:
+    """One conversation as rows; a problem and its solution as those."""
+    where: dict[str, Any] = {"name": "conversation", "numbers": np.ones(1, np.int64)}
+    said = conversation.messages
+    if [message.role for message in said] == ["user", "assistant"] and not conversation.tools:
+        texts = [pa.array([message.content], pa.large_string()) for message in said]
+        return Pairs(problems=texts[0], solutions=texts[1], **where)
+    return Chats(messages=[list(map(asdict, said))], tools=[conversation.tools], **where)
+
+
+def _is_answered(messages: Messages, tools: Tools | None) -> bool:
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in `value`, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from chain(_strings(key), _strings(inner))
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _running_sum(counts: npt.NDArray[Any]) -> Offsets:
+    """Where each of so many begins, and the last ends."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """A `DataError` within says first which row it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _stop_id(token: str, tokenizer: Tokenizer) -> int:

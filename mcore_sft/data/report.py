@@ -1,66 +1,223 @@
-"""What a packed dataset holds, for people: examples with their trained tokens, and the counts."""
+"""What a packed dataset holds, for people: report.json, report.html, and tables on the console.
 
-from collections.abc import Mapping
-from itertools import chain, islice
+files of the splits, counts, examples of what was dropped -> report -> report.json, report.html
+"""
+
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
+import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.rule import Rule
 from rich.table import Table
 
-from mcore_sft.config import DataConfig
-from mcore_sft.data.conversation import Conversation, read_source
-from mcore_sft.data.prompt import Dropped, Example, Prompt
+from mcore_sft.data.contamination import Kind
+from mcore_sft.data.dataset import Arrays
+from mcore_sft.data.encode import Sample
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.manifest import REPORTS
+from mcore_sft.data.prompt import Example, Prompt
+from mcore_sft.data.proof import Proof, prove
+from mcore_sft.data.report_page import page
 from mcore_sft.data.show import coloured
+from mcore_sft.data.summary import summary
 from mcore_sft.data.tokenizer import Tokenizer
 
+FORMAT = 1
+JSON, HTML = REPORTS
 
-def show_examples(
-    config: DataConfig, count: int, prompt: Prompt, tokenizer: Tokenizer, *, console: Console
+_PAIRS = 20
+_EXAMPLES = 3
+_BINS = 32
+_LONGEST_EXAMPLE = 8192
+
+
+def write_report(
+    folder: Path,
+    *,
+    counts: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Any],
+    sequence_length: int,
+    samples: Mapping[str, Mapping[str, Sequence[Sample]]],
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    root: Path = Path(),
 ) -> None:
-    """Print the first `count` examples: trained tokens green, the others dim."""
-    sources = (read_source(source, root=config.root) for source in config.train)
-    for conversation in islice(chain.from_iterable(sources), count):
-        made = prompt.examples([conversation])[0]
-        if isinstance(made, Dropped):
-            console.print(Rule(f"{conversation.where}: dropped ({made.reason})", align="left"))
-            continue
-        console.print(Rule(_title(conversation, made, config.sequence_length), align="left"))
-        console.print(coloured(made, tokenizer))
+    """Prove what must hold of every example in `folder`, and write the report beside the files.
+
+    counts: those of each split; samples: for each split, some rows of each reason for dropping;
+    root: the folder that sources are named from, which is left out of what is written. The same
+    dataset gives the same bytes. `DataError` names the first example that should not be.
+    """
+    report = {
+        "format": FORMAT,
+        "sequence_length": sequence_length,
+        "inputs": inputs,
+        "prompt": {"text": prompt.text("{problem}"), "stop_tokens": list(prompt.stop_tokens)},
+        "splits": {
+            split: _describe_split(
+                Arrays.open(folder, split),
+                counts[split],
+                samples={
+                    reason: [_sample(sample, root) for sample in some]
+                    for reason, some in sorted(samples.get(split, {}).items())
+                },
+                tokenizer=tokenizer,
+                stop_ids=prompt.stop_ids,
+                sequence_length=sequence_length,
+            )
+            for split in counts
+        },
+    }
+    _write(folder / JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / HTML, page(report))
+
+
+def _write(file: Path, text: str) -> None:
+    """Rows may hold half of a surrogate pair, which JSON spells as an escape and HTML as it is."""
+    file.write_bytes(text.encode(errors="backslashreplace"))
+
+
+def _describe_split(
+    arrays: Arrays,
+    counts: Mapping[str, Any],
+    *,
+    samples: Mapping[str, Sequence[Mapping[str, str]]],
+    tokenizer: Tokenizer,
+    stop_ids: Sequence[int],
+    sequence_length: int,
+) -> dict[str, Any]:
+    ours = not counts["tokenized_elsewhere"]
+    proof = prove(
+        arrays,
+        sequence_length=sequence_length,
+        stop_ids=stop_ids if ours else None,
+        bos_id=tokenizer.bos_id,
+    )
+    _require_counts(arrays, proof, counts)
+    width = _bin_width(len(proof.lengths) - 1)
+    return {
+        "counts": dict(counts),
+        "supervised_share": round(counts["supervised_tokens"] / counts["tokens"], 6),
+        "proof": {"examples": proof.examples, "stops": ours, "with_bos": proof.with_bos},
+        "lengths": {
+            "tokens": _distribution(proof.lengths, width),
+            "supervised": _distribution(proof.supervised, width),
+        },
+        "dropped": dict(samples),
+        "contamination": _contamination(Path(f"{arrays.prefix}.contamination.jsonl")),
+        "examples": [
+            _describe_example(arrays, index, tokenizer) for index in _spread(proof.examples)
+        ],
+    }
+
+
+def _sample(sample: Sample, root: Path) -> dict[str, str]:
+    """A row as it is shown: where it stands, without the folders of this machine, and its text."""
+    where = Path(sample.where)
+    if where.is_relative_to(root):
+        where = where.relative_to(root)
+    elif where.is_absolute():
+        where = Path(where.name)
+    return {"where": str(where), "text": sample.text.removeprefix(f"{sample.where}: ")}
+
+
+def _require_counts(arrays: Arrays, proof: Proof, counts: Mapping[str, Any]) -> None:
+    """Whether the counts are those of the files."""
+    held = {
+        "examples": proof.examples,
+        "tokens": proof.tokens,
+        "supervised_tokens": proof.supervised_tokens,
+    }
+    for name, number in held.items():
+        if counts[name] != number:
+            raise DataError(
+                f"{arrays.prefix}: {counts[name]} {name} were counted, but the files hold "
+                f"{number}; run preprocess again with --overwrite"
+            )
+
+
+def _distribution(having: npt.NDArray[np.int64], width: int) -> dict[str, Any]:
+    """Of having[n], the number of examples that have n tokens: what is usual, and a histogram.
+
+    Step i of the histogram counts those of i * width + 1 to (i + 1) * width tokens.
+    """
+    total = int(having.sum())
+    below = np.cumsum(having)
+    at = {"p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
+    return {
+        "shortest": int(np.flatnonzero(having)[0]),
+        **{name: int(np.searchsorted(below, share * total)) for name, share in at.items()},
+        "longest": int(np.flatnonzero(having)[-1]),
+        "mean": round(float(np.arange(len(having)) @ having) / total, 1),
+        "step": width,
+        "histogram": np.add.reduceat(having[1:], np.arange(0, len(having) - 1, width)).tolist(),
+    }
+
+
+def _bin_width(longest: int) -> int:
+    """The power of two that makes at most _BINS steps of lengths up to `longest`."""
+    return 1 << ((longest - 1) // _BINS).bit_length()
+
+
+def _contamination(file: Path) -> dict[str, Any]:
+    """How many pairs of which kind were found, and the first, the strongest kinds before others."""
+    if not file.is_file():
+        return {"kinds": {}, "pairs": []}
+    strength = {kind: place for place, kind in enumerate(get_args(Kind))}
+    kinds: Counter[str] = Counter()
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                pair: dict[str, Any] = json.loads(line)
+                kinds[pair["kind"]] += 1
+                yield pair
+
+    strongest = heapq.nsmallest(_PAIRS, pairs(), key=lambda pair: strength[pair["kind"]])
+    return {"kinds": {kind: kinds[kind] for kind in strength if kinds[kind]}, "pairs": strongest}
+
+
+def _spread(count: int) -> list[int]:
+    """Some of `count` examples, evenly spread."""
+    some = min(_EXAMPLES, count)
+    return [count * (2 * i + 1) // (2 * some) for i in range(some)]
+
+
+def _describe_example(arrays: Arrays, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One example as text, in runs of tokens that are alike: (text, trained, special)."""
+    start, end = arrays.span_offsets[index : index + 2].tolist()
+    tokens, spans = arrays.tokens[index], np.array(arrays.spans[start:end])
+    shown = Example(tokens=tokens[:_LONGEST_EXAMPLE], spans=np.minimum(spans, _LONGEST_EXAMPLE))
+    text = coloured(shown, tokenizer)
+    return {
+        "example": index,
+        "tokens": len(tokens),
+        "supervised": int((spans[:, 1] - np.maximum(spans[:, 0], 1)).sum()),
+        "runs": [
+            [text.plain[run.start : run.end], "green" in str(run.style), "bold" in str(run.style)]
+            for run in text.spans
+        ],
+    }
 
 
 def show_manifest(manifest: Mapping[str, Any], folder: Path, *, console: Console) -> None:
-    """Print counts, drops by reason and packing of every split, and where they lie."""
-    splits = manifest["splits"]
-    table = Table("", *splits, title="packed dataset")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    rows = {
-        "rows": "rows read",
-        "examples": "examples kept",
-        "tokens": "tokens",
-        "supervised_tokens": "supervised tokens",
-        "longest": "longest example",
-        "packs": f"packs of {manifest['sequence_length']:,}",
-        "examples_per_pack": "examples per pack",
-    }
-    for key, label in rows.items():
-        table.add_row(label, *(f"{counts[key]:,}" for counts in splits.values()))
-    table.add_row(
-        "packing efficiency", *(f"{counts['packing_efficiency']:.2%}" for counts in splits.values())
-    )
-    if any(counts["contaminated_problems"] for counts in splits.values()):
-        shared = (counts["contaminated_problems"] for counts in splits.values())
-        table.add_row("problems like a benchmark's", *(f"{number:,}" for number in shared))
-    for reason in sorted({reason for counts in splits.values() for reason in counts["dropped"]}):
-        dropped = (counts["dropped"].get(reason, 0) for counts in splits.values())
-        table.add_row(f"dropped: {reason}", *(f"{number:,}" for number in dropped))
+    """Print what became of the rows of every split, the packs, and where they lie."""
+    splits: Mapping[str, Mapping[str, Any]] = manifest["splits"]
+    table = Table(title="packed dataset", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for section in summary(splits, manifest["sequence_length"]):
+        for label, figures in section.items():
+            table.add_row(label, *figures)
+        table.add_section()
     console.print(table)
-    console.print(f"{folder}  {manifest['fingerprint'][:12]}", soft_wrap=True)
-
-
-def _title(conversation: Conversation, example: Example, longest: int) -> str:
-    trained = int((example.spans[:, 1] - example.spans[:, 0]).sum())
-    title = f"{conversation.where}: {len(example)} tokens, {trained} trained"
-    return f"{title}; dropped (longer than {longest})" if len(example) > longest else title
+    console.print(f"\n{folder}  {manifest['fingerprint'][:12]}", soft_wrap=True)
+    if (folder / HTML).is_file():
+        console.print(f"{folder / HTML}: all of this, with examples", soft_wrap=True)

@@ -16,8 +16,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from mcore_sft.data.damage import Arrays
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.dataset import Arrays, PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prompt import Example
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
@@ -75,7 +74,7 @@ class Viewer:
 
     def example(self, index: int) -> None:
         """Print one example, and say in which pack it lies."""
-        _require(index, self._dataset.num_examples, "example")
+        _require(index, self._dataset.num_distinct, "example")
         place = int(np.flatnonzero(self._arrays.packs == index)[0])
         pack = self._arrays.pack_of(place)
         self._console.print(f"{self._arrays.prefix}: pack {pack}", soft_wrap=True)

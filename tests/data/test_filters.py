@@ -1,8 +1,6 @@
 import json
 import pickle
-import random
 
-import numpy as np
 import pytest
 
 from mcore_sft.config import ConfigError, parse_section
@@ -11,10 +9,6 @@ from mcore_sft.data.filters import (
     FilterConfig,
     Filters,
     Row,
-    Seen,
-    _Run,
-    row_hashes,
-    row_order,
     trim_prefix,
     trim_solutions,
 )
@@ -318,102 +312,3 @@ def test_options_from_a_file():
     options = {"trim_solutions": "balanced", "drop_multi_boxed": True, "split_arithmetic": False}
     config = parse_section(FilterConfig, options)
     assert (config.trim_solutions, config.drop_multi_boxed) == ("balanced", True)
-
-
-def test_hashes_tell_rows_apart():
-    rows = [("a", "b"), ("ab", ""), ("", "ab"), ("a", "b "), ("1 a", "b"), ("\ud800", "b")]
-    hashes = row_hashes(*zip(*rows, strict=True))
-    assert hashes.shape == (6, 2)
-    assert len({tuple(row) for row in hashes.tolist()}) == 6
-    assert np.array_equal(hashes[:1], row_hashes(["a"], ["b"]))
-    assert row_hashes(["a"], ["b"]).tolist() == [[13645633966646245603, 15423846933261524140]]
-    assert row_hashes([], []).shape == (0, 2)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 64, 5000])
-@pytest.mark.parametrize("values", [2, 40, 3000])
-def test_seen_is_a_set(chunk, values):
-    # Equal high halves are all but impossible; here they are the rule.
-    random_ = np.random.default_rng(7)
-    low = random_.integers(0, values, 5000).astype(np.uint64)
-    hashes = np.stack([low % 5 + np.uint64(2**64 - 6), low], axis=1)
-    met: set[tuple[int, int]] = set()
-    expected = [not (row in met or met.add(row)) for row in map(tuple, hashes.tolist())]
-    seen = Seen()
-    new = [seen.new(hashes[start : start + chunk]) for start in range(0, 5000, chunk)]
-    assert np.concatenate(new).tolist() == expected
-    assert len(seen) == len(met)
-    assert not seen.new(hashes).any()
-    assert seen.new(hashes[:0]).tolist() == []
-
-
-def test_runs_are_merged_in_place(monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.filters._BLOCK", 3)
-    random_ = np.random.default_rng(7)
-    for sizes in ((1, 1), (10, 4), (4, 10), (100, 9), (9, 100)):
-        one, other = (np.sort(random_.integers(0, 2**64, n, dtype=np.uint64)) for n in sizes)
-        run = _Run(one.copy(), ~one)
-        run.merge(_Run(other, ~other))
-        assert run.high.tolist() == sorted([*one.tolist(), *other.tolist()])
-        assert np.array_equal(run.low, ~run.high)
-
-
-PROBLEMS = [7, 3, 7, 9, 3, 7, 3, 1]
-GROUPED = [0, 2, 5, 1, 4, 6, 3, 7]
-TURNS = [0, 1, 3, 7, 2, 4, 5, 6]
-
-
-def nemo_skills_order(problems, method=None, count=None, seed=42):
-    """By the book: lists of samples by problem, and the global generator."""
-    groups = {}
-    for row, problem in enumerate(problems):
-        groups.setdefault(problem, []).append(row)
-    rows = [row for group in groups.values() for row in group]
-    if method == "fair" and count < len(rows):
-        longest = max(map(len, groups.values()))
-        rows = [group[k] for k in range(longest) for group in groups.values() if k < len(group)]
-        rows = rows[:count]
-    random.seed(seed)
-    random.shuffle(rows)
-    return rows[:count]
-
-
-def test_order_of_nemo_skills():
-    config = FilterConfig(order="nemo_skills")
-    # What random.seed(42) and random.shuffle make of ten rows.
-    assert row_order(np.arange(10), config).tolist() == [7, 3, 2, 8, 5, 6, 9, 4, 0, 1]
-    expected = GROUPED.copy()
-    random.Random(42).shuffle(expected)
-    assert row_order(np.array(PROBLEMS), config).tolist() == expected
-    assert nemo_skills_order(PROBLEMS) == expected
-
-
-@pytest.mark.parametrize("count", [1, 3, 5, 7, 8, 9])
-@pytest.mark.parametrize("method", ["random", "fair"])
-def test_downsampling(method, count):
-    options = {"downsampling_method": method, "num_output_samples": count}
-    order = row_order(np.array(PROBLEMS), FilterConfig(order="nemo_skills", **options)).tolist()
-    assert order == nemo_skills_order(PROBLEMS, method, count)
-    assert len(order) == min(count, 8)
-    if method == "fair":
-        assert set(order) == set(TURNS[:count])
-    in_source = row_order(np.array(PROBLEMS), FilterConfig(**options)).tolist()
-    assert in_source == sorted(order)
-
-
-@pytest.mark.parametrize("method", [None, "random", "fair"])
-@pytest.mark.parametrize("rows", [0, 1, 2, 1000])
-def test_order_of_many(method, rows):
-    ids = np.random.default_rng(rows).integers(0, 2**63, max(1, rows // 9), dtype=np.uint64)
-    problems = ids[np.random.default_rng(1).integers(0, len(ids), rows)]
-    count = None if method is None else max(1, rows // 2)
-    config = FilterConfig(
-        order="nemo_skills", downsampling_method=method, num_output_samples=count, random_seed=3
-    )
-    order = row_order(problems, config)
-    assert order.dtype == np.int64
-    assert order.tolist() == nemo_skills_order(problems.tolist(), method, count, seed=3)
-
-
-def test_source_order_is_untouched():
-    assert row_order(np.array(PROBLEMS), FilterConfig()).tolist() == list(range(8))

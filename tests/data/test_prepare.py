@@ -1,18 +1,23 @@
 import io
 import json
+import random
 import shutil
 from pathlib import Path
 
+import awkward as ak
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from mcore_sft.config import DataConfig, PromptConfig
-from mcore_sft.data.conversation import Conversation, read_source
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prepare import check_fit, prepare
+from mcore_sft.data.job import Job, check_fit
+from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
+from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.report import show_examples, show_manifest
+from mcore_sft.data.report import show_manifest
 from mcore_sft.data.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -23,14 +28,17 @@ def config(root: Path = FIXTURES, **settings) -> DataConfig:
     return DataConfig.model_validate({"root": root, **tree})
 
 
-def run(data: DataConfig, folder: Path, *, overwrite: bool = False, tokenizer=None) -> tuple:
+def job(data: DataConfig, *, tokenizer=None) -> Job:
     console = Console(file=io.StringIO(), width=200)
     tokenizer = tokenizer or load_tokenizer(FIXTURES / "tokenizer")
     prompt = Prompt.load(PromptConfig(), tokenizer)
-    made = prepare(
-        data, folder, prompt=prompt, tokenizer=tokenizer, console=console, overwrite=overwrite
-    )
-    return made, console.file.getvalue()
+    return Job(config=data, prompt=prompt, tokenizer=tokenizer, console=console)
+
+
+def run(data: DataConfig, folder: Path, *, overwrite: bool = False, tokenizer=None) -> tuple:
+    work = job(data, tokenizer=tokenizer)
+    made = prepare(work, folder, overwrite=overwrite)
+    return made, work.console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +56,18 @@ def test_dataset_holds_what_the_prompt_makes_of_the_rows(packed):
     dataset = PackedDataset(packed)
     tokenizer = load_tokenizer(FIXTURES / "tokenizer")
     prompt = Prompt.load(PromptConfig(), tokenizer)
-    talks = read_source(config().train[0], root=FIXTURES)
-    distinct = list(dict.fromkeys(talk.messages for talk in talks))
-    once = [Conversation(messages=messages) for messages in distinct]
-    examples = [made for made in prompt.examples(once) if len(made) <= 256]
-    assert 0 < dataset.num_examples == len(examples) < 200, "some are too long, most are not"
-    for index, expected in enumerate(examples):
+    rows = map(json.loads, (FIXTURES / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    distinct = dict.fromkeys((row["problem"], row["generated_solution"]) for row in rows)
+    expected = [
+        (tokenizer.encode(prompt.text(problem)), tokenizer.encode(solution + "<|eot_id|>"))
+        for problem, solution in distinct
+    ]
+    expected = [(asked, said) for asked, said in expected if len(asked) + len(said) <= 256]
+    assert 0 < dataset.num_examples == len(expected) < 200, "some are too long, most are not"
+    for index, (asked, said) in enumerate(expected):
         got = dataset.example(index)
-        assert got.tokens.tolist() == expected.tokens.tolist()
-        assert got.spans.tolist() == expected.spans.tolist()
+        assert got.tokens.tolist() == asked + said
+        assert got.spans.tolist() == [[len(asked), len(asked) + len(said)]]
 
 
 def test_counts_add_up(packed):
@@ -168,8 +179,8 @@ def test_splits_and_drops(tmp_path):
 
 def test_gigatoken_that_differs_is_given_up_for_the_whole_dataset(packed, tmp_path, monkeypatch):
     class Wrong:
-        def encode_batch_list(self, texts):
-            return [[7] for _ in texts]
+        def encode_batch(self, texts, *, parallel):
+            return ak.values_astype(ak.Array([[7]] * len(texts)), "uint32")
 
     monkeypatch.setattr("mcore_sft.data.tokenizer._load_gigatoken", lambda file: Wrong())
     _, said = run(config(), tmp_path / "packed")
@@ -208,7 +219,7 @@ def test_folder_without_a_manifest_that_can_be_read(packed, tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json: broken"):
         PackedDataset(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99}', encoding="utf-8")
-    with pytest.raises(DataError, match="format 99, expected 2"):
+    with pytest.raises(DataError, match="format 99, expected 3"):
         PackedDataset(tmp_path)
 
 
@@ -223,10 +234,8 @@ def test_tokenizer_must_fit_the_model(tmp_path):
 
 
 def test_examples_are_shown_with_trained_tokens_in_green():
-    tokenizer = load_tokenizer(FIXTURES / "tokenizer")
-    prompt = Prompt.load(PromptConfig(), tokenizer)
     console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
-    show_examples(config(), 1, prompt, tokenizer, console=console)
+    preview(job(config()), 1, console=console)
     shown = console.file.getvalue()
     untrained, _, trained = shown.partition("\x1b[32m")
     assert "<|begin_of_text|>" in untrained
@@ -249,7 +258,7 @@ def write_rows(file: Path, rows: list[dict]) -> str:
 def texts(folder: Path, split: str = "train") -> list[str]:
     """The examples of a split in the order in which they are written."""
     dataset, tokenizer = PackedDataset(folder, split), load_tokenizer(FIXTURES / "tokenizer")
-    examples = (dataset.example(i) for i in range(dataset.num_examples))
+    examples = (dataset.example(i) for i in range(dataset.num_distinct))
     return [tokenizer.decode(e.tokens[e.spans[0, 0] : -1].tolist()) for e in examples]
 
 
@@ -363,3 +372,216 @@ def test_sampled_and_compared_bytes_do_not_depend_on_workers(tmp_path):
     for workers in (1, 3):
         run(config(tmp_path, workers=workers, **settings), tmp_path / f"packed-{workers}")
     assert contents(tmp_path / "packed-1") == contents(tmp_path / "packed-3")
+
+
+# --- held out rows, weights, shards, plain JSON lines, bad rows ---
+
+
+def test_validation_by_row_is_the_cut_of_train_test_split(tmp_path):
+    import datasets
+
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    made, _ = run(config(tmp_path, holdout={"fraction": 0.05}), tmp_path / "packed")
+    test = datasets.Dataset.from_list(ROWS).train_test_split(test_size=0.05, seed=42)["test"]
+    expected = set(test["generated_solution"])
+    assert set(texts(tmp_path / "packed", "validation")) == expected
+    assert texts(tmp_path / "packed") == [
+        row["generated_solution"] for row in ROWS if row["generated_solution"] not in expected
+    ]
+    train, validation = made["splits"]["train"], made["splits"]["validation"]
+    assert train["rows"] == 3000 == train["examples"] + train["dropped"]["kept for validation"]
+    assert validation["rows"] == validation["examples"] == 150
+    assert validation["shared_problems"] > 100
+
+
+def test_validation_by_problem_shares_none(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    holdout = {"fraction": 0.1, "by": "problem"}
+    made, _ = run(config(tmp_path, holdout=holdout), tmp_path / "packed")
+    assert made["splits"]["validation"]["shared_problems"] == 0
+    assert 200 < made["splits"]["validation"]["examples"] < 400
+    assert made["splits"]["validation"]["examples"] % 4 == 0
+
+
+def test_weights_show_examples_more_or_less_often(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ROWS[:400])
+    write_rows(tmp_path / "b.jsonl", ROWS[400:])
+    sources = [{"path": "a.jsonl", "weight": 2.5}, {"path": "b.jsonl", "weight": 0.1}]
+    made, _ = run(config(tmp_path, train=sources), tmp_path / "packed")
+    counts = made["splits"]["train"]
+    assert (counts["examples"], counts["visits"]) == (400 + 260, 1000 + 260)
+    assert counts["dropped"] == {"not sampled": 2340}
+    dataset = PackedDataset(tmp_path / "packed")
+    shown = [example for p in range(len(dataset)) for example in dataset.pack(p).examples]
+    assert len(shown) == 1260 == dataset.num_examples
+    assert sum(len(example) for example in shown) == counts["tokens"]
+    assert int(dataset.supervised.sum()) == counts["supervised_tokens"]
+
+
+MIXED = {
+    "train": [{"path": "a.jsonl", "weight": 1.5}, {"path": "b.jsonl"}],
+    "holdout": {"fraction": 0.1},
+    "filters": {"downsampling_method": "fair", "num_output_samples": 2500, "order": "nemo_skills"},
+    "contamination": {"against": [{"path": "test.jsonl"}]},
+    "on_bad_row": "skip",
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_merged_shards_are_what_one_machine_writes(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("mcore_sft.data.sources.BLOCK_BYTES", 9000)
+    rows = [*ROWS[:1500], {"problem": 3}, *ROWS[:20]]
+    write_rows(tmp_path / "a.jsonl", rows)
+    write_rows(tmp_path / "b.jsonl", [*ROWS[1500:], *ROWS[7:9]])
+    write_rows(tmp_path / "test.jsonl", [{"problem": f"what is {i} + 1?"} for i in range(0, 90, 7)])
+    data = config(tmp_path, **MIXED)
+    alone, _ = run(data, tmp_path / "alone")
+    assert alone["splits"]["train"]["dropped"]["duplicate"] > 10
+    assert alone["splits"]["train"]["dropped"]["bad row"] == 1
+    folder = tmp_path / "packed"
+    for index in reversed(range(shards)):
+        prepare_shard(job(data), folder, index=index, count=shards)
+    made = merge(job(data), folder, count=shards)
+    assert made == alone
+    assert contents(folder) == contents(tmp_path / "alone")
+
+
+def test_shards_that_do_not_belong_together(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS[:50])
+    data, folder = config(tmp_path), tmp_path / "packed"
+    prepare_shard(job(data), folder, index=0, count=2)
+    with pytest.raises(DataError, match=r"shard 1 of 2 is not there; run .* --shard 1/2"):
+        merge(job(data), folder, count=2)
+    other = config(tmp_path, sequence_length=200)
+    prepare_shard(job(other), folder, index=1, count=2)
+    with pytest.raises(DataError, match=r"packed\.shard-1-of-2: a shard of other inputs .*data"):
+        merge(job(data), folder, count=2)
+    with pytest.raises(DataError, match=r"shard-1-of-2: a shard of other inputs lies here"):
+        prepare_shard(job(data), folder, index=1, count=2)
+    prepare_shard(job(data), folder, index=1, count=2, overwrite=True)
+    work = job(data)
+    prepare_shard(work, folder, index=1, count=2)
+    assert "reused" in work.console.file.getvalue()
+    tokens = next((tmp_path / "packed.shard-0-of-2").glob("train.tokens"))
+    tokens.write_bytes(b"\0" * tokens.stat().st_size)
+    with pytest.raises(DataError, match=r"train\.tokens: corrupt"):
+        merge(job(data), folder, count=2)
+    assert not folder.exists()
+
+
+def test_json_lines_are_those_of_nemo_skills(tmp_path):
+    rows = [
+        solved("What is 1 + 1?", "It is \\boxed{2}.", expected_answer="2", problem_source="x"),
+        solved("Größe?", "\\boxed{3}", expected_answer="3"),
+        solved("What is 1 + 1?", "It is \\boxed{2}.", expected_answer="2"),
+        solved("no answer?", "none"),
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    file = tmp_path / "out" / "sft.jsonl"
+    assert export_json_lines(job(config(tmp_path)), file) == 3
+    lines = file.read_bytes().splitlines()
+    head = "<|start_header_id|>{}<|end_header_id|>\\n\\n"
+    said = r"Solve the following math problem. Make sure to put the answer (and only answer) "
+    assert lines[0].decode() == (
+        '{"expected_answer": "2", "input": "<|begin_of_text|>'
+        + head.format("system")
+        + "<|eot_id|>"
+        + head.format("user")
+        + said
+        + r"inside \\boxed{}.\n\nWhat is 1 + 1?<|eot_id|>"
+        + head.format("assistant")
+        + r'", "output": "It is \\boxed{2}.<|eot_id|>"}'
+    )
+    assert b"Gr\\u00f6\\u00dfe?" in lines[1]
+    assert list(json.loads(lines[2])) == ["input", "output"]
+    shuffled = config(tmp_path, filters={"order": "nemo_skills"}, workers=2)
+    export_json_lines(job(shuffled), file)
+    order = [0, 1, 2]
+    random.Random(42).shuffle(order)
+    assert file.read_bytes().splitlines() == [lines[i] for i in order]
+
+
+def test_bad_rows_are_skipped_counted_and_capped(tmp_path):
+    rows = [solved(f"{i}?", "yes") if i % 3 else {"problem": f"{i}?"} for i in range(30)]
+    rows[0] = solved("0?", "yes")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: .*generated_solution"):
+        run(config(tmp_path), tmp_path / "packed")
+    skipping = config(tmp_path, on_bad_row="skip", max_bad_rows=9)
+    made, _ = run(skipping, tmp_path / "packed")
+    assert made["splits"]["train"]["dropped"] == {"bad row": 9}
+    assert made["splits"]["train"]["rows"] == 30
+    capped = skipping.model_copy(update={"max_bad_rows": 8})
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: .*more than 8 rows of data\.train"):
+        run(capped, tmp_path / "capped")
+    assert not (tmp_path / "capped").exists()
+
+
+def test_what_killed_runs_left_is_swept(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS[:50])
+    left = tmp_path / ".packed.partial-dead"
+    left.mkdir()
+    other = tmp_path / ".other.partial-alive"
+    other.mkdir()
+    run(config(tmp_path), tmp_path / "packed")
+    assert not left.exists()
+    assert other.exists()
+
+
+def test_tokens_of_others_are_packed_anew(tmp_path, packed):
+    for ending in (".bin", ".idx"):
+        shutil.copy(packed / f"train{ending}", tmp_path / f"theirs{ending}")
+    ids, mask = [[5, 6, 7, 8], [9, 10]], [[0, 0, 1, 1], [0, 0]]
+    table = {"input_ids": [ids[0] + ids[1]], "loss_mask": [sum(mask, [])], "seq_start_id": [[0, 4]]}
+    pq.write_table(pa.table(table), tmp_path / "bridge.parquet")
+    sources = [{"path": "theirs.idx", "mask": "all"}, {"path": "bridge.parquet"}]
+    made, _ = run(config(tmp_path, train=sources), tmp_path / "packed")
+    ours, theirs = PackedDataset(tmp_path / "packed"), PackedDataset(packed)
+    counts = made["splits"]["train"]
+    assert counts["examples"] == theirs.num_examples + 1 == ours.num_examples
+    assert counts["dropped"] == {"nothing to learn": 1}
+    for index in range(theirs.num_examples):
+        expected = theirs.example(index)
+        assert ours.example(index).tokens.tolist() == expected.tokens.tolist()
+        assert ours.example(index).spans.tolist() == [[1, len(expected)]]
+    assert ours.example(theirs.num_examples).tokens.tolist() == ids[0]
+    assert ours.example(theirs.num_examples).spans.tolist() == [[3, 4]]  # masks belong to labels
+    page = (tmp_path / "packed" / "report.html").read_text(encoding="utf-8")
+    assert "tokenized elsewhere" in page
+    with pytest.raises(DataError, match=r"theirs\.idx: .*trained.*mask"):
+        run(config(tmp_path, train=[{"path": "theirs.idx"}]), tmp_path / "unmasked")
+    with pytest.raises(DataError, match=r"tokens cannot be compared with benchmarks"):
+        write_rows(tmp_path / "test.jsonl", [{"problem": "1 + 1?"}])
+        against = {"against": [{"path": "test.jsonl"}]}
+        run(config(tmp_path, train=sources, contamination=against), tmp_path / "compared")
+
+
+def test_conversations_train_what_assistants_say(tmp_path):
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "And 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+    ]
+    rows = [{"messages": talk}, {"messages": talk[:2]}, {"messages": talk}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    source = {"path": "rows.jsonl", "messages": "messages"}
+    made, _ = run(config(tmp_path, train=[source]), tmp_path / "packed")
+    counts = made["splits"]["train"]
+    assert counts["examples"] == 1 == counts["dropped"].pop("duplicate")
+    assert list(counts["dropped"].values()) == [1]
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer")
+    example = PackedDataset(tmp_path / "packed").example(0)
+    said = [tokenizer.decode(example.tokens[a:b].tolist()) for a, b in example.spans.tolist()]
+    assert said == ["2<|eot_id|>", "4<|eot_id|>"]
+    with pytest.raises(DataError, match="the filters read problems and solutions"):
+        filters = {"trim_prefix": True}
+        run(config(tmp_path, train=[source], filters=filters), tmp_path / "filtered")
+
+
+def test_prompts_that_evaluation_would_send_otherwise_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Prompt, "prompt_ids", lambda self, problem: [1, 2, 3])
+    write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*evaluation would send"):
+        run(config(tmp_path), tmp_path / "packed")

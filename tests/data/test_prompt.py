@@ -1,13 +1,18 @@
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from mcore_sft.config import PromptConfig
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prompt import SPECIAL_IN_TEXT, Dropped, Prompt
+from mcore_sft.data.prompt import MANY_BOS, NO_ANSWER, NO_STOP, SPECIAL_IN_TEXT, Prompt
+from mcore_sft.data.render import read_instruction
+from mcore_sft.data.rows import Chats, Examples, Pairs
 from mcore_sft.data.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
@@ -45,22 +50,101 @@ def test_example_is_prompt_then_solution_with_its_stop(prompt, tokenizer):
     assert example.spans.tolist() == [[len(asked), len(example)]]
 
 
-def test_many_are_one_by_one(prompt):
-    talks = [Conversation.of(f"What is {i % 9} + 1?", f"It is {i % 9 + 1}.") for i in range(90)]
-    for made, talk in zip(prompt.examples(talks), talks, strict=True):
-        alone = prompt.example(talk)
-        assert made.tokens.tolist() == alone.tokens.tolist()
-        assert made.spans.tolist() == alone.spans.tolist()
+def pairs(*texts: tuple[str, str]) -> Pairs:
+    problems, solutions = zip(*texts, strict=True) if texts else ((), ())
+    return Pairs(
+        name="a.jsonl",
+        numbers=np.arange(len(texts)) + 1,
+        problems=pa.array(problems, pa.large_string()),
+        solutions=pa.array(solutions, pa.large_string()),
+    )
 
 
+def chats(*messages: list, tools: list | None = None) -> Chats:
+    return Chats(
+        name="a.jsonl", numbers=np.arange(len(messages)) + 1, messages=messages, tools=tools
+    )
+
+
+def said(*texts: str, system: str | None = None) -> list[dict]:
+    """A conversation in which user and assistant speak in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def pieces(examples: Examples, tokenizer, number: int = 0) -> list[str]:
+    """The text of an example, untrained and trained in turn."""
+    one = examples.keep(np.arange(len(examples)) == number)
+    cuts = [0, *one.spans.flatten().tolist(), len(one.tokens)]
+    texts = (tokenizer.decode(one.tokens[a:b]) for a, b in pairwise(cuts))
+    return list(texts)
+
+
+def test_columns_are_one_by_one(prompt, tokenizer):
+    texts = [(f"What is {i % 9} + Łukasz? 😀", f" It is\n{i % 9 + 1}.") for i in range(90)]
+    whole = pairs(("cut off", "too"), *texts)
+    sliced = Pairs(
+        name="a.jsonl",
+        numbers=whole.numbers[1:],
+        problems=whole.problems[1:],
+        solutions=whole.solutions[1:],
+    )
+    examples, dropped = prompt.encode(sliced)
+    assert dropped == {}
+    assert examples.rows.tolist() == list(range(90))
+    asked = [tokenizer.encode(prompt.text(problem)) for problem, _ in texts]
+    learned = [tokenizer.encode(solution + "<|eot_id|>") for _, solution in texts]
+    both = list(zip(asked, learned, strict=True))
+    assert examples.tokens.tolist() == [i for a, b in both for i in (*a, *b)]
+    assert examples.lengths.tolist() == [len(a) + len(b) for a, b in both]
+    assert examples.spans.tolist() == [[len(a), len(a) + len(b)] for a, b in both]
+    assert examples.span_counts.tolist() == [1] * 90
+    assert examples.tokens.dtype == examples.spans.dtype == examples.lengths.dtype == np.int32
+    assert asked == [prompt.prompt_ids(problem) for problem, _ in texts]
+
+
+def test_no_rows_no_examples(prompt, tokenizer):
+    chat = Prompt.load(PromptConfig(template="chat"), tokenizer)
+    for examples, dropped in (prompt.encode(pairs()), chat.encode(pairs()), chat.encode(chats())):
+        assert (len(examples), len(examples.tokens), dropped) == (0, 0, {})
+        assert examples.spans.shape == (0, 2)
+
+
+@pytest.mark.parametrize("template", ["llama3-instruct", "chat"])
 @pytest.mark.parametrize(
     ("problem", "solution"), [("a <|eot_id|> b", "2"), ("a", "2<|begin_of_text|>")]
 )
-def test_text_that_spells_a_special_token_is_dropped(prompt, problem, solution):
-    talks = [Conversation.of("1 + 1?", "2"), Conversation.of(problem, solution)]
-    kept, dropped = prompt.examples(talks)
-    assert dropped == Dropped(reason=SPECIAL_IN_TEXT)
-    assert kept.tokens.tolist() == prompt.example(talks[0]).tokens.tolist()
+def test_text_that_spells_a_special_token_is_dropped(tokenizer, template, problem, solution):
+    prompt = Prompt.load(PromptConfig(template=template), tokenizer)
+    examples, dropped = prompt.encode(pairs(("1?", "2"), (problem, solution), ("3?", "4")))
+    assert dropped == {1: SPECIAL_IN_TEXT}
+    assert examples.rows.tolist() == [0, 2]
+    assert (
+        examples.tokens.tolist()
+        == prompt.encode(pairs(("1?", "2"), ("3?", "4")))[0].tokens.tolist()
+    )
+    with pytest.raises(DataError, match=r"dropped \(special token in text\)"):
+        prompt.example(Conversation.of(problem, solution))
+
+
+def mine(tmp_path: Path, tokenizer, **template: object) -> Prompt:
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(template), encoding="utf-8")
+    return Prompt.load(PromptConfig(template=str(file), instruction=None), tokenizer)
+
+
+def test_text_that_makes_a_special_token_with_the_markup_is_dropped(tokenizer, tmp_path):
+    eot = {"assistant_end": "<|eot_id|>", "stop_phrases": ["<|eot_id|>"]}
+    prompt = mine(tmp_path, tokenizer, user_begin="<|eot_", **eot)
+    examples, dropped = prompt.encode(pairs(("id|> x", "2"), ("id |> x", "2")))
+    assert dropped == {0: SPECIAL_IN_TEXT}
+    assert examples.rows.tolist() == [1]
+
+
+def test_stop_token_is_special_where_the_tokenizer_says_so_or_not(tokenizer, tmp_path):
+    prompt = mine(tmp_path, tokenizer, assistant_end="\n", stop_phrases=["\n"])
+    _, dropped = prompt.encode(pairs(("1 + 1?", "It is\n2"), ("1 + 1?", "It is 2")))
+    assert dropped == {0: SPECIAL_IN_TEXT}  # it would teach to stop in the middle
 
 
 def test_engine_is_not_given_a_spelt_special_token(prompt):
@@ -80,11 +164,12 @@ def test_chat_is_the_tokenizers_own_template(tokenizer):
     assert chat.stop_tokens == ("<|eot_id|>",)
 
 
-def chat_with(template: str, folder: Path) -> Prompt:
+def chat_with(template: str, folder: Path, instruction: str | None = "generic/math") -> Prompt:
     shutil.copy(FOLDER / "tokenizer.json", folder)
     config = {"bos_token": "<|begin_of_text|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return Prompt.load(PromptConfig(template="chat"), load_tokenizer(folder))
+    wanted = PromptConfig(template="chat", instruction=instruction)
+    return Prompt.load(wanted, load_tokenizer(folder))
 
 
 TURNS = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>\n' }}{% endfor %}"
@@ -158,9 +243,10 @@ def test_shipped_names_describe_themselves(prompt, tokenizer):
     assert prompt.describe() == {"template": "llama3-instruct", "instruction": "generic/math"}
     plain = Prompt.load(PromptConfig(instruction=None), tokenizer)
     assert plain.fingerprint != prompt.fingerprint
-    with pytest.raises(DataError, match=r"expected llama3-instruct, chat, or a \.yaml file"):
+    known = r"expected chatml, llama3-instruct, passthrough, chat, or a \.yaml file"
+    with pytest.raises(DataError, match=known):
         Prompt.load(PromptConfig(template="llama4"), tokenizer)
-    with pytest.raises(DataError, match="expected generic/math"):
+    with pytest.raises(DataError, match=r"expected generic/math, nemo_rl/math, or a \.yaml"):
         Prompt.load(PromptConfig(instruction="generic/maths"), tokenizer)
 
 
@@ -171,7 +257,270 @@ def test_instruction_without_a_place_for_the_problem(tokenizer, tmp_path):
         Prompt.load(PromptConfig(instruction=str(file)), tokenizer)
 
 
-def test_only_one_turn_for_now(prompt):
-    talk = Conversation(messages=(Message(role="user", content="hi"),), where="a.jsonl:3")
-    with pytest.raises(DataError, match=r"a\.jsonl:3: expected one user message and one assistant"):
+def test_fixed_strings_and_many_turns(prompt, tokenizer):
+    talk = said("1?", "one", "2?", "two\n", system="Count.")
+    examples, dropped = prompt.encode(chats(talk))
+    assert dropped == {}
+    begin, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
+    user, assistant = begin.format("user"), begin.format("assistant")
+    assert pieces(examples, tokenizer) == [
+        "<|begin_of_text|>" + begin.format("system") + f"Count.{end}{user}1?{end}{assistant}",
+        "one<|eot_id|>",
+        f"{user}2?{end}{assistant}",
+        "two\n<|eot_id|>",
+        "",
+    ]
+    whole = "".join(pieces(examples, tokenizer))
+    assert examples.tokens.tolist() == tokenizer.encode(whole)
+
+
+def test_single_turn_is_the_same_as_rows_and_as_messages(tokenizer):
+    for template in ("llama3-instruct", "chat"):
+        prompt = Prompt.load(PromptConfig(template=template, instruction=None), tokenizer)
+        row, _ = prompt.encode(pairs(("1 + 1?", "2")))
+        talk, _ = prompt.encode(chats(said("1 + 1?", "2")))
+        assert row.tokens.tolist() == talk.tokens.tolist()
+        assert row.spans.tolist() == talk.spans.tolist()
+
+
+@pytest.mark.parametrize("template", ["llama3-instruct", "chat"])
+def test_conversations_that_are_dropped(tokenizer, template):
+    prompt = Prompt.load(PromptConfig(template=template), tokenizer)
+    examples, dropped = prompt.encode(
+        chats(said("1?", "one", "2?"), [], said("1?", "one"), said("1?", "a", "<|eot_id|>", "b"))
+    )
+    assert dropped == {0: NO_ANSWER, 1: NO_ANSWER, 3: SPECIAL_IN_TEXT}
+    assert examples.rows.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("talk", "error"),
+    [
+        (
+            [*said("1?", "one"), {"role": "tool", "content": "x"}, *said("2?", "b")],
+            "have no markup",
+        ),
+        ([*said("1?"), {"role": "system", "content": "x"}, *said("2?", "b")], "expected it first"),
+        ([{"role": "human", "content": "1?"}], "message 1: role 'human', expected one of system"),
+        (
+            [*said("1?"), {"role": "assistant", "content": " "}],
+            "message 2: the assistant says noth",
+        ),
+    ],
+)
+def test_conversations_that_fixed_strings_cannot_write(prompt, talk, error):
+    with pytest.raises(DataError, match=rf"^a\.jsonl:2: .*{error}"):
+        prompt.encode(chats(said("1?", "one"), talk))
+
+
+def test_own_chat_template_and_many_turns(tokenizer):
+    chat = Prompt.load(PromptConfig(template="chat"), tokenizer)
+    talk = said("1? ", "one ", "2?", "two", system="Count.")
+    examples, _ = chat.encode(chats(talk))
+    found = pieces(examples, tokenizer)
+    assert found[1::2] == ["one<|eot_id|>", "two<|eot_id|>"]
+    assert "".join(found) == tokenizer.chat_template.render(talk)
+    for turns in (2, 4):  # the ids before an answer are those that an engine sends
+        asked = tokenizer.chat_template.render(talk[:turns], add_generation_prompt=True)
+        end = int(examples.spans[turns // 2 - 1, 0])
+        assert examples.tokens[:end].tolist() == tokenizer.encode(asked)
+
+
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+UNMARKED = HEADERS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def test_generation_blocks_and_growing_prefixes_say_the_same(tmp_path):
+    talk = said("1?", "one", "2?", "two", system="Count.")
+    made = []
+    for name, template in (("marked", HEADERS), ("unmarked", UNMARKED)):
+        (tmp_path / name).mkdir()
+        made.append(chat_with(template, tmp_path / name, None).encode(chats(talk))[0])
+    assert made[0].tokens.tolist() == made[1].tokens.tolist()
+    assert made[0].spans.tolist() == made[1].spans.tolist()
+
+
+# What was thought is shown in the last answer alone, as reasoning models do it.
+FORGETS = HEADERS.replace(
+    "{% generation %}", "{% generation %}{% if loop.last %}{{ 'Hm. ' }}{% endif %}"
+)
+
+
+def test_generation_blocks_where_prefixes_do_not_hold(tmp_path, tokenizer):
+    chat = chat_with(FORGETS, tmp_path, None)
+    examples, _ = chat.encode(chats(said("1?", "one", "2?", "two")))
+    assert pieces(examples, tokenizer)[1::2] == ["one<|eot_id|>", "Hm. two<|eot_id|>"]
+
+
+def test_neither_blocks_nor_prefixes_is_an_error(tmp_path):
+    unmarked = FORGETS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    chat = chat_with(unmarked, tmp_path, None)
+    chat.encode(chats(said("1?", "one")))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*\(message 4\).*neither way can tell"):
+        chat.encode(chats(said("1?", "one"), said("1?", "one", "2?", "two")))
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        (
+            HEADERS.replace("{% generation %}", "A{% generation %}"),
+            "do not begin where an assistant is asked to speak",
+        ),
+        (
+            HEADERS.replace("+ '<|eot_id|>' }}{% endg", "}}{% endg", 1),
+            "no special token to stop at",
+        ),
+        (
+            HEADERS.replace(
+                " + '<|eot_id|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|eot_id|>' }}"
+            ),
+            r"ends the answer 'forty-two' without <\|eot_id\|>",
+        ),
+        (
+            HEADERS.replace("{{ bos_token }}", "{{ generation_marks[0] | length }}"),
+            "does something to",
+        ),
+    ],
+)
+def test_generation_blocks_that_cannot_be_used(template, error, tmp_path):
+    with pytest.raises(DataError, match=error):
+        chat_with(template, tmp_path, None)
+
+
+def test_turns_whose_ids_depend_on_their_neighbours_are_an_error(tmp_path):
+    chat = chat_with(TURNS + ASKS, tmp_path, None)  # "assistant: " and "has" share a token
+    chat.encode(chats(said("1?", "has 2")))
+    error = r"a\.jsonl:1: before its last answers an engine would send .* near '.*: has 2"
+    with pytest.raises(DataError, match=error):
+        chat.encode(chats(said("1?", "has 2", "2?", "has 3")))
+
+
+def test_second_bos_in_a_later_turn_is_an_error(tmp_path):
+    template = HEADERS.replace("{{ bos_token }}", "").replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}{% endif %}",
+    )
+    chat = chat_with(template, tmp_path, None)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*1 BOS tokens"):
+        chat.encode(chats(said("1?", "one"), said("1?", "one", "2?", "two")))
+
+
+CALLS = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson + '<|eot_id|>' }}{% endif %}"
+    "{% for m in messages %}{{ m.role + ':\n' }}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+def test_tools_and_their_calls(tmp_path, tokenizer):
+    chat = chat_with(CALLS, tmp_path, None)
+
+    def talk(argument: str) -> list[dict]:
+        call = {
+            "type": "function",
+            "function": {"name": "add", "arguments": f'{{"a": {argument}}}'},
+        }
+        return [
+            {"role": "user", "content": [{"type": "text", "text": "1 + 1"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "It is 2.", "tool_calls": None},
+        ]
+
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    examples, dropped = chat.encode(chats(talk("1"), talk('"<|eot_id|>"'), tools=[tools, tools]))
+    assert dropped == {1: SPECIAL_IN_TEXT}
+    assert pieces(examples, tokenizer) == [
+        "<|begin_of_text|>" + json.dumps(tools) + "<|eot_id|>user:\n1 + 1<|eot_id|>assistant:\n",
+        '{"name": "add", "arguments": {"a": 1}}<|eot_id|>',
+        "tool:\n2<|eot_id|>assistant:\n",
+        "It is 2.<|eot_id|>",
+        "",
+    ]
+    _, dropped = chat.encode(chats(talk("1"), tools=[[{"name": "<|eot_id|>"}]]))
+    assert dropped == {0: SPECIAL_IN_TEXT}
+
+
+# As Llama 3.1 does it: a system block always, and contents trimmed.
+LLAMA_31 = (
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024' }}"
+    "{{ '\n\n<|eot_id|>' }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_nemo_rls_own_rendering(tmp_path, tokenizer):
+    prompt = chat_with(LLAMA_31, tmp_path, "nemo_rl/math")
+    examples, _ = prompt.encode(pairs(("1 + 1?", "2\n")))
+    wanted = (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024"
+        "\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "Solve the following math problem. Make sure to put the answer (and only answer) inside "
+        "\\\\boxed{}.\n\n1 + 1?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert pieces(examples, tokenizer) == [wanted, "2<|eot_id|>", ""]
+    assert prompt.prompt_ids("1 + 1?") == tokenizer.encode(wanted)
+    assert examples.tokens.tolist().count(tokenizer.bos_id) == 1
+    # Its bytes, as they stand before the chat template trims them.
+    instruction = read_instruction("nemo_rl/math")
+    assert instruction.fill("{}").endswith("inside \\\\boxed{}.\n\n{}\n\n")
+
+
+def test_passthrough_takes_input_and_output_as_they_are(prompt, tokenizer):
+    plain = PromptConfig(template="passthrough", instruction=None)
+    as_is = Prompt.load(plain, tokenizer)
+    assert as_is.stop_tokens == ("<|eot_id|>", "<|end_of_text|>")
+    text = prompt.text("1 + 1?")
+    examples, dropped = as_is.encode(
+        pairs(
+            (text, prompt.answer("1 + 1?", "2")),
+            (text, "2"),
+            ("<|begin_of_text|>" + text, "2<|eot_id|>"),
+            ("no markup", "2<|eot_id|> and on<|end_of_text|>"),
+        )
+    )
+    assert dropped == {1: NO_STOP, 2: MANY_BOS}
+    assert examples.rows.tolist() == [0, 3]
+    seed, _ = prompt.encode(pairs(("1 + 1?", "2")))
+    assert pieces(examples, tokenizer)[:2] == [text, "2<|eot_id|>"]
+    assert examples.keep(np.array([True, False])).tokens.tolist() == seed.tokens.tolist()
+    assert as_is.prompt_ids(text) == prompt.prompt_ids("1 + 1?")
+    with pytest.raises(DataError, match=r"verbatim takes .* prompt\.instruction=null"):
+        Prompt.load(PromptConfig(template="passthrough"), tokenizer)
+
+
+def test_chatml_has_a_system_block_only_for_a_system_message(tmp_path):
+    text = (FOLDER / "tokenizer.json").read_text(encoding="utf-8")
+    text = text.replace("<|start_header_id|>", "<|im_start|>").replace("<|eot_id|>", "<|im_end|>")
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    chatml = Prompt.load(PromptConfig(template="chatml", instruction=None), tokenizer)
+    assert chatml.text("1?") == "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n"
+    examples, _ = chatml.encode(chats(said("1?", "one", "2?", "two", system="Count.")))
+    assert pieces(examples, tokenizer) == [
+        "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n1?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "one<|im_end|>",
+        "\n<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n",
+        "two<|im_end|>",
+        "",
+    ]
+
+
+def test_example_of_a_conversation(prompt):
+    talk = Conversation(messages=(Message(role="user", content="hi"),))
+    with pytest.raises(DataError, match=r"dropped \(no answer at the end\)"):
         prompt.example(talk)

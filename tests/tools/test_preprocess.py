@@ -1,4 +1,11 @@
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import preprocess
@@ -59,3 +66,97 @@ def test_tokenizer_too_large_for_the_model_stops_before_anything_is_written(
     assert preprocess_with(monkeypatch, "--config", experiment, *overrides) == 2
     assert "701 tokens" in capsys.readouterr().err
     assert not (experiment.parent / "run").exists()
+
+
+# --- runs that do not come to their end ---
+
+TOOL = Path(preprocess.__file__)
+MANY = 60_000
+
+
+@pytest.fixture
+def many(tmp_path):
+    """An experiment of enough rows to be caught at work, in a folder of its own."""
+    rows = ({"problem": f"What is {i} + 1?", "generated_solution": f"{i + 1}"} for i in range(MANY))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"name: many\noutput: {tmp_path / 'run'}\n"
+        f"model: {{path: {FIXTURES / 'tokenizer'}}}\n"
+        f"data: {{root: {tmp_path}, train: [{{path: rows.jsonl}}], workers: 2}}\n",
+        encoding="utf-8",
+    )
+    return file
+
+
+def start(experiment, *overrides, **options) -> subprocess.Popen:
+    command_line = [sys.executable, str(TOOL), "--config", str(experiment), *overrides]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command_line, start_new_session=True, **pipes, **options)
+
+
+def wait_for_tokens(experiment) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        written = (experiment.parent / "run").glob(".data.partial-*/train.collected")
+        if any(file.stat().st_size for file in written):
+            return
+        time.sleep(0.005)
+    raise AssertionError("nothing was written in a minute")
+
+
+def left_in(experiment) -> list[str]:
+    return sorted(file.name for file in (experiment.parent / "run").iterdir())
+
+
+def test_interrupted_run_leaves_nothing_and_says_nothing(many):
+    running = start(many)
+    wait_for_tokens(many)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in said
+    assert left_in(many) == []
+
+
+def test_killed_run_leaves_no_dataset_and_the_next_one_is_whole(many):
+    running = start(many)
+    wait_for_tokens(many)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate(timeout=60)
+    assert [name[:14] for name in left_in(many)] == [".data.partial-"]
+    again = start(many)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert left_in(many) == ["data"]
+    assert PackedDataset(many.parent / "run" / "data").num_examples == MANY
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(many):
+    def limit() -> None:  # files of at most 100 kB: writing more fails as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    running = start(many, preexec_fn=limit)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 2, said
+    assert f"cannot be written ({os.strerror(errno.EFBIG)})" in said.replace("\n", " ")
+    assert "Traceback" not in said
+    assert left_in(many) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_small_disk(many, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk]).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        running = start(many, f"data.packed={disk / 'packed'}")
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 2, said
+        assert f"cannot be written ({os.strerror(errno.ENOSPC)})" in said.replace("\n", " ")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,135 @@
+"""The data section of an experiment in, what it names out: sources, blocks, the recipe, inputs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mcore_sft.config import DataConfig, SourceConfig
+from mcore_sft.data import manifest as manifests
+from mcore_sft.data.blocks import Block
+from mcore_sft.data.encode import Recipe
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.progress import progress
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.sources import Survey, read_problems, source_size, survey
+from mcore_sft.data.tokenizer import Tokenizer
+
+_ELSEWHERE = {"packed", "root", "workers", "gigatoken"}
+"""Keys of the data section that say where and how, and change no byte of the dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be prepared: the configuration, and all that it names, loaded."""
+
+    config: DataConfig
+    prompt: Prompt
+    tokenizer: Tokenizer
+    console: Console
+
+    def __post_init__(self) -> None:
+        if not self.config.train:
+            raise DataError(
+                "data.train names no source; give at least one (path, problem, solution)"
+            )
+
+    @cached_property
+    def sources(self) -> dict[str, tuple[SourceConfig, ...]]:
+        """The sources of each split that is read."""
+        splits = {"train": self.config.train, "validation": self.config.validation}
+        return {split: sources for split, sources in splits.items() if sources}
+
+    @cached_property
+    def surveys(self) -> dict[str, list[Survey]]:
+        """What the sources hold; every file is read once."""
+        return {
+            split: [self._survey(source) for source in sources]
+            for split, sources in self.sources.items()
+        }
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes of the dataset, but for the sources."""
+        contaminated = self.config.filters.contamination_file
+        return {
+            "data": self.config.model_dump(mode="json", exclude=_ELSEWHERE),
+            "prompt": {**self.prompt.describe(), "fingerprint": self.prompt.fingerprint},
+            "tokenizer": {
+                "fingerprint": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+                "pad_id": self.tokenizer.pad_id,
+            },
+            "contamination_file": contaminated
+            and manifests.sha256_of(self.config.root / contaminated),
+        }
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """All that decides the bytes of the dataset."""
+        described = {split: [s.description for s in some] for split, some in self.surveys.items()}
+        if self.config.contamination.against:
+            against = [self._survey(source) for source in self.config.contamination.against]
+            described["against"] = [surveyed.description for surveyed in against]
+        return {**self.settings, "sources": described}
+
+    def blocks(self, split: str) -> Iterator[tuple[int, Block]]:
+        """The blocks of all sources of `split` in order, each with the index of its source."""
+        for source, surveyed in enumerate(self.surveys[split]):
+            for block in surveyed.blocks():
+                yield source, block
+
+    def size(self, split: str) -> int:
+        """Bytes of all sources of `split`; 0 where that is not known."""
+        return sum(surveyed.size for surveyed in self.surveys[split])
+
+    def recipe(self, split: str, *, as_json: bool = False) -> Recipe:
+        """How the rows of `split` become examples; only training is compared with benchmarks."""
+        config, filters = self.config, self.config.filters
+        if filters.contamination_file is not None:
+            file = config.root / filters.contamination_file
+            filters = filters.model_copy(update={"contamination_file": file})
+        return Recipe(
+            tokenizer=self.tokenizer.path,
+            gigatoken=self.tokenizer.gigatoken,
+            prompt=self.prompt.describe(),
+            sequence_length=config.sequence_length,
+            skip_bad=config.on_bad_row == "skip",
+            filters=filters,
+            benchmark=_benchmark(config) if split == "train" else (),
+            threshold=config.contamination.threshold,
+            remove=config.contamination.remove,
+            as_json=as_json,
+        )
+
+    def _survey(self, source: SourceConfig) -> Survey:
+        total = source_size(source, root=self.config.root)
+        name = f"checksums of {source.path}"
+        with progress(name, total=total or None, console=self.console) as advance:
+            return survey(source, root=self.config.root, advance=advance)
+
+
+def check_fit(tokenizer: Tokenizer, model: Path) -> None:
+    """`DataError` if `model` is a Hugging Face folder whose vocabulary the tokenizer exceeds."""
+    file = model / "config.json"
+    if not file.is_file():
+        return
+    vocab_size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size")
+    if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"{model} has a vocabulary of {vocab_size}; give the model's own tokenizer "
+            "(model.tokenizer=PATH)"
+        )
+
+
+def _benchmark(config: DataConfig) -> tuple[str, ...]:
+    """The problems of all benchmarks that training must not hold."""
+    problems: dict[str, None] = {}
+    for source in config.contamination.against:
+        problems.update(dict.fromkeys(read_problems(source, root=config.root)))
+    return tuple(problems)

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mcore_sft.config import SourceConfig
+from mcore_sft.data import columns
+from mcore_sft.data.columns import RowReader
+from mcore_sft.data.errors import DataError
+
+START = '{"problem": "a", "generated_solution": "b"'
+
+
+def reader(*, first: int = 1, skip_bad: bool = False, **source) -> RowReader:
+    config = SourceConfig(path="a.jsonl", **source)
+    return RowReader(source=config, name="a.jsonl", first=first, skip_bad=skip_bad)
+
+
+def by_arrow(data: bytes) -> bool:
+    return columns._parse_lines(data, columns._schema(SourceConfig(path="a.jsonl"))) is not None
+
+
+def by_python(data: bytes) -> list[tuple[str, str]]:
+    found = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+    return [(row["problem"], row["generated_solution"]) for row in found]
+
+
+GOOD = [
+    START + "}",
+    START + '}\n{"generated_solution": "d", "x": [{}], "problem": "c"}\n',
+    START + "}\r\n" + START + "}\r\n",
+    "\ufeff" + START + "}",
+    START + ', "\\u0070roblem": "A\\/\\b\\f\\n\\r\\t\\\\\\""}',
+    '{"problem": "\\u0000\\u00e9\u00e9\\ud83d\\ude00\U0001f600", "generated_solution": "\x7f"}',
+    '{"problem": "\\n x", "generated_solution": "\u3000x\u0085"}',
+    START + ', "x": NaN, "y": -Infinity, "z": 123456789012345678901234567890, "v": 1e999}',
+    START + ', "x": "\\ud800", "y\\udc00": [1, {"problem": 5}]}',
+    START + ', "problem": "the last counts"}',
+    " " + START + "} ",
+    "\n\n" + START + "}\n \n",
+    START + ', "expected_answer": 36, "majority_votes": true}',
+    START + ', "majority_votes": "5", "total_votes": 1e400}',
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_arrow_and_python_read_the_same(text, monkeypatch):
+    data = text.encode()
+    got = reader().lines(data)
+    assert got.bad == {}
+    texts = list(zip(got.problems.to_pylist(), got.solutions.to_pylist(), strict=True))
+    assert texts == by_python(data.removeprefix("\ufeff".encode()))
+    monkeypatch.setattr(columns, "_parse_lines", lambda data, schema: None)
+    again = reader().lines(data)
+    assert again.problems.equals(got.problems)
+    assert again.solutions.equals(got.solutions)
+    assert again.numbers.tolist() == got.numbers.tolist()
+    assert (again.votes, again.answers) == (got.votes, got.answers)
+
+
+def test_common_lines_are_read_by_arrow():
+    for text in (*GOOD[:3], *GOOD[5:8]):
+        assert by_arrow(text.replace(', "v": 1e999', "").encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        START + "}" + START + "}\n" + START + "\n}",  # as many rows as lines, but not in each
+        START + "\n}",
+        "null\n" + START + "}",  # Arrow alone would crash
+        START + "} null " + START + "}",
+        START + ', "x": "\xff"}',
+        START + ', "x": "\0"}',
+        "",
+    ],
+)
+def test_lines_that_arrow_is_not_trusted_with(text):
+    assert not by_arrow(text.encode("latin-1"))
+
+
+def test_votes_of_which_one_is_missing_are_none():
+    more = ', "majority_votes": 3, "total_votes": 8}\n'
+    data = (START + more + START + ', "majority_votes": 3}\n').encode()
+    expected = [[3, 8], [np.nan, np.nan]]
+    np.testing.assert_array_equal(reader().lines(data).votes, expected)
+    np.testing.assert_array_equal(reader().lines(b" " + data).votes, expected)  # by Python
+
+
+def test_white_space_in_front_is_not_taken_for_blank():
+    for space in "\t\n \x1c\x85\xa0\u1680\u2003\u2028\u202f\u205f\u3000":
+        row = {"problem": space + "x", "generated_solution": "b"}
+        assert len(reader().lines(json.dumps(row, ensure_ascii=False).encode())) == 1
+        row["problem"] = space * 2
+        with pytest.raises(DataError, match="holds only blanks"):
+            reader().lines(json.dumps(row, ensure_ascii=False).encode())
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_blank_text_in_a_slice_of_a_table_is_found(kind):
+    problems = pa.array(["", "p", "q", " "], kind)
+    table = pa.table({"problem": problems, "generated_solution": pa.array(list("abcd"), kind)})
+    assert reader().table(table.slice(1, 2)).problems.to_pylist() == ["p", "q"]
+    assert columns._texts(table.slice(1, 2), "problem") is not None
+    with pytest.raises(DataError, match=r"a\.jsonl:3: .*only blanks"):
+        reader().table(table.slice(1, 3))
+    with pytest.raises(DataError, match=r"a\.jsonl:7: .*only blanks"):
+        reader(first=7).table(table)
+
+
+def test_column_missing_from_a_later_row_is_a_bad_row():
+    data = (START + "}\n" + '{"problem": "a"}\n').encode()
+    assert list(reader(skip_bad=True).lines(data).bad) == [2]
+    assert list(reader(skip_bad=True, first=9).lines(b'{"problem": "a"}').bad) == [9]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column"):
+        reader(skip_bad=True).lines(b'{"problem": "a"}')
+
+
+def test_null_in_an_argument_is_kept_and_the_filling_of_a_table_is_not():
+    call = {"name": "f", "arguments": {"x": None}}
+    talk = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "y"},
+    ]
+    kept = [{"role": "assistant", "content": "", "tool_calls": [call]}, talk[1]]
+    got = reader(messages="m").lines(json.dumps({"m": talk}).encode())
+    assert got.messages == [kept]
+    table = pa.Table.from_pylist([{"m": talk}])
+    assert reader(messages="m").table(table).messages == [
+        [{**kept[0], "tool_calls": [{"name": "f", "arguments": {}}]}, talk[1]]
+    ]

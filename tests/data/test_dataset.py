@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from mcore_sft.data import manifest as manifests
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.indexed import write_index
+from tests.data.test_manifest import MANIFEST
+
+ARRAYS = {
+    "spans": np.array([[1, 2], [0, 1], [3, 4]], dtype=np.int32),
+    "span_offsets": np.array([0, 1, 1, 3]),
+    "packs": np.array([2, 1, 0, 2]),
+    "pack_offsets": np.array([0, 2, 4]),
+    "supervised": np.array([1, 2], dtype=np.int32),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three examples of 2, 3 and 4 tokens in two packs, the last of them in both."""
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    write_index(tmp_path / "train.idx", np.array([2, 3, 4], np.int32), np.dtype(np.uint16))
+    for name, array in ARRAYS.items():
+        np.save(tmp_path / f"train.{name}.npy", array)
+    manifests.write(tmp_path, {**MANIFEST, "files": manifests.describe_files(tmp_path.iterdir())})
+    return tmp_path
+
+
+def test_packs_hold_their_examples_in_order(folder):
+    dataset = PackedDataset(folder)
+    packs = [dataset.pack(index) for index in range(len(dataset))]
+    assert [[example.tokens.tolist() for example in pack.examples] for pack in packs] == [
+        [[5, 6, 7, 8], [2, 3, 4]],
+        [[0, 1], [5, 6, 7, 8]],
+    ]
+    assert [[example.spans.tolist() for example in pack.examples] for pack in packs] == [
+        [[[0, 1], [3, 4]], []],
+        [[[1, 2]], [[0, 1], [3, 4]]],
+    ]
+    first = packs[0].examples[0]
+    assert first.tokens.dtype == first.spans.dtype == np.int32
+    again = dataset.example(2)
+    assert again.tokens.tolist() == first.tokens.tolist()
+    assert again.spans.tolist() == first.spans.tolist()
+
+
+def test_example_in_two_packs_counts_twice(folder):
+    dataset = PackedDataset(folder)
+    assert (dataset.num_examples, dataset.num_distinct) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.array([0, 2, 4], dtype=np.int32), r"holds int32 \[3\], expected int64 with 1 dim"),
+        (np.array([[0, 2, 4]]), r"holds int64 \[1, 3\], expected int64 with 1 dim"),
+        (np.array([None, 2]), r"not an array file"),
+    ],
+)
+def test_array_of_another_kind_is_named(folder, array, said):
+    np.save(folder / "train.pack_offsets.npy", array)
+    manifest = manifests.read(folder)
+    files = manifests.describe_files(folder.glob("train.*"))
+    manifests.write(folder, {**manifest, "files": files})
+    with pytest.raises(DataError, match=rf"train\.pack_offsets\.npy: {said}"):
+        PackedDataset(folder)

@@ -1,0 +1,541 @@
+import bz2
+import gzip
+import json
+import lzma
+import os
+import pickle
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from mcore_sft.config import SourceConfig
+from mcore_sft.data import sources
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.indexed import write_index
+from mcore_sft.data.rows import Chats, Pairs, Tokens
+from mcore_sft.data.sources import read_problems, source_files, source_size, survey
+
+TEXT_KINDS = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"]
+TEXT_KINDS += ["a.jsonl.zst", "list.json.gz"]
+TABLE_KINDS = ["a.parquet", "a.arrow", "file.arrow", "a.feather"]
+KINDS = TEXT_KINDS + TABLE_KINDS
+
+
+def rows(count: int, first: int = 0) -> list[dict]:
+    return [
+        {"problem": f"{i} + 1?", "generated_solution": str(i + 1), "other": i}
+        for i in range(first, first + count)
+    ]
+
+
+def as_lines(some: list) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in some).encode()
+
+
+def write(file: Path, some: list) -> Path:
+    """Write rows in the format that the name of `file` stands for, tables two rows a batch."""
+    kind = file.name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+    if file.suffix in (".parquet", ".arrow", ".feather"):
+        write_table(file, pa.Table.from_pylist(some))
+        return file
+    data = json.dumps(some, indent=1).encode() if kind.startswith("list") else as_lines(some)
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    compress[".zst"] = lambda data: pa.compress(data, "zstd", asbytes=True)
+    file.write_bytes(compress.get(file.suffix, bytes)(data))
+    return file
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    if file.suffix == ".parquet":
+        pq.write_table(table, file, row_group_size=2)
+    elif file.suffix == ".feather":
+        pyarrow.feather.write_feather(table, str(file), chunksize=2)
+    else:
+        new = pa.ipc.new_file if file.name.startswith("file") else pa.ipc.new_stream
+        with new(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+
+
+def blocks_of(folder: Path, **source) -> list:
+    blocks = survey(SourceConfig(**source), root=folder).blocks()
+    return [pickle.loads(pickle.dumps(block)) for block in blocks]
+
+
+def read(folder: Path, *, skip_bad: bool = False, **source) -> list:
+    return [block.read(skip_bad=skip_bad) for block in blocks_of(folder, **source)]
+
+
+def pairs(folder: Path, **source) -> list[tuple[str, str]]:
+    return [
+        pair
+        for each in read(folder, **source)
+        for pair in zip(each.problems.to_pylist(), each.solutions.to_pylist(), strict=True)
+    ]
+
+
+def expected(some: list[dict]) -> list[tuple[str, str]]:
+    return [(row["problem"], row["generated_solution"]) for row in some]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of a few rows."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 150)
+    monkeypatch.setattr(sources, "TABLE_BYTES", 60)
+
+
+# --- every kind of file ---
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file(name, tmp_path):
+    file = write(tmp_path / name, rows(5))
+    assert pairs(tmp_path, path=name) == expected(rows(5))
+    swapped = pairs(tmp_path, path=name, problem="generated_solution", solution="problem", limit=1)
+    assert swapped == [("1", "0 + 1?")]
+    (only,) = read(tmp_path, path=name)
+    assert isinstance(only, Pairs)
+    assert (only.name, only.numbers.tolist(), only.votes) == (str(file), [1, 2, 3, 4, 5], None)
+    assert list(read_problems(SourceConfig(path=name, solution="none"), root=tmp_path)) == [
+        row["problem"] for row in rows(5)
+    ]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_change_nothing(name, small, tmp_path):
+    write(tmp_path / name, rows(23))
+    blocks = blocks_of(tmp_path, path=name)
+    assert len(blocks) > 3
+    assert pairs(tmp_path, path=name) == expected(rows(23))
+    numbers = [block.read(skip_bad=False).numbers for block in blocks]
+    assert np.concatenate(numbers).tolist() == list(range(1, 24))
+    seen = survey(SourceConfig(path=name), root=tmp_path)
+    assert sum(block.size for block in blocks) == seen.size == (tmp_path / name).stat().st_size
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("limit", [1, 9, 10, 11, 22, 40])
+def test_limit_counts_over_all_files(name, limit, small, tmp_path):
+    write(tmp_path / name, rows(10))
+    write(tmp_path / f"b{name}", rows(10, first=10)) if "list" not in name else None
+    write(tmp_path / "c.jsonl", rows(3, first=20 if "list" not in name else 10))
+    every = pairs(tmp_path, path="*")
+    assert len(every) in (23, 13)
+    assert pairs(tmp_path, path="*", limit=limit) == every[:limit]
+
+
+def test_limit_counts_rows_and_not_blank_lines(small, tmp_path):
+    lines = as_lines(rows(6)).replace(b"\n", b"\n\n \n")
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    assert pairs(tmp_path, path="a.jsonl", limit=4) == expected(rows(4))
+    assert read(tmp_path, path="a.jsonl", limit=4)[-1].numbers[-1] == 10
+
+
+def test_glob_reads_files_in_order_of_name(tmp_path):
+    write(tmp_path / "part-2.jsonl", rows(2, first=2))
+    write(tmp_path / "part-1.parquet", rows(2))
+    assert pairs(tmp_path, path="part-*") == expected(rows(4))
+
+
+def test_large_row_group_is_cut_while_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "LARGEST_GROUP", 100)
+    monkeypatch.setattr(sources, "TABLE_BYTES", 300)
+    pq.write_table(pa.Table.from_pylist(rows(50)), tmp_path / "a.parquet")
+    blocks = blocks_of(tmp_path, path="a.parquet")
+    assert len(blocks) > 2
+    assert sum(block.size for block in blocks) == (tmp_path / "a.parquet").stat().st_size
+    assert pairs(tmp_path, path="a.parquet") == expected(rows(50))
+    assert pairs(tmp_path, path="a.parquet", limit=33) == expected(rows(33))
+
+
+def test_dictionaries_bytes_and_large_strings_are_texts(tmp_path):
+    problems = pa.array(["p", "q", "p"]).dictionary_encode()
+    for solutions in (pa.array([b"a", b"b", b"c"]), pa.array(["a", "b", "c"], pa.large_string())):
+        for name in TABLE_KINDS:
+            write_table(tmp_path / name, pa.table({"problem": problems, "s": solutions}))
+            got = pairs(tmp_path, path=name, solution="s")
+            assert got == [("p", "a"), ("q", "b"), ("p", "c")]
+
+
+def test_description_has_a_checksum_of_each_file(tmp_path):
+    file = write(tmp_path / "a.jsonl", rows(2))
+    write(tmp_path / "b.parquet", rows(2))
+    counted = []
+    seen = survey(SourceConfig(path="*"), root=tmp_path, advance=counted.append)
+    assert [each["name"] for each in seen.description["files"]] == ["a.jsonl", "b.parquet"]
+    checksum = seen.description["files"][0]["sha256"]
+    assert checksum == sha256(file.read_bytes()).hexdigest()
+    assert sum(counted) == seen.size == source_size(SourceConfig(path="*"), root=tmp_path)
+    assert survey(SourceConfig(path="*", limit=1), root=tmp_path).description == seen.description
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_rows_are_no_blocks(name, tmp_path):
+    if name in TABLE_KINDS:
+        write_table(tmp_path / name, pa.Table.from_pylist(rows(1)).slice(0, 0))
+    else:
+        write(tmp_path / name, [])
+    assert [len(each) for each in read(tmp_path, path=name)] in ([], [0])
+    assert survey(SourceConfig(path=name), root=tmp_path).size == os.stat(tmp_path / name).st_size
+
+
+# --- columns ---
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_votes_and_answers(name, tmp_path):
+    some = [
+        {**row, "majority_votes": votes, "total_votes": 8, "expected_answer": answer}
+        for row, votes, answer in zip(rows(3), [5, None, 2.5], ["x", None, "z"], strict=True)
+    ]
+    write(tmp_path / name, some)
+    (got,) = read(tmp_path, path=name)
+    np.testing.assert_array_equal(got.votes, [[5, 8], [np.nan, np.nan], [2.5, 8]])
+    assert got.answers.to_pylist() == ["x", None, "z"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_numbers_as_answers(name, tmp_path):
+    write(tmp_path / name, [{**row, "expected_answer": 36.0} for row in rows(2)])
+    (got,) = read(tmp_path, path=name)
+    assert got.answers.to_pylist() == ["36.0", "36.0"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_messages_and_tools(name, tmp_path):
+    talk = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    call = [*talk, {"role": "tool", "content": "x", "name": "f"}]
+    some = [{"talk": talk, "tools": None}, {"talk": call, "tools": [{"name": "f", "x": {"y": 1}}]}]
+    write(tmp_path / name, some)
+    (got,) = read(tmp_path, path=name, messages="talk", tools="tools")
+    assert isinstance(got, Chats)
+    assert got.messages == [talk, call]
+    assert got.tools == [None, [{"name": "f", "x": {"y": 1}}]]
+    (got,) = read(tmp_path, path=name, messages="talk")
+    assert got.tools is None
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_messages_as_text(name, tmp_path):
+    talk = [{"role": "user", "content": "\u00e9"}]
+    write(tmp_path / name, [{"talk": json.dumps(talk)}])
+    assert read(tmp_path, path=name, messages="talk")[0].messages == [talk]
+
+
+@pytest.mark.parametrize(
+    ("talk", "said"),
+    [
+        (None, "'talk' holds nothing, expected a list of messages"),
+        ([], "'talk' holds nothing, expected a list of messages"),
+        ("hi", "'talk' holds 'hi', expected a list of messages"),
+        ([1], r"'talk' holds \[1\], expected a list of messages"),
+        ([{"content": "x"}], "a message without a role: {'content': 'x'}"),
+        ([{"role": "user", "content": "\ud800"}], "'talk' is not valid Unicode"),
+    ],
+)
+def test_messages_that_are_none(talk, said, tmp_path):
+    write(tmp_path / "a.jsonl", [{"talk": [{"role": "user", "content": "x"}]}, {"talk": talk}])
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{said}"):
+        read(tmp_path, path="a.jsonl", messages="talk")
+    (got,) = read(tmp_path, path="a.jsonl", messages="talk", skip_bad=True)
+    assert (len(got), list(got.bad)) == (1, [2])
+
+
+# --- rows that cannot be used ---
+
+BAD = [
+    (b'{"problem": ', "broken JSON"),
+    (b"null", "expected a JSON object, found NoneType"),
+    (b"[1]", "expected a JSON object, found list"),
+    (b'{"problem": "a", "generated_solution": null}', "'generated_solution' holds nothing"),
+    (b'{"problem": "", "generated_solution": "b"}', "'problem' holds only blanks"),
+    ('{"problem": "a", "generated_solution": " \u3000\\n"}'.encode(), "holds only blanks"),
+    (b'{"problem": "a", "generated_solution": 5}', "holds 5, expected the text of the solution"),
+    (b'{"problem": ["a"], "generated_solution": "b"}', r"holds \['a'\], expected the text"),
+    (b'{"problem": "\\ud800", "generated_solution": "b"}', "not valid Unicode"),
+    (b'{"problem": "a\xff", "generated_solution": "b"}', r"not UTF-8 \(byte 15 .* 0xff\)"),
+    (b'{"problem": "a", "generated_solution": "b", "x": "\xff"}', "not UTF-8"),
+    (b'{"problem": "a\0", "generated_solution": "b"}', r"a NUL byte \(byte 15 of the line\)"),
+    (b'{"problem": "a", "generated_solution": "b"}{}', "broken JSON"),
+    (b'{"x":' * 5000 + b"1" + b"}" * 5000, "broken JSON"),
+    (
+        b'{"problem": "a", "generated_solutions": "b"}',
+        "no column 'generated_solution' for the solution; columns: problem, "
+        r"generated_solutions; did you mean solution: generated_solutions\?",
+    ),
+    (b'{"question": "a"}', "no column 'problem' .*columns: question; name it with problem:"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD)
+def test_bad_row_is_named_with_its_line_or_skipped(line, said, tmp_path):
+    good = as_lines(rows(2))
+    (tmp_path / "a.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
+    with pytest.raises(DataError, match=rf"a\.jsonl:4: .*{said}"):
+        read(tmp_path, path="a.jsonl")
+    (got,) = read(tmp_path, path="a.jsonl", skip_bad=True)
+    assert (got.numbers.tolist(), list(got.bad), got.read) == ([1, 2, 5, 6], [4], 5)
+    assert got.bad[4].startswith(f"{tmp_path}/a.jsonl:4: ")
+    assert got.problems.to_pylist() == [row["problem"] for row in rows(2)] * 2
+
+
+def test_column_missing_from_the_first_row_on_is_never_skipped(tmp_path):
+    write(tmp_path / "a.jsonl", rows(3))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column 'answer' for the solution"):
+        read(tmp_path, path="a.jsonl", solution="answer", skip_bad=True)
+
+
+def test_value_of_an_array_that_is_no_row(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([*rows(1), 5]))
+    with pytest.raises(DataError, match=r"a\.json:2: expected a JSON object, found int"):
+        read(tmp_path, path="a.json")
+    (got,) = read(tmp_path, path="a.json", skip_bad=True)
+    assert (len(got), list(got.bad)) == (1, [2])
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS)
+def test_bad_row_of_a_table_is_named_or_skipped(name, tmp_path):
+    some = [*rows(2), {"problem": "x", "generated_solution": None}, *rows(1)]
+    write(tmp_path / name, some)
+    with pytest.raises(DataError, match=rf"{name}:3: column 'generated_solution' holds nothing"):
+        read(tmp_path, path=name)
+    (got,) = read(tmp_path, path=name, skip_bad=True)
+    assert (got.numbers.tolist(), list(got.bad)) == ([1, 2, 4], [3])
+    with pytest.raises(DataError, match=rf"{name}:1: .*columns: problem, generated_solution, oth"):
+        read(tmp_path, path=name, solution="answer", skip_bad=True)
+    write(tmp_path / name, [{"problem": 1, "generated_solution": "x"}])
+    with pytest.raises(DataError, match=rf"{name}:1: column 'problem' holds 1"):
+        read(tmp_path, path=name)
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS)
+def test_table_that_is_not_utf8(name, tmp_path):
+    wrong = pa.array([b"a", b"\xff"]).view(pa.string())
+    write_table(tmp_path / name, pa.table({"problem": wrong, "s": ["x", "y"]}))
+    with pytest.raises(DataError, match=rf"{name}:2: column 'problem' is not UTF-8"):
+        read(tmp_path, path=name, solution="s")
+    (got,) = read(tmp_path, path=name, solution="s", skip_bad=True)
+    assert (got.problems.to_pylist(), list(got.bad)) == (["a"], [2])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_row_of_more_than_10_mb(name, tmp_path):
+    huge = {"problem": "x" * 10_000_001, "generated_solution": "y", "other": 0}
+    write(tmp_path / name, [*rows(1), huge, *rows(1)])
+    with pytest.raises(DataError, match=rf"{name}:2: a row of more than 10 MB"):
+        read(tmp_path, path=name)
+    got = read(tmp_path, path=name, skip_bad=True)
+    assert sum(map(len, got)) == 2
+    assert [number for each in got for number in each.bad] == [2]
+
+
+def test_line_far_longer_than_a_block_is_alone_and_not_held(tmp_path):
+    good = as_lines(rows(2))
+    (tmp_path / "a.jsonl").write_bytes(good + b"[" * 50_000_000 + b"\n" + good)
+    blocks = blocks_of(tmp_path, path="a.jsonl")
+    assert [block.size for block in blocks] == [len(good), 50_000_001, len(good)]
+    got = [block.read(skip_bad=True) for block in blocks]
+    assert [each.numbers.tolist() for each in got] == [[1, 2], [], [4, 5]]
+    assert list(got[1].bad) == [3]
+
+
+def test_line_longer_than_a_block_is_a_row(small, tmp_path):
+    some = [*rows(2), {"problem": "x" * 2000, "generated_solution": "y"}, *rows(2)]
+    write(tmp_path / "a.jsonl", some)
+    assert pairs(tmp_path, path="a.jsonl") == expected(some)
+
+
+# --- files that cannot be read, or change ---
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "file.arrow", "a.feather"])
+def test_damaged_tables_are_named(name, tmp_path):
+    file = write(tmp_path / name, rows(100))
+    data = file.read_bytes()
+    for damaged in (data[: len(data) // 2], b"PAR1 and no more", b"ARROW1 and no more"):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{name}: not an? (Parquet|Arrow) file"):
+            read(tmp_path, path=name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst"])
+def test_damaged_compressed_files_are_named(name, tmp_path):
+    file = write(tmp_path / name, rows(100))
+    data = file.read_bytes()
+    for damaged in (data[: len(data) // 2], b"not compressed at all"):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*damaged"):
+            read(tmp_path, path=name)
+
+
+def test_broken_array_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('[{"problem": "a", "generated_solution": "b"}, {"prob')
+    with pytest.raises(DataError, match=r"a\.json:2: broken JSON"):
+        read(tmp_path, path="a.json", skip_bad=True)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "a.idx"])
+def test_file_that_changes_is_named(name, tmp_path):
+    source = SourceConfig(path=name, mask="all" if name == "a.idx" else None)
+    file = tmp_path / name
+    if name == "a.idx":
+        write_tokens(file)
+    else:
+        write(file, rows(4))
+    data = file.read_bytes()
+    for changed in (data[:-1] + b"\0", data + b"\n", data[:-9]):
+        file.write_bytes(data)
+        seen = survey(source, root=tmp_path)
+        file.write_bytes(changed)
+        with pytest.raises(DataError, match=rf"{name}: it changed while it was read"):
+            [block.read(skip_bad=True) for block in seen.blocks()]
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{name}: (it changed|cannot be read)"):
+        [block.read(skip_bad=True) for block in seen.blocks()]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "list.json"])
+def test_file_that_changes_while_it_is_cut_is_named(name, small, tmp_path):
+    file = write(tmp_path / name, rows(20))
+    blocks = survey(SourceConfig(path=name), root=tmp_path).blocks()
+    next(blocks)
+    os.utime(file, (1, 1))
+    with pytest.raises(DataError, match=rf"{name}: it changed while it was read"):
+        list(blocks)
+
+
+@pytest.mark.parametrize("path", ["absent.jsonl", "part-*.jsonl", "./absent", "a.jsonl.zst"])
+def test_absent_files_are_named(path, tmp_path):
+    with pytest.raises(DataError, match="no such file under"):
+        survey(SourceConfig(path=path), root=tmp_path)
+
+
+def test_a_glob_under_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "sp ace [x]"
+    folder.mkdir()
+    file = write(folder / "a.jsonl", rows(1))
+    assert source_files(SourceConfig(path="*.jsonl"), root=folder) == [file]
+
+
+def test_a_folder_is_no_source(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(DataError, match=r"is a folder; name its files, such as rows/\*\.jsonl"):
+        source_files(SourceConfig(path="rows"), root=tmp_path)
+
+
+# --- tokens ---
+
+
+def write_tokens(file: Path, documents: int = 3) -> None:
+    """Documents 0, 0 1, 0 1 2, ... in Megatron's format."""
+    lengths = np.arange(1, documents + 1, dtype=np.int32)
+    write_index(file, lengths, np.dtype(np.int32))
+    tokens = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    file.with_suffix(".bin").write_bytes(tokens.tobytes())
+
+
+def test_tokens_of_megatron(small, tmp_path):
+    write_tokens(tmp_path / "a.idx", 20)
+    got = read(tmp_path, path="a.idx", mask="all")
+    assert len(got) > 1
+    assert all(isinstance(each, Tokens) for each in got)
+    assert np.concatenate([each.numbers for each in got]).tolist() == list(range(1, 21))
+    assert np.concatenate([each.examples.lengths for each in got]).tolist() == list(range(1, 21))
+    assert sum(map(len, read(tmp_path, path="a.idx", mask="all", limit=7))) == 7
+    files = survey(SourceConfig(path="a.idx", mask="all"), root=tmp_path).description["files"]
+    assert [file["name"] for file in files] == ["a.idx", "a.bin"]
+    with pytest.raises(DataError, match="it holds tokens, expected the texts of problems"):
+        list(read_problems(SourceConfig(path="a.idx", mask="all"), root=tmp_path))
+
+
+def test_tokens_of_megatron_need_a_mask(tmp_path):
+    write_tokens(tmp_path / "a.idx")
+    with pytest.raises(DataError, match=r"a\.idx: .*do not say which of them are trained.*mask"):
+        survey(SourceConfig(path="a.idx"), root=tmp_path)
+    with pytest.raises(DataError, match=r"a\.bin: .*give the \.idx"):
+        survey(SourceConfig(path="a.bin"), root=tmp_path)
+    with pytest.raises(DataError, match=r"mask\.idx: cannot be read"):
+        survey(SourceConfig(path="a.idx", mask="mask.idx"), root=tmp_path)
+    write_tokens(tmp_path / "mask.idx", 2)
+    with pytest.raises(DataError, match=r"mask\.idx: 2 sequences, but .*a\.idx has 3"):
+        read(tmp_path, path="a.idx", mask="mask.idx")
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS)
+def test_packs_of_megatron_bridge(name, small, tmp_path):
+    pack = {"input_ids": [5, 6, 7, 8], "loss_mask": [1, 0, 1, 0], "seq_start_id": [0, 2]}
+    write(tmp_path / name, [pack] * 7)
+    got = read(tmp_path, path=name)
+    assert len(got) > 1
+    assert np.concatenate([each.numbers for each in got]).tolist() == list(range(1, 8))
+    assert got[0].examples.lengths[:2].tolist() == [2, 2]
+
+
+# --- datasets of Hugging Face ---
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub that gives `hub["dataset"]` and notes what it was asked for."""
+    import datasets
+
+    said: dict = {"asked": []}
+
+    def load_dataset(path, name, *, split):
+        said["asked"].append((path, name, split))
+        return said["dataset"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return said
+
+
+def test_dataset_of_the_hub(hub, small, tmp_path):
+    import datasets
+
+    hub["dataset"] = datasets.Dataset.from_list(rows(12))
+    source = {"path": "owner/name", "name": "main", "split": "train_1M"}
+    assert len(blocks_of(tmp_path, **source)) > 1
+    assert pairs(tmp_path, **source, limit=7) == expected(rows(7))
+    assert pairs(tmp_path, **source) == expected(rows(12))
+    assert set(hub["asked"]) == {("owner/name", "main", "train_1M")}
+    seen = survey(SourceConfig(**source), root=tmp_path)
+    assert seen.size == sum(block.size for block in seen.blocks()) > 0
+    assert seen.description == {**source, "rows": 12, "revision": None}
+    with pytest.raises(DataError, match=r"owner/name\[train_1M\]:1: no column 'answer'"):
+        read(tmp_path, **source, solution="answer")
+
+
+def test_dataset_that_is_kept_in_files_is_read_from_them(hub, small, tmp_path):
+    import datasets
+
+    folder = tmp_path / ("0123456789" * 4)
+    datasets.Dataset.from_list(rows(9)).save_to_disk(folder, num_shards=2)
+    hub["dataset"] = datasets.load_from_disk(folder)
+    assert len(hub["dataset"].cache_files) == 2
+    blocks = blocks_of(tmp_path, path="owner/name")
+    assert {type(block).__name__ for block in blocks} == {"ArrowBlock"}
+    assert pairs(tmp_path, path="owner/name") == expected(rows(9))
+    assert [n for b in blocks for n in b.read(skip_bad=False).numbers] == list(range(1, 10))
+    seen = survey(SourceConfig(path="owner/name"), root=tmp_path)
+    assert seen.description["revision"] == "0123456789" * 4
+    assert pairs(tmp_path, path=f"{folder.name}/*.arrow") == expected(rows(9))
+    hub["dataset"] = hub["dataset"].select([8, 1])
+    assert pairs(tmp_path, path="owner/name") == [expected(rows(9))[8], expected(rows(9))[1]]
+
+
+def test_dataset_that_cannot_be_had_is_named(monkeypatch, tmp_path):
+    import datasets
+
+    def load_dataset(path, name, *, split):
+        raise datasets.exceptions.DatasetNotFoundError("it is not on the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"owner/name.*neither a file nor.*not on the hub"):
+        survey(SourceConfig(path="owner/name"), root=tmp_path)
+    with pytest.raises(DataError, match=r"split 'train\[:5%\]' is not the name of one split"):
+        survey(SourceConfig(path="owner/name", split="train[:5%]"), root=tmp_path)
