@@ -531,8 +531,8 @@ def test_what_killed_runs_left_is_swept(tmp_path):
 def test_tokens_of_others_are_packed_anew(tmp_path, packed):
     for ending in (".bin", ".idx"):
         shutil.copy(packed / f"train{ending}", tmp_path / f"theirs{ending}")
-    ids, mask = [[5, 6, 7, 8], [9, 10]], [[0, 0, 1, 1], [0, 0]]
-    table = {"input_ids": [ids[0] + ids[1]], "loss_mask": [sum(mask, [])], "seq_start_id": [[0, 4]]}
+    ids, mask = [[5, 6, 7, 8], [9, 10]], [0, 0, 1, 1, 0, 0]
+    table = {"input_ids": [ids[0] + ids[1]], "loss_mask": [mask], "seq_start_id": [[0, 4]]}
     pq.write_table(pa.table(table), tmp_path / "bridge.parquet")
     sources = [{"path": "theirs.idx", "mask": "all"}, {"path": "bridge.parquet"}]
     made, _ = run(config(tmp_path, train=sources), tmp_path / "packed")
@@ -550,9 +550,9 @@ def test_tokens_of_others_are_packed_anew(tmp_path, packed):
     assert "tokenized elsewhere" in page
     with pytest.raises(DataError, match=r"theirs\.idx: .*trained.*mask"):
         run(config(tmp_path, train=[{"path": "theirs.idx"}]), tmp_path / "unmasked")
+    write_rows(tmp_path / "test.jsonl", [{"problem": "1 + 1?"}])
+    against = {"against": [{"path": "test.jsonl"}]}
     with pytest.raises(DataError, match=r"tokens cannot be compared with benchmarks"):
-        write_rows(tmp_path / "test.jsonl", [{"problem": "1 + 1?"}])
-        against = {"against": [{"path": "test.jsonl"}]}
         run(config(tmp_path, train=sources, contamination=against), tmp_path / "compared")
 
 
@@ -575,8 +575,8 @@ def test_conversations_train_what_assistants_say(tmp_path):
     example = PackedDataset(tmp_path / "packed").example(0)
     said = [tokenizer.decode(example.tokens[a:b].tolist()) for a, b in example.spans.tolist()]
     assert said == ["2<|eot_id|>", "4<|eot_id|>"]
+    filters = {"trim_prefix": True}
     with pytest.raises(DataError, match="the filters read problems and solutions"):
-        filters = {"trim_prefix": True}
         run(config(tmp_path, train=[source], filters=filters), tmp_path / "filtered")
 
 
