@@ -6,7 +6,7 @@ A block says where its rows lie, or holds them where only one process can get at
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,3 +236,8 @@ def _batches(mapped: Any, source: SourceConfig, name: str, start: int) -> Iterat
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+Part = Callable[[int | None], Iterator[Block]]
+"""The blocks of one file, of which so many rows are wanted; where that is not None, or the file is
+no plain text, each block says how many rows it has."""

@@ -429,7 +429,7 @@ MIXED = {
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
 def test_merged_shards_are_what_one_machine_writes(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.sources.BLOCK_BYTES", 9000)
+    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 9000)
     rows = [*ROWS[:1500], {"problem": 3}, *ROWS[:20]]
     write_rows(tmp_path / "a.jsonl", rows)
     write_rows(tmp_path / "b.jsonl", [*ROWS[1500:], *ROWS[7:9]])

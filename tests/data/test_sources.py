@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcore_sft.config import SourceConfig
-from mcore_sft.data import sources
+from mcore_sft.data import table_blocks, text_blocks
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import write_index
 from mcore_sft.data.rows import Chats, Pairs, Tokens
@@ -85,8 +85,8 @@ def expected(some: list[dict]) -> list[tuple[str, str]]:
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of a few rows."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 150)
-    monkeypatch.setattr(sources, "TABLE_BYTES", 60)
+    monkeypatch.setattr(text_blocks, "BLOCK_BYTES", 150)
+    monkeypatch.setattr(table_blocks, "TABLE_BYTES", 60)
 
 
 # --- every kind of file ---
@@ -143,8 +143,8 @@ def test_glob_reads_files_in_order_of_name(tmp_path):
 
 
 def test_large_row_group_is_cut_while_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "LARGEST_GROUP", 100)
-    monkeypatch.setattr(sources, "TABLE_BYTES", 300)
+    monkeypatch.setattr(table_blocks, "LARGEST_GROUP", 100)
+    monkeypatch.setattr(table_blocks, "TABLE_BYTES", 300)
     pq.write_table(pa.Table.from_pylist(rows(50)), tmp_path / "a.parquet")
     blocks = blocks_of(tmp_path, path="a.parquet")
     assert len(blocks) > 2

@@ -1,0 +1,180 @@
+"""A file of text in, its blocks out: JSON lines and JSON arrays, plain or compressed.
+
+Of plain lines a block says where its bytes lie; what only one process can read in order, it holds.
+"""
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from mcore_sft.config import SourceConfig
+from mcore_sft.data.blocks import Block, LineBlock, Part, SourceFile, TextBlock, ValueBlock
+from mcore_sft.data.columns import MAX_ROW_BYTES
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.json_array import JsonArray
+
+BLOCK_BYTES = 8 << 20
+"""Text of one block; at most MAX_ROW_BYTES, as a line may be longer than a block."""
+
+
+def survey_lines(
+    source: SourceConfig, file: SourceFile, advance: Callable[[int], None]
+) -> tuple[str, Part]:
+    """Checksum of a file of lines, and where its blocks lie."""
+    digest = hashlib.sha256()
+    blocks: list[Block] = []
+    start, line = 0, 1
+    with file.path.open("rb") as opened:
+
+        def read(size: int) -> bytes:
+            piece = opened.read(size)
+            digest.update(piece)
+            advance(len(piece))
+            return piece
+
+        for size, data in _whole_lines(read):
+            block = LineBlock(
+                source=source,
+                name=str(file.path),
+                first=line,
+                size=size,
+                file=file,
+                start=start,
+                digest=xxhash.xxh3_64_intdigest(data),
+            )
+            blocks.append(block)
+            start += size
+            line += _count_lines(data)
+
+    def part(most: int | None) -> Iterator[Block]:
+        return iter(blocks) if most is None else text_blocks(source, file, most)
+
+    return digest.hexdigest(), part
+
+
+def _whole_lines(read: Callable[[int], bytes]) -> Iterator[tuple[int, bytes]]:
+    """Bytes of some whole lines, and these; of a line far too long, which is alone, a beginning."""
+    size, open_line = 0, b""
+    while piece := read(BLOCK_BYTES):
+        while end := (piece.rfind if size < BLOCK_BYTES else piece.find)(b"\n") + 1:
+            yield size + end, open_line + memoryview(piece)[:end]
+            size, open_line, piece = 0, b"", piece[end:]
+        size += len(piece)
+        open_line = (open_line + piece)[: 2 * MAX_ROW_BYTES]
+    if size:
+        yield size, open_line
+
+
+def _count_lines(data: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")))
+
+
+def text_blocks(source: SourceConfig, file: SourceFile, most: int | None) -> Iterator[Block]:
+    """Blocks of lines, or of a JSON array, that are read from the beginning on."""
+    file.require_unchanged()
+    with _opened(file) as (stream, position):
+        name = file.path.name.removesuffix(file.path.suffix)
+        is_json = file.path.suffix == ".json" or name.endswith(".json")
+        begin = stream.read(BLOCK_BYTES) if is_json else b""
+        if begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            blocks = _value_blocks(source, file, _after(begin, stream))
+        else:
+            blocks = _line_blocks(source, file, _after(begin, stream), most)
+        done = 0
+        for block in blocks:
+            at = position()
+            yield replace(block, size=at - done)
+            done = at
+    file.require_unchanged()
+
+
+def _after(begin: bytes, stream: IO[bytes]) -> Callable[[int], bytes]:
+    """What reads `begin` first, and then the stream."""
+    waiting = [begin] if begin else []
+    return lambda size: waiting.pop() if waiting else stream.read(size)
+
+
+def _line_blocks(
+    source: SourceConfig, file: SourceFile, read: Callable[[int], bytes], most: int | None
+) -> Iterator[Block]:
+    line, left = 1, most
+    for _, data in _whole_lines(read):
+        rows = None
+        lines = _count_lines(data)
+        if left is not None:
+            data, rows = _first_rows(data, left)
+            left -= rows
+        yield TextBlock(
+            source=source, name=str(file.path), first=line, size=0, rows=rows, data=data
+        )
+        line += lines
+
+
+def _first_rows(data: bytes, most: int) -> tuple[bytes, int]:
+    """The lines up to the row that is number `most`, and how many rows they are."""
+    rows, end = 0, 0
+    for line in data.split(b"\n"):
+        if rows == most:
+            break
+        end += len(line) + 1
+        rows += bool(line.strip())
+    return data[:end], rows
+
+
+def _value_blocks(
+    source: SourceConfig, file: SourceFile, read: Callable[[int], bytes]
+) -> Iterator[Block]:
+    first, values, characters = 1, [], 0
+    for value, length in JsonArray(lambda: read(BLOCK_BYTES), str(file.path)):
+        values.append(value)
+        characters += length
+        if characters >= BLOCK_BYTES:
+            yield _value_block(source, file, first, values)
+            first, values, characters = first + len(values), [], 0
+    if values:
+        yield _value_block(source, file, first, values)
+
+
+def _value_block(
+    source: SourceConfig, file: SourceFile, first: int, values: Sequence[Any]
+) -> ValueBlock:
+    return ValueBlock(
+        source=source,
+        name=str(file.path),
+        first=first,
+        size=0,
+        rows=len(values),
+        values=tuple(values),
+    )
+
+
+@contextmanager
+def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The decompressed bytes of a file, and how many of its own have been read."""
+    openers: dict[str, Callable[..., Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+        ".zst": lambda raw: pa.input_stream(raw, compression="zstd"),
+    }
+    open_stream = openers.get(file.path.suffix, nullcontext)
+    try:
+        with file.path.open("rb") as raw, open_stream(raw) as stream:
+            yield stream, lambda: file.size if raw.closed else raw.tell()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        file.require_unchanged()
+        raise DataError(
+            f"{file.path}: cannot be read ({str(error) or type(error).__name__}); it is damaged or "
+            "cut short: write it again"
+        ) from None
