@@ -50,7 +50,7 @@ MANY_BOS = "more than one BOS token"
 """Why a row with markup of its own is dropped that begins twice."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Example:
     """Tokens [length] int32, and the runs of them that are trained: spans [S, 2] of start, end."""
 
