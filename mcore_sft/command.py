@@ -58,5 +58,6 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(0)

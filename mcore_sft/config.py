@@ -95,6 +95,9 @@ class SourceConfig(Section):
     def _check(self) -> Self:
         if self.tools is not None and self.messages is None:
             raise ValueError("tools needs messages, given none")
+        defaults = ("problem", "generated_solution")
+        if self.messages is not None and (self.problem, self.solution) != defaults:
+            raise ValueError("a source has messages, or problem and solution, not both")
         return self
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     if arguments.show is not None:
         preview(job, arguments.show, console=Console())
     elif arguments.export_jsonl is not None:
-        rows = export_json_lines(job, arguments.export_jsonl)
+        rows = export_json_lines(job, arguments.export_jsonl, overwrite=arguments.overwrite)
         print(f"{arguments.export_jsonl}: {rows:,} rows")
     elif arguments.shard is not None:
         index, count = arguments.shard

@@ -440,7 +440,9 @@ def _chat(row: Mapping[str, Any], source: SourceConfig) -> tuple[Any, ...]:
             f"column {source.messages!r} holds nothing, expected a list of messages "
             "(role, content); mend or remove the row"
         )
-    tools = _objects(row.get(source.tools), source.tools, "tools") if source.tools else None
+    if source.tools and source.tools not in row:
+        raise MissingColumn(_missing(row, source.tools, "tools"))
+    tools = _objects(row[source.tools], source.tools, "tools") if source.tools else None
     try:
         return checked(messages), tools
     except DataError as error:

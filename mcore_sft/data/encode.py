@@ -7,10 +7,11 @@ import json
 import math
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -357,15 +358,15 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Encoder | None = None  # one for each worker process, made when the process starts
+_make_encoder: Callable[[], Encoder]  # of a worker process: one encoder, whatever the blocks
 
 
 def _start(recipe: Recipe) -> None:
-    global _encoder
+    global _make_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
-    _encoder = Encoder(recipe)
+    # Made with the first block: an error there is told, one in here only ends the process.
+    _make_encoder = cache(partial(Encoder, recipe))
 
 
 def _encode(block: Block, source: int) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode(block, source)
+    return _make_encoder().encode(block, source)

@@ -16,7 +16,7 @@ from mcore_sft.data.encode import Recipe
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.progress import progress
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.sources import Survey, read_problems, source_size, survey
+from mcore_sft.data.sources import Survey, read_problems, source_files, source_size, survey
 from mcore_sft.data.tokenizer import Tokenizer
 
 _ELSEWHERE = {"packed", "root", "workers", "gigatoken"}
@@ -55,7 +55,6 @@ class Job:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the bytes of the dataset, but for the sources."""
-        contaminated = self.config.filters.contamination_file
         return {
             "data": self.config.model_dump(mode="json", exclude=_ELSEWHERE),
             "prompt": {**self.prompt.describe(), "fingerprint": self.prompt.fingerprint},
@@ -64,8 +63,7 @@ class Job:
                 "vocab_size": self.tokenizer.vocab_size,
                 "pad_id": self.tokenizer.pad_id,
             },
-            "contamination_file": contaminated
-            and manifests.sha256_of(self.config.root / contaminated),
+            "contamination_file": self._contamination_checksum(),
         }
 
     @cached_property
@@ -82,6 +80,12 @@ class Job:
         for source, surveyed in enumerate(self.surveys[split]):
             for block in surveyed.blocks():
                 yield source, block
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the sources."""
+        sources = (source for sources in self.sources.values() for source in sources)
+        return [file for source in sources for file in source_files(source, root=self.config.root)]
 
     def size(self, split: str) -> int:
         """Bytes of all sources of `split`; 0 where that is not known."""
@@ -105,6 +109,16 @@ class Job:
             remove=config.contamination.remove,
             as_json=as_json,
         )
+
+    def _contamination_checksum(self) -> str | None:
+        file = self.config.filters.contamination_file
+        try:
+            return None if file is None else manifests.sha256_of(self.config.root / file)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename}: cannot be read ({error.strerror}); "
+                "mend data.filters.contamination_file"
+            ) from None
 
     def _survey(self, source: SourceConfig) -> Survey:
         total = source_size(source, root=self.config.root)

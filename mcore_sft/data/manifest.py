@@ -115,6 +115,11 @@ def read(folder: Path) -> dict[str, Any]:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: broken ({error}); {_AGAIN}") from None
+    if "shard" in manifest:
+        raise DataError(
+            f"{folder}: a shard and no dataset; preprocess --merge {manifest.get('shards')} makes "
+            "one of all shards"
+        )
     if found != FORMAT:
         raise DataError(f"{file}: format {found}, expected {FORMAT}; {_AGAIN}")
     try:

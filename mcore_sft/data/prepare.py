@@ -6,6 +6,7 @@ A machine may do every n-th block (`prepare_shard`), and one of them the rest (`
 encoded blocks come from the shards' folders then, and all that follows is the same.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,11 +94,18 @@ def merge(job: Job, folder: Path, *, count: int, overwrite: bool = False) -> dic
         return _write(job, partial, collectors, inputs, pack)
 
 
-def export_json_lines(job: Job, file: Path) -> int:
+def export_json_lines(job: Job, file: Path, *, overwrite: bool = False) -> int:
     """Write the rows of `data.train` as NeMo-Skills does: expected_answer, input and output.
 
-    Returns how many. They are filtered and ordered as for training, but none is too long.
+    Returns how many. They are filtered, sampled and ordered as for training, but none is too long,
+    none is held out, and no weight repeats them. A file that is there is a `DataError` unless
+    `overwrite`.
     """
+    if file.is_dir() or (file.exists() and not overwrite):
+        what = "a folder" if file.is_dir() else "there already; replace it with --overwrite"
+        raise DataError(f"{file}: it is {what}; give another name (--export-jsonl FILE)")
+    if any(file.resolve() == source.resolve() for source in job.files):
+        raise DataError(f"{file}: it is a source of this run; give another name")
     filters = job.config.filters
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.partial-") as partial:
@@ -186,11 +194,10 @@ def _agreed(job: Job, shards: Sequence[Path], described: Sequence[Mapping[str, A
     inputs = described[0]["inputs"]
     for shard, its in zip(shards, described, strict=True):
         expected = {**inputs, **job.settings}
-        other = [key for key in expected if its["inputs"].get(key) != expected[key]]
-        if other:
+        if its["inputs"] != expected:
             raise DataError(
-                f"{shard}: a shard of other inputs (differs in: {', '.join(other)}); make it again "
-                "with this configuration and the same sources"
+                f"{shard}: a shard of other inputs ({_differences(its['inputs'], expected)}); make "
+                "it again with this configuration and the same sources"
             )
     if len({its["gigatoken"] for its in described}) > 1:
         slow = [
@@ -201,6 +208,27 @@ def _agreed(job: Job, shards: Sequence[Path], described: Sequence[Mapping[str, A
             f"make {', '.join(slow)} again with data.gigatoken=false --overwrite"
         )
     return inputs
+
+
+def _differences(there: Any, here: Any) -> str:
+    """The first few keys in which two trees differ, with both values."""
+    found = [
+        f"{key}: {json.dumps(old)[:60]} there, {json.dumps(new)[:60]} here"
+        for key, old, new in _leaves(there, here)
+    ]
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _leaves(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        there, here = dict(enumerate(there)), dict(enumerate(here))
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in [*here, *(name for name in there if name not in here)]:
+            yield from _leaves(
+                there.get(name), here.get(name), f"{key}.{name}" if key else str(name)
+            )
+    elif there != here:
+        yield key, there, here
 
 
 def _write(
@@ -265,9 +293,9 @@ def _reuse(folder: Path, inputs: Mapping[str, Any], console: Console) -> dict[st
     manifest = manifests.read(folder)
     if manifest.get("inputs") != inputs:
         there = manifest.get("inputs", {})
-        other = ", ".join(key for key in inputs if inputs[key] != there.get(key))
         raise DataError(
-            f"{folder}: a packed dataset of other inputs lies here (differs in: {other}); "
+            f"{folder}: a packed dataset of other inputs lies here "
+            f"({_differences(there, inputs)}); "
             "give another folder (data.packed=DIR), or replace it with --overwrite"
         )
     manifests.check_files(folder, manifest["files"], verify=True)

@@ -26,6 +26,7 @@ def progress(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
+    # In a log, a bar is lines without end.
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task(description, total=total)
         yield lambda size: bars.advance(task, size)

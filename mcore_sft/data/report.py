@@ -123,7 +123,7 @@ def _sample(sample: Sample, root: Path) -> dict[str, str]:
     if where.is_relative_to(root):
         where = where.relative_to(root)
     elif where.is_absolute():
-        where = Path(where.name)
+        where = Path(*where.parts[-2:])
     return {"where": str(where), "text": sample.text.removeprefix(f"{sample.where}: ")}
 
 

@@ -148,6 +148,11 @@ def _survey_file(
 ) -> tuple[list[str], Part]:
     """Checksums of `files`, which are read together, and how to cut them into blocks."""
     file, kind = files[0], files[0].path.suffix
+    inner = Path(file.path.stem).suffix
+    if kind in _COMPRESSED and inner in (".parquet", ".arrow", ".feather", ".idx"):
+        raise DataError(f"{file.path}: {inner} is not read compressed once more; unpack it")
+    if kind and kind not in (*_ENDINGS, *_COMPRESSED):
+        raise DataError(f"{file.path}: {kind} is not read; expected {', '.join(_ENDINGS[:-1])}")
     if kind == ".bin":
         raise DataError(f"{file.path}: tokens are read by their index; give the .idx beside it")
     if kind in (".json", *_COMPRESSED):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mcore_sft.config import FilterConfig, HoldoutConfig
 from mcore_sft.data.contamination import Finding
 from mcore_sft.data.duplicates import Seen
-from mcore_sft.data.encode import BAD, SAMPLES, Drops, Encoded, Sample
+from mcore_sft.data.encode import BAD, SAMPLES, TOO_LONG, Drops, Encoded, Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum, write_index
 from mcore_sft.data.order import held_out, row_order, visits
@@ -28,9 +28,12 @@ DUPLICATE = "duplicate"
 """Why an example is dropped whose problem and solution came before."""
 
 NOT_SAMPLED = "not sampled"
-"""Why an example is dropped that downsampling, or its source's weight, leaves out."""
+"""Why an example is dropped that downsampling leaves out."""
 
-HELD_OUT = "kept for validation"
+WEIGHED_OUT = "left out by its source's weight"
+"""Why an example is dropped whose source has a weight below 1."""
+
+HELD_OUT = "held out for validation"
 """Why an example is not in training that `data.holdout` takes for the validation loss."""
 
 _AT_ONCE = 8192  # rows gathered at a time
@@ -219,7 +222,7 @@ def _divide(
         _require_some(len(held), "holdout", collector)
     times = visits(rules.weights, origins.sources, rules.seed)[rows]
     if not times.all():
-        drops.add(NOT_SAMPLED, int((times == 0).sum()))
+        drops.add(WEIGHED_OUT, int((times == 0).sum()))
         rows, times = rows[times > 0], times[times > 0]
     _require_some(len(rows), split, collector)
     parts = {split: (rows, times)}
@@ -235,9 +238,10 @@ def _require_some(count: int, split: str, collector: Collector) -> None:
     if count == 0:
         dropped = collector.drops.counts
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "empty"
+        longer = ", or a longer data.sequence_length" if TOO_LONG in dropped else ""
         raise DataError(
             f"data.{split}: no example is left of {collector.rows} rows ({reasons}); "
-            "give other sources, or a longer data.sequence_length"
+            f"give other sources{longer}"
         )
 
 

@@ -130,3 +130,9 @@ def test_null_in_an_argument_is_kept_and_the_filling_of_a_table_is_not():
     assert reader(messages="m").table(table).messages == [
         [{**kept[0], "tool_calls": [{"name": "f", "arguments": {}}]}, talk[1]]
     ]
+
+
+def test_tools_that_no_row_has_are_not_a_typo_that_passes():
+    talk = {"m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match="no column 'tool'"):
+        reader(messages="m", tools="tool").lines(json.dumps(talk).encode())

@@ -114,7 +114,9 @@ def test_dataset_in_place_is_reused_replaced_or_refused(tmp_path):
     assert "reused" in said
     short = [{"path": "rows.jsonl", "limit": 20}]
     for other in (config(), config(train=short, sequence_length=255), config(train=short, seed=1)):
-        with pytest.raises(DataError, match=r"other inputs.*differs in: data.*--overwrite"):
+        with pytest.raises(
+            DataError, match=r"other inputs.*\(data\.\S+: .* there, .* here.*--overwrite"
+        ):
             run(other, folder)
     assert contents(folder) == before
     replaced, _ = run(config(), folder, overwrite=True)
@@ -135,7 +137,9 @@ def test_changed_source_is_other_input(tmp_path):
     run(config(tmp_path), tmp_path / "packed")
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"problem": "a", "generated_solution": "b"}\n')
-    with pytest.raises(DataError, match="differs in: sources"):
+    with pytest.raises(
+        DataError, match=r"\(sources\.train\.0\.files\.0\.sha256: .* there, .* here"
+    ):
         run(config(tmp_path), tmp_path / "packed")
 
 
@@ -389,7 +393,7 @@ def test_validation_by_row_is_the_cut_of_train_test_split(tmp_path):
         row["generated_solution"] for row in ROWS if row["generated_solution"] not in expected
     ]
     train, validation = made["splits"]["train"], made["splits"]["validation"]
-    assert train["rows"] == 3000 == train["examples"] + train["dropped"]["kept for validation"]
+    assert train["rows"] == 3000 == train["examples"] + train["dropped"]["held out for validation"]
     assert validation["rows"] == validation["examples"] == 150
     assert validation["shared_problems"] > 100
 
@@ -410,7 +414,7 @@ def test_weights_show_examples_more_or_less_often(tmp_path):
     made, _ = run(config(tmp_path, train=sources), tmp_path / "packed")
     counts = made["splits"]["train"]
     assert (counts["examples"], counts["visits"]) == (400 + 260, 1000 + 260)
-    assert counts["dropped"] == {"not sampled": 2340}
+    assert counts["dropped"] == {"left out by its source's weight": 2340}
     dataset = PackedDataset(tmp_path / "packed")
     shown = [example for p in range(len(dataset)) for example in dataset.pack(p).examples]
     assert len(shown) == 1260 == dataset.num_examples
@@ -495,7 +499,11 @@ def test_json_lines_are_those_of_nemo_skills(tmp_path):
     assert b"Gr\\u00f6\\u00dfe?" in lines[1]
     assert list(json.loads(lines[2])) == ["input", "output"]
     shuffled = config(tmp_path, filters={"order": "nemo_skills"}, workers=2)
-    export_json_lines(job(shuffled), file)
+    with pytest.raises(DataError, match="there already; replace it with --overwrite"):
+        export_json_lines(job(shuffled), file)
+    export_json_lines(job(shuffled), file, overwrite=True)
+    with pytest.raises(DataError, match="a source of this run"):
+        export_json_lines(job(shuffled), tmp_path / "rows.jsonl", overwrite=True)
     order = [0, 1, 2]
     random.Random(42).shuffle(order)
     assert file.read_bytes().splitlines() == [lines[i] for i in order]
@@ -585,3 +593,15 @@ def test_prompts_that_evaluation_would_send_otherwise_are_an_error(tmp_path, mon
     write_rows(tmp_path / "rows.jsonl", ROWS[:5])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: .*evaluation would send"):
         run(config(tmp_path), tmp_path / "packed")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_worker_cannot_read_is_said_by_its_name(workers, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    (tmp_path / "c.jsonl").write_text('{"problem": "x"}\n')
+    filters = {"remove_contaminated": True, "contamination_file": "c.jsonl"}
+    with pytest.raises(DataError, match=r"c\.jsonl:1: expected an object with `problem`"):
+        run(config(tmp_path, filters=filters, workers=workers), tmp_path / "packed")
+    missing = {**filters, "contamination_file": "nope.jsonl"}
+    with pytest.raises(DataError, match=r"nope\.jsonl: .*cannot be read"):
+        run(config(tmp_path, filters=missing, workers=workers), tmp_path / "packed")

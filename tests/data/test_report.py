@@ -235,7 +235,7 @@ def test_rows_are_named_without_the_folders_of_this_machine(made):
     assert dropped == {
         "bad row": [{"where": "math/rows.jsonl:4", "text": "broken"}],
         "duplicate": [
-            {"where": "rows.jsonl:5", "text": ""},
+            {"where": "elsewhere/rows.jsonl:5", "text": ""},
             {"where": "org/name[train]:6", "text": ""},
         ],
     }

@@ -539,3 +539,13 @@ def test_dataset_that_cannot_be_had_is_named(monkeypatch, tmp_path):
         survey(SourceConfig(path="owner/name"), root=tmp_path)
     with pytest.raises(DataError, match=r"split 'train\[:5%\]' is not the name of one split"):
         survey(SourceConfig(path="owner/name", split="train[:5%]"), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("a.csv", "csv is not read; expected .jsonl"), ("a.parquet.gz", "unpack it")],
+)
+def test_forms_that_are_not_read_are_named(name, said, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=said):
+        survey(SourceConfig(path=name), root=tmp_path)
