@@ -450,6 +450,20 @@ def test_merged_shards_are_what_one_machine_writes(shards, tmp_path, monkeypatch
     assert contents(folder) == contents(tmp_path / "alone")
 
 
+def test_shards_made_by_the_slow_tokenizer_are_merged_all_the_same(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS[:200])
+    data, slow = config(tmp_path), load_tokenizer(FIXTURES / "tokenizer", gigatoken=False)
+    alone, _ = run(data, tmp_path / "alone")
+    for index in range(2):
+        prepare_shard(job(data, tokenizer=slow), tmp_path / "packed", index=index, count=2)
+    assert merge(job(data), tmp_path / "packed", count=2) == alone
+    prepare_shard(job(data), tmp_path / "packed", index=1, count=2, overwrite=True)
+    with pytest.raises(
+        DataError, match=r"make packed\.shard-1-of-2 again with data\.gigatoken=false"
+    ):
+        merge(job(data), tmp_path / "packed", count=2, overwrite=True)
+
+
 def test_shards_that_do_not_belong_together(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS[:50])
     data, folder = config(tmp_path), tmp_path / "packed"
