@@ -31,21 +31,30 @@ def holds_dataset(folder: Path) -> bool:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which takes the place of `folder` once it is whole, or is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    lock = _lock(partial)
+    with written(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        lock = _lock(partial)
     try:
-        partial.chmod(0o755)
-        yield partial
-        _put_in_place(partial, folder)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be written ({error.strerror or error}); nothing was left there"
-        ) from None
+        with written(folder):
+            partial.chmod(0o755)
+            yield partial
+            _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def written(place: Path) -> Iterator[None]:
+    """A place that cannot be written is a `DataError`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{place}: cannot be written ({error.strerror or error}); nothing was left there"
+        ) from None
 
 
 def _sweep(folder: Path) -> None:

@@ -24,7 +24,7 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import token_type
 from mcore_sft.data.job import Job
 from mcore_sft.data.order import row_order
-from mcore_sft.data.place import holds_dataset, new_folder
+from mcore_sft.data.place import holds_dataset, new_folder, written
 from mcore_sft.data.progress import progress
 from mcore_sft.data.report import write_report
 from mcore_sft.data.shards import ShardWriter, finish_shard, merged, read_shard, shard_folder
@@ -107,18 +107,21 @@ def export_json_lines(job: Job, file: Path, *, overwrite: bool = False) -> int:
     if any(file.resolve() == source.resolve() for source in job.files):
         raise DataError(f"{file}: it is a source of this run; give another name")
     filters = job.config.filters
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.partial-") as partial:
-        lines = _encode(job, "train", as_json=True)
-        with Collector(
-            Path(partial) / "collected", np.dtype(np.uint8), deduplicate=filters.deduplicate
-        ) as collector:
-            for encoded in _watched(job, "train", lines):
-                collector.add(encoded)
-        everything, origins = collector.collected()
-        rows = row_order(origins.problems, filters)
-        everything.gather(rows, Path(partial) / "lines")
-        (Path(partial) / "lines").replace(file)
+    with written(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=file.parent, prefix=f".{file.name}.partial-"
+        ) as partial:
+            lines = _encode(job, "train", as_json=True)
+            with Collector(
+                Path(partial) / "collected", np.dtype(np.uint8), deduplicate=filters.deduplicate
+            ) as collector:
+                for encoded in _watched(job, "train", lines):
+                    collector.add(encoded)
+            everything, origins = collector.collected()
+            rows = row_order(origins.problems, filters)
+            everything.gather(rows, Path(partial) / "lines")
+            (Path(partial) / "lines").replace(file)
     return len(rows)
 
 

@@ -619,3 +619,11 @@ def test_what_a_worker_cannot_read_is_said_by_its_name(workers, tmp_path):
     missing = {**filters, "contamination_file": "nope.jsonl"}
     with pytest.raises(DataError, match=r"nope\.jsonl: .*cannot be read"):
         run(config(tmp_path, filters=missing, workers=workers), tmp_path / "packed")
+
+
+def test_place_that_cannot_be_made_is_one_sentence(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    inside = tmp_path / "rows.jsonl" / "packed"  # within a file
+    for write in (run, lambda data, place: export_json_lines(job(data), place)):
+        with pytest.raises(DataError, match=r"rows\.jsonl/packed: cannot be written"):
+            write(config(tmp_path), inside)
