@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_sft.data import manifest as manifests
+from mcore_sft.data import table_blocks, text_blocks
 from mcore_sft.data.contamination import Finding
 from mcore_sft.data.encode import Drops, Encoded, Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Examples
 
-FORMAT = 1
+FORMAT = 2
 
 _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "tokens": (np.int32, 1),
@@ -85,6 +87,7 @@ def finish_shard(
         "format": FORMAT,
         "shard": index,
         "shards": count,
+        "cut": _cut(),
         "inputs": inputs,
         "gigatoken": gigatoken,
         "files": manifests.describe_files(folder.iterdir()),
@@ -100,26 +103,46 @@ def read_shard(folder: Path, *, index: int, count: int) -> dict[str, Any]:
         digest = described.pop("digest")
         known = described["format"] == FORMAT and digest == manifests.digest_of(described)
         files = described["files"]
-        whole = known and {"inputs", "gigatoken", "shard", "shards"} <= described.keys()
+        whole = known and {"inputs", "gigatoken", "shard", "shards", "cut"} <= described.keys()
     except FileNotFoundError:
         raise DataError(f"{folder}: shard {index} of {count} is not there; {again}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / manifests.NAME}: broken ({error}); {again}") from None
     if not whole:
         raise DataError(f"{folder / manifests.NAME}: not a shard of this version; {again}")
+    found = (described["shard"], described["shards"])
+    if found != (index, count) or described["cut"] != _cut():
+        raise DataError(
+            f"{folder}: holds shard {found[0]} of {found[1]}, cut into blocks of "
+            f"{described['cut']} bytes; expected shard {index} of {count} and {_cut()}; move it "
+            f"back, or {again} with --overwrite"
+        )
     manifests.check_files(folder, files, verify=True)
     return dict(described)
 
 
 def merged(folders: Sequence[Path], split: str) -> Iterator[Encoded]:
-    """The blocks of all shards in the order of the sources: block b is in shard b % n."""
+    """The blocks of all shards in the order of the sources: block b is in shard b % n.
+
+    `DataError` if some shard has blocks left when the one that should hold the next has none.
+    """
     readers = [_read(folder, split) for folder in folders]
-    while True:
-        for reader in readers:
-            block = next(reader, None)
-            if block is None:
-                return
-            yield block
+    for number in numbers():
+        block = next(readers[number % len(readers)], None)
+        if block is None:
+            break
+        yield block
+    for folder, reader in zip(folders, readers, strict=True):
+        if next(reader, None) is not None:
+            raise DataError(
+                f"{folder}: more blocks of {split} than {folders[number % len(folders)]} has "
+                "before them; the shards do not belong together: make them all again"
+            )
+
+
+def _cut() -> list[int]:
+    """What decides where blocks begin: shards of other sizes do not fit together."""
+    return [text_blocks.BLOCK_BYTES, table_blocks.TABLE_BYTES, table_blocks.LARGEST_GROUP]
 
 
 def _read(folder: Path, split: str) -> Iterator[Encoded]:

@@ -627,3 +627,27 @@ def test_place_that_cannot_be_made_is_one_sentence(tmp_path):
     for write in (run, lambda data, place: export_json_lines(job(data), place)):
         with pytest.raises(DataError, match=r"rows\.jsonl/packed: cannot be written"):
             write(config(tmp_path), inside)
+
+
+def test_shards_in_the_place_of_others_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 5000)
+    write_rows(tmp_path / "rows.jsonl", ROWS[:400])
+    data, folder = config(tmp_path), tmp_path / "packed"
+    zero, one = (prepare_shard(job(data), folder, index=i, count=2) for i in range(2))
+    third = prepare_shard(job(data), folder, index=1, count=3)
+    aside = one.rename(tmp_path / "aside")
+    for other in (zero, third):
+        shutil.copytree(other, one)
+        with pytest.raises(
+            DataError, match=r"shard-1-of-2: holds shard \d of \d, .*expected shard 1"
+        ):
+            merge(job(data), folder, count=2)
+        with pytest.raises(DataError, match=r"shard-1-of-2: holds shard"):
+            prepare_shard(job(data), folder, index=1, count=2)
+        shutil.rmtree(one)
+    aside.rename(one)
+    with monkeypatch.context() as changed:
+        changed.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 9000)
+        with pytest.raises(DataError, match=r"cut into blocks of \[5000, .*expected .*\[9000, "):
+            merge(job(data), folder, count=2)
+    assert merge(job(data), folder, count=2)["splits"]["train"]["rows"] == 400
