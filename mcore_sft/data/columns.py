@@ -21,7 +21,7 @@ from mcore_sft.config import SourceConfig
 from mcore_sft.data.conversation import checked
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.foreign import is_bridge, read_bridge
-from mcore_sft.data.rows import Chats, Pairs, Tokens
+from mcore_sft.data.rows import Chats, Pairs, Tokens, text_offsets
 
 MAX_ROW_BYTES = 10_000_000
 """A longer row is no example but an accident, such as a whole file in one line."""
@@ -223,7 +223,7 @@ def _texts(table: pa.Table, column: str) -> pa.LargeStringArray | None:
         return None
     if texts is None or texts.null_count:
         return None
-    lengths = np.diff(_offsets(texts))
+    lengths = np.diff(text_offsets(texts))
     if not len(texts):
         return texts
     return None if lengths.max() > MAX_ROW_BYTES or _has_blank(texts, lengths) else texts
@@ -247,19 +247,11 @@ def _as_strings(values: pa.Array) -> pa.LargeStringArray | None:
     return strings
 
 
-def _offsets(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
-    """Where each text begins in the buffer of characters, and the last ends."""
-    if not len(texts):
-        return np.zeros(1, dtype=np.int64)
-    offsets = np.frombuffer(texts.buffers()[1], dtype=np.int64)
-    return offsets[texts.offset : texts.offset + len(texts) + 1]
-
-
 def _has_blank(texts: pa.LargeStringArray, lengths: npt.NDArray[np.int64]) -> bool:
     if not lengths.min():
         return True
     characters = np.frombuffer(texts.buffers()[2], dtype=np.uint8)
-    perhaps = _SPACE[characters[_offsets(texts)[:-1]]]
+    perhaps = _SPACE[characters[text_offsets(texts)[:-1]]]
     return any(not texts[int(index)].as_py().strip() for index in np.flatnonzero(perhaps))
 
 

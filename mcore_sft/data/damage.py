@@ -19,6 +19,7 @@ from mcore_sft.data.dataset import Array, Arrays
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.progress import progress
+from mcore_sft.data.rows import num_trained
 
 LISTED = 3
 
@@ -220,9 +221,8 @@ def _offsets(
 
 
 def _trained(arrays: Arrays) -> npt.NDArray[np.int64]:
-    """Supervised tokens of each example; the first token is predicted by nothing."""
-    sizes = arrays.spans[:, 1] - np.maximum(arrays.spans[:, 0], 1)
-    return np.diff(running_sum(sizes)[arrays.span_offsets])
+    """Supervised tokens of each example."""
+    return np.diff(running_sum(num_trained(arrays.spans))[arrays.span_offsets])
 
 
 def _per_pack(arrays: Arrays, of_examples: Array) -> npt.NDArray[np.int64]:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from mcore_sft.data.rows import text_offsets
+
 Hashes = npt.NDArray[np.uint64]
 
 _BLOCK = 1 << 16  # hashes inserted at a time
@@ -20,7 +22,7 @@ _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))  # odd, wi
 
 def text_hashes(texts: pa.LargeStringArray) -> Hashes:
     """128 bits of each text [N, 2]; the same everywhere (XXH3)."""
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1].tolist()
+    offsets = text_offsets(texts).tolist()
     data = memoryview(texts.buffers()[2] or b"")
     return hashes_of(data[a:b] for a, b in pairwise(offsets))
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from mcore_sft.data.encode import Recipe
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.progress import progress
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.sources import Survey, read_problems, source_files, source_size, survey
+from mcore_sft.data.sources import (
+    Survey,
+    problems_alone,
+    read_problems,
+    source_files,
+    source_size,
+    survey,
+)
 from mcore_sft.data.tokenizer import Tokenizer
 
 _ELSEWHERE = {"packed", "root", "workers", "gigatoken"}
@@ -53,6 +61,12 @@ class Job:
         }
 
     @cached_property
+    def against(self) -> list[Survey]:
+        """What the benchmarks hold; of their rows the problem alone is read."""
+        sources = self.config.contamination.against
+        return [self._survey(problems_alone(source)) for source in sources]
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the bytes of the dataset, but for the sources."""
         return {
@@ -70,9 +84,8 @@ class Job:
     def inputs(self) -> dict[str, Any]:
         """All that decides the bytes of the dataset."""
         described = {split: [s.description for s in some] for split, some in self.surveys.items()}
-        if self.config.contamination.against:
-            against = [self._survey(source) for source in self.config.contamination.against]
-            described["against"] = [surveyed.description for surveyed in against]
+        if self.against:
+            described["against"] = [surveyed.description for surveyed in self.against]
         return {**self.settings, "sources": described}
 
     def blocks(self, split: str) -> Iterator[tuple[int, Block]]:
@@ -104,11 +117,15 @@ class Job:
             sequence_length=config.sequence_length,
             skip_bad=config.on_bad_row == "skip",
             filters=filters,
-            benchmark=_benchmark(config) if split == "train" else (),
+            benchmark=self._benchmark() if split == "train" else (),
             threshold=config.contamination.threshold,
             remove=config.contamination.remove,
             as_json=as_json,
         )
+
+    def _benchmark(self) -> tuple[str, ...]:
+        """The problems of all benchmarks that training must not hold."""
+        return tuple(dict.fromkeys(chain.from_iterable(map(read_problems, self.against))))
 
     def _contamination_checksum(self) -> str | None:
         file = self.config.filters.contamination_file
@@ -139,11 +156,3 @@ def check_fit(tokenizer: Tokenizer, model: Path) -> None:
             f"{model} has a vocabulary of {vocab_size}; give the model's own tokenizer "
             "(model.tokenizer=PATH)"
         )
-
-
-def _benchmark(config: DataConfig) -> tuple[str, ...]:
-    """The problems of all benchmarks that training must not hold."""
-    problems: dict[str, None] = {}
-    for source in config.contamination.against:
-        problems.update(dict.fromkeys(read_problems(source, root=config.root)))
-    return tuple(problems)

@@ -1,6 +1,7 @@
 """The first examples of an experiment on the console, and what its rules drop on the way."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 from rich.console import Console
 from rich.rule import Rule
@@ -13,27 +14,23 @@ from mcore_sft.data.show import coloured
 
 def preview(job: Job, count: int, *, console: Console) -> None:
     """Print the first `count` examples of training, trained tokens green, then what was dropped."""
-    drops, left = Drops(), count
-    for encoded in _encoded(job, count):
-        drops.update(encoded.drops)
-        for title, example in _examples(encoded):
-            if left == 0:
-                break
-            console.print(Rule(title, align="left"))
-            console.print(coloured(example, job.tokenizer))
-            left -= 1
-        if left == 0:
-            break
+    drops = Drops()
+    for title, example in islice(_all_examples(job, drops), count):
+        console.print(Rule(title, align="left"))
+        console.print(coloured(example, job.tokenizer))
     for reason, number in drops.counts.items():
         console.print(Rule(f"{number:,} dropped on the way: {reason}", align="left"))
         for sample in drops.samples.get(reason, ()):
             console.print(f"{sample.where}: {sample.text}", markup=False, highlight=False)
 
 
-def _encoded(job: Job, count: int) -> Iterator[Encoded]:
+def _all_examples(job: Job, drops: Drops) -> Iterator[tuple[str, Example]]:
+    """Titles and examples in order; what is dropped on the way is added to `drops`."""
     encoder = Encoder(job.recipe("train"))
     for source, block in job.blocks("train"):
-        yield encoder.encode(block, source)
+        encoded = encoder.encode(block, source)
+        drops.update(encoded.drops)
+        yield from _examples(encoded)
 
 
 def _examples(encoded: Encoded) -> Iterator[tuple[str, Example]]:

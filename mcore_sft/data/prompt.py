@@ -24,6 +24,7 @@ from mcore_sft.config import PromptConfig, Section, parse_section
 from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.conversation import Conversation, checked
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.render import (
     Chat,
     Instruction,
@@ -72,7 +73,7 @@ class _Pieces:
     @property
     def firsts(self) -> npt.NDArray[np.int64]:
         """The first piece of each example, and the end of the last one's, [M + 1]."""
-        return _running_sum(self.counts)
+        return running_sum(self.counts)
 
 
 class Prompt:
@@ -228,7 +229,7 @@ class Prompt:
     def _with_more_specials(self, examples: Examples) -> npt.NDArray[np.bool_]:
         """Which examples [M] have other special tokens than those of the markup."""
         places = self._specials(examples.tokens)
-        counts = np.diff(np.searchsorted(places, _running_sum(examples.lengths)))
+        counts = np.diff(np.searchsorted(places, running_sum(examples.lengths)))
         return np.asarray(counts != self._num_specials)
 
     @cached_property
@@ -271,8 +272,8 @@ class Prompt:
 
     def _proved(self, examples: Examples, rows: Rows, dropped: dict[int, str]) -> Examples:
         """`examples`, of which each ends its answers with a stop token and has one BOS at most."""
-        starts = _running_sum(examples.lengths)
-        spans = _running_sum(examples.span_counts)
+        starts = running_sum(examples.lengths)
+        spans = running_sum(examples.span_counts)
         owners = np.repeat(np.arange(len(examples)), examples.span_counts)
         last = examples.tokens[starts[owners] + examples.spans[:, 1] - 1]
         no_stop = np.zeros(len(examples), np.bool_)
@@ -299,7 +300,7 @@ class Prompt:
         places = np.flatnonzero(examples.tokens == bos)
         ends = starts[1:]
         if bos in self.stop_ids:  # it ends answers too: only the prompt tells
-            ends = starts[:-1] + examples.spans[_running_sum(examples.span_counts)[:-1], 0]
+            ends = starts[:-1] + examples.spans[running_sum(examples.span_counts)[:-1], 0]
         counts = np.searchsorted(places, ends) - np.searchsorted(places, starts[:-1])
         return np.asarray(counts > 1 if self._verbatim else counts != self._num_bos)
 
@@ -354,13 +355,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for inner in value:
             yield from _strings(inner)
-
-
-def _running_sum(counts: npt.NDArray[Any]) -> Offsets:
-    """Where each of so many begins, and the last ends."""
-    sums = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
+from mcore_sft.data.rows import num_trained
 
 _TOKENS_AT_ONCE = 1 << 21
 _PACKS_AT_ONCE = 1 << 16
@@ -130,8 +131,7 @@ def _read(arrays: Arrays) -> Iterator[_Some]:
             lengths = np.array(index.lengths[first:last])
             offsets = np.array(arrays.span_offsets[first : last + 1])
             spans = np.array(arrays.spans[offsets[0] : offsets[-1]])
-            # The first token of an example is predicted by nothing.
-            sums = running_sum(spans[:, 1] - np.maximum(spans[:, 0], 1))
+            sums = running_sum(num_trained(spans))
             offsets -= offsets[0]
             some = np.diff(offsets) > 0
             trained_to = np.zeros_like(lengths)

@@ -24,6 +24,7 @@ from mcore_sft.data.manifest import REPORTS
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.proof import Proof, prove
 from mcore_sft.data.report_page import page
+from mcore_sft.data.rows import num_trained
 from mcore_sft.data.show import coloured
 from mcore_sft.data.summary import summary
 from mcore_sft.data.tokenizer import Tokenizer
@@ -198,7 +199,7 @@ def _describe_example(arrays: Arrays, index: int, tokenizer: Tokenizer) -> dict[
     return {
         "example": index,
         "tokens": len(tokens),
-        "supervised": int((spans[:, 1] - np.maximum(spans[:, 0], 1)).sum()),
+        "supervised": int(num_trained(spans).sum()),
         "runs": [
             [text.plain[run.start : run.end], "green" in str(run.style), "bold" in str(run.style)]
             for run in text.spans

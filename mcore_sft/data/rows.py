@@ -14,6 +14,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 
+def num_trained(spans: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Trained tokens of each run in `spans` [S, 2]; an example's first is predicted by nothing."""
+    counts: npt.NDArray[Any] = spans[:, 1] - np.maximum(spans[:, 0], 1)
+    return counts
+
+
+def text_offsets(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
+    """Where each of N texts begins in the buffer of characters, and the last ends, [N + 1]."""
+    if not len(texts):
+        return np.zeros(1, dtype=np.int64)
+    offsets = np.frombuffer(texts.buffers()[1], dtype=np.int64)
+    return offsets[texts.offset : texts.offset + len(texts) + 1]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """What every kind of rows has.

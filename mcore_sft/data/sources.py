@@ -87,10 +87,15 @@ def survey(
     return Survey(source=source, description=description, size=size, parts=parts)
 
 
-def read_problems(source: SourceConfig, *, root: Path) -> Iterator[str]:
-    """The problems of a source, whose rows need no solution; `DataError` names a bad row."""
+def problems_alone(source: SourceConfig) -> SourceConfig:
+    """The same source where nothing but problems is read: its rows need no solution."""
     alone = {"solution": source.problem, "messages": None, "tools": None}
-    for block in survey(source.model_copy(update=alone), root=root).blocks():
+    return source.model_copy(update=alone)
+
+
+def read_problems(surveyed: Survey) -> Iterator[str]:
+    """The problems of a source of `problems_alone`; `DataError` names a bad row."""
+    for block in surveyed.blocks():
         rows = block.read(skip_bad=False)
         if not isinstance(rows, Pairs):
             raise DataError(f"{block.name}: it holds tokens, expected the texts of problems")

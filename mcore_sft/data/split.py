@@ -20,6 +20,7 @@ from mcore_sft.data.encode import BAD, SAMPLES, TOO_LONG, Drops, Encoded, Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum, write_index
 from mcore_sft.data.order import held_out, row_order, visits
+from mcore_sft.data.rows import num_trained
 
 Lengths = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
@@ -285,9 +286,7 @@ def _write_examples(prefix: Path, everything: Collected, rows: Ids) -> tuple[Len
     write_index(prefix.with_suffix(".idx"), lengths, everything.dtype)
     span_offsets = running_sum(span_counts)
     _save(prefix, spans=spans, span_offsets=span_offsets)
-    # The first token of an example is predicted by nothing.
-    trained = spans[:, 1] - np.maximum(spans[:, 0], 1)
-    return lengths, np.add.reduceat(trained, span_offsets[:-1], dtype=np.int32)
+    return lengths, np.add.reduceat(num_trained(spans), span_offsets[:-1], dtype=np.int32)
 
 
 def _save(prefix: Path, **arrays: npt.NDArray[Any]) -> None:

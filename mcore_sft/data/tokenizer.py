@@ -20,6 +20,7 @@ import pyarrow as pa
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.codec import Codec, HuggingFace, read_codec
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.rows import text_offsets
 
 BULK = 64
 """Texts from which on a batch is worth gigatoken and the proof that it is right."""
@@ -223,12 +224,11 @@ def _flat(texts: pa.LargeStringArray) -> Any:
     """`texts` as gigatoken takes them without a copy."""
     import awkward as ak
 
-    _, offsets, data = texts.buffers()
-    begins = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    data = texts.buffers()[2]
     characters = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
     return ak.Array(
         ak.contents.ListOffsetArray(
-            ak.index.Index64(begins),
+            ak.index.Index64(text_offsets(texts)),
             ak.contents.NumpyArray(characters, parameters={"__array__": "char"}),
             parameters={"__array__": "string"},
         )

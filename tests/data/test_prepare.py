@@ -651,3 +651,11 @@ def test_shards_in_the_place_of_others_are_refused(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"cut into blocks of \[5000, .*expected .*\[9000, "):
             merge(job(data), folder, count=2)
     assert merge(job(data), folder, count=2)["splits"]["train"]["rows"] == 400
+
+
+def test_benchmark_needs_no_solutions_in_any_form(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [solved("1 + 1?", "2"), solved("2 + 2?", "4")])
+    pq.write_table(pa.table({"problem": ["1 + 1?"]}), tmp_path / "test.parquet")
+    against = {"against": [{"path": "test.parquet"}]}
+    made, _ = run(config(tmp_path, contamination=against), tmp_path / "packed")
+    assert made["splits"]["train"]["dropped"] == {"in a benchmark": 1}

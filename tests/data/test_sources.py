@@ -18,12 +18,16 @@ from mcore_sft.data import table_blocks, text_blocks
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import write_index
 from mcore_sft.data.rows import Chats, Pairs, Tokens
-from mcore_sft.data.sources import read_problems, source_files, source_size, survey
+from mcore_sft.data.sources import problems_alone, read_problems, source_files, source_size, survey
 
 TEXT_KINDS = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"]
 TEXT_KINDS += ["a.jsonl.zst", "list.json.gz"]
 TABLE_KINDS = ["a.parquet", "a.arrow", "file.arrow", "a.feather"]
 KINDS = TEXT_KINDS + TABLE_KINDS
+
+
+def problems_of(folder: Path, **source) -> list[str]:
+    return list(read_problems(survey(problems_alone(SourceConfig(**source)), root=folder)))
 
 
 def rows(count: int, first: int = 0) -> list[dict]:
@@ -101,9 +105,7 @@ def test_every_kind_of_file(name, tmp_path):
     (only,) = read(tmp_path, path=name)
     assert isinstance(only, Pairs)
     assert (only.name, only.numbers.tolist(), only.votes) == (str(file), [1, 2, 3, 4, 5], None)
-    assert list(read_problems(SourceConfig(path=name, solution="none"), root=tmp_path)) == [
-        row["problem"] for row in rows(5)
-    ]
+    assert problems_of(tmp_path, path=name, solution="none") == [row["problem"] for row in rows(5)]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -450,7 +452,7 @@ def test_tokens_of_megatron(small, tmp_path):
     files = survey(SourceConfig(path="a.idx", mask="all"), root=tmp_path).description["files"]
     assert [file["name"] for file in files] == ["a.idx", "a.bin"]
     with pytest.raises(DataError, match="it holds tokens, expected the texts of problems"):
-        list(read_problems(SourceConfig(path="a.idx", mask="all"), root=tmp_path))
+        problems_of(tmp_path, path="a.idx", mask="all")
 
 
 def test_tokens_of_megatron_need_a_mask(tmp_path):
