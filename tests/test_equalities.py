@@ -34,7 +34,8 @@ from mcore_sft.data.loader import Loader
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.evaluation.generate import Request, TransformersEngine
+from mcore_sft.evaluation.engine import Request
+from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.training.step import packed, train_step
 from tests import runs, tiny
 from tests.runs import LAYOUTS, loaded, on_layout, relative, relative_norm

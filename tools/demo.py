@@ -23,7 +23,8 @@ from rich.console import Console
 
 from mcore_sft import command, config
 from mcore_sft.errors import UserError
-from mcore_sft.evaluation.report import Share, nemo_skills_table
+from mcore_sft.evaluation.report import nemo_skills_table
+from mcore_sft.evaluation.statistics import Share
 
 EXPERIMENT = Path("configs/demo.yaml")
 TRAIN_ROWS = 20_000
@@ -198,7 +199,8 @@ def finish(demo: Demo) -> None:
     draw_curve(demo.folder / "metrics.jsonl", demo.folder / "loss.png")
     before, after = (read_shares(demo.folder / name) for name in ("before", "after"))
     console.print("\n[bold]What came of it[/bold]\n")
-    print(nemo_skills_table("demo", {"before": before, "after": after}).rstrip(), "\n")
+    modes = {"before": before, "after": after}
+    print(nemo_skills_table("demo", modes, after[0].total).rstrip(), "\n")
     _show("What lies where", places(demo))
     _show("Time", times(demo))
     right = after[0]

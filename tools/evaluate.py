@@ -1,11 +1,13 @@
 """A Hugging Face folder in, solutions, a score and a report out.
 
-python tools/evaluate.py --model DIR --benchmark math
+python tools/evaluate.py --model DIR --benchmark math            one greedy answer a problem
+python tools/evaluate.py --model DIR --benchmark math:8          and 8 sampled ones
 python tools/evaluate.py --model DIR --config configs/X.yaml evaluation.max_new_tokens=512
 """
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.run import Evaluation, evaluate
+from mcore_sft.evaluation.run import PAGE, Evaluation, evaluate
 
 _RECORD = "mcore_sft.json"
 
@@ -50,10 +52,10 @@ def main() -> None:
     arguments = _arguments()
     plan = _plan(arguments)
     asked = _benchmarks(arguments, plan)
-    loaded = [benchmarks.load(benchmark, plan.root) for benchmark in asked]
+    loaded = [(benchmarks.load(entry, plan.root), entry.samples) for entry in asked]
     tokenizer = load_tokenizer(arguments.model)
     prompt = _prompt(arguments.model, plan.prompt, tokenizer)
-    for benchmark in loaded:
+    for benchmark, samples in loaded:
         output = _output(arguments, benchmark.name, len(loaded))
         report = evaluate(
             Evaluation(
@@ -63,16 +65,19 @@ def main() -> None:
                 tokenizer=tokenizer,
                 config=plan.evaluation,
                 output=output,
+                samples=samples,
             )
         )
         print(report["text"])
-        print(f"answers, verdicts and report are in {output}")
+        print(f"answers, verdicts and report are in {output}; look at {output / PAGE}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = command.parser("Grade a Hugging Face folder.", config_required=False)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="what is graded")
-    parser.add_argument("--benchmark", metavar="NAME", help="math, math-500, gsm8k, ...")
+    parser.add_argument(
+        "--benchmark", metavar="NAME", help="math, math-500, gsm8k, ...; math:8 for 8 samples"
+    )
     parser.add_argument("--data", metavar="FILE", help="JSON lines that hold the benchmark")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default MODEL/evaluation/NAME")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N problems only")
@@ -95,8 +100,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _benchmarks(arguments: argparse.Namespace, plan: Plan) -> tuple[BenchmarkConfig, ...]:
     configured = plan.evaluation.benchmarks
     if arguments.benchmark:
-        same = [entry for entry in configured if entry.name == arguments.benchmark]
-        configured = (same[0] if same else BenchmarkConfig(name=arguments.benchmark),)
+        name, samples = _named(arguments.benchmark)
+        same = [entry for entry in configured if entry.name == name]
+        entry = same[0] if same else BenchmarkConfig(name=name)
+        configured = (entry if samples is None else entry.model_copy(update={"samples": samples}),)
     if not configured:
         known = ", ".join(benchmarks.shipped())
         raise EvaluationError(f"no benchmark is named; give --benchmark NAME, such as {known}")
@@ -111,6 +118,18 @@ def _benchmarks(arguments: argparse.Namespace, plan: Plan) -> tuple[BenchmarkCon
             raise EvaluationError(f"--limit {arguments.limit}: expected at least 1")
         changes["limit"] = arguments.limit
     return tuple(entry.model_copy(update=changes) for entry in configured)
+
+
+def _named(benchmark: str) -> tuple[str, int | None]:
+    """`math:8` is 8 samples beside the greedy answer, `math:0` none; `math` leaves it open."""
+    name, colon, samples = benchmark.partition(":")
+    if not colon:
+        return name, None
+    if not re.fullmatch(r"\d{1,6}", samples):
+        raise EvaluationError(
+            f"--benchmark {benchmark}: expected NAME or NAME:SAMPLES, such as math:8"
+        )
+    return name, int(samples)
 
 
 def _prompt(model: Path, given: PromptChange | None, tokenizer: Tokenizer) -> Prompt:

@@ -69,7 +69,8 @@ class AnswerFile:
     def add(self, answers: Iterable[Answer]) -> None:
         """Append `answers`, which are on the disk when this returns."""
         lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
-        self._file.write("".join(lines).encode())
+        # half a surrogate pair, which a server's JSON can bring, has no UTF-8
+        self._file.write("".join(lines).encode("utf-8", "replace"))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -101,6 +102,15 @@ def _parse(content: Mapping[str, Any]) -> Answer:
     return Answer(**{**content, "tokens": tuple(content["tokens"])})
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a whole file of JSON lines that `write_lines` wrote."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({error}); evaluate again") from None
+
+
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole file of JSON lines; it is there complete or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -109,5 +119,5 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a whole file; it is there complete or not at all."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", errors="replace")
     beside.replace(path)

@@ -41,7 +41,7 @@ class Row(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is asked, the right answer, and the row's other columns."""
+    """What is asked, the right answer, and the row's other columns, the solution among them."""
 
     id: str
     problem: str
@@ -140,11 +140,11 @@ class _Columns:
                 + (r"a \boxed{...}" if self.form == "last_box" else "a text that is not empty")
                 + "; mend the row or take it out"
             )
+        taken = {self.problem} if self.form == "last_box" else {self.problem, self.answer}
         extra = {
             name: value
             for name, value in content.items()
-            if name not in {self.problem, self.answer}
-            and isinstance(value, str | int | float | bool)
+            if name not in taken and isinstance(value, str | int | float | bool)
         }
         return Problem(id=identifier, problem=problem, answer=answer, extra=extra)
 

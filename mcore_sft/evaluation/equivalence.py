@@ -9,12 +9,14 @@ forever or all memory on a hostile answer, so it is for a process that can be ki
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any, Literal
 
 from mcore_sft.evaluation.normalize import normalize
+from mcore_sft.evaluation.value import differ
 
 Outcome = Literal["equal", "different", "no_answer", "unparsable", "timeout", "unsafe"]
 
@@ -51,7 +53,7 @@ def judge_exactly(gold: str, prediction: str) -> Verdict | None:
         same = _squeeze(gold) == _squeeze(prediction) and len(prediction) <= MAX_LENGTH
         return _verdict(True, "same_text") if same else Verdict(outcome="unsafe", rule=reason)
     left, right = _without_names(normalize(gold), normalize(prediction))
-    return _exactly(left, right)
+    return _decide(left, right, _by_value)
 
 
 def danger(prediction: str) -> str | None:
@@ -86,15 +88,29 @@ def _explosion(prediction: str) -> str | None:
 # --- exact rules -------------------------------------------------------------------------------
 
 
-def _exactly(gold: str, prediction: str) -> Verdict | None:
+# What decides a pair that no exact rule does, or none.
+Leaf = Callable[[str, str], Verdict | None]
+
+
+def _by_value(gold: str, prediction: str) -> Verdict | None:
+    """The leaf of the exact rules: values that differ; what may be equal is not decided here."""
+    return _verdict(False, "value") if differ(gold, prediction) else None
+
+
+def _decide(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
+    """By the first exact rule that applies, to the elements too, and by `leaf` where none does."""
     if _squeeze(gold) == _squeeze(prediction):
         return _verdict(True, "same_text")
     if not prediction:
         return Verdict(outcome="different", rule="nothing_left")
-    for rule in (_by_base, _by_number, _by_text, _by_elements):
+    for rule in (_by_base, _by_number, _by_text):
         if verdict := rule(gold, prediction):
             return verdict
-    return None
+    return (
+        _by_entries(gold, prediction, leaf)
+        or _by_elements(*_as_tuples(gold, prediction), leaf)
+        or leaf(gold, prediction)
+    )
 
 
 def _verdict(same: bool, rule: str) -> Verdict:
@@ -289,8 +305,48 @@ class _Elements:
         return self.opening in {"(", "["}
 
 
-def _by_elements(gold: str, prediction: str) -> Verdict | None:
-    """Tuples and intervals by position, lists and sets in any order, each element exactly."""
+_MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}", re.DOTALL)
+
+
+def _matrix(text: str) -> list[list[str]] | None:
+    """The entries of a matrix by row; none of anything else."""
+    found = _MATRIX.fullmatch(text)
+    if not found:
+        return None
+    rows = [row.strip() for row in found[1].split(r"\\")]
+    return [[entry.strip() for entry in row.split("&")] for row in rows if row]
+
+
+def _by_entries(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
+    """Matrices by shape and entry."""
+    left, right = _matrix(gold), _matrix(prediction)
+    if left is None or right is None:
+        return None
+    if [len(row) for row in left] != [len(row) for row in right]:
+        return _verdict(False, "shape")
+    return _by_position([*chain(*left)], [*chain(*right)], leaf)
+
+
+def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
+    """A column vector against a tuple is a tuple: the same point, written otherwise."""
+    left, right = _matrix(gold), _matrix(prediction)
+    if left and prediction.startswith("(") and all(len(row) == 1 for row in left):
+        return _tuple_of(left), prediction
+    if right and gold.startswith("(") and all(len(row) == 1 for row in right):
+        return gold, _tuple_of(right)
+    return gold, prediction
+
+
+def _tuple_of(column: list[list[str]]) -> str:
+    return f"({', '.join(row[0] for row in column)})"
+
+
+# Comparing lists in any order takes up to this squared many symbolic comparisons.
+_MAX_SYMBOLIC_LIST = 12
+
+
+def _by_elements(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
+    """Tuples and intervals by position, lists and sets in any order."""
     left, right = _elements(gold), _elements(prediction)
     if left is None or right is None:
         return None
@@ -301,13 +357,13 @@ def _by_elements(gold: str, prediction: str) -> Verdict | None:
     if left.ordered and right.ordered:
         if (left.opening, left.closing) != (right.opening, right.closing):
             return _verdict(False, "interval_ends") if len(left.parts) == 2 else None
-        return _by_position(left.parts, right.parts)
+        return _by_position(left.parts, right.parts, leaf)
     if left.ordered:
         # a tuple whose brackets were left out; a set never is a tuple
-        return None if right.opening else _by_position(left.parts, right.parts)
+        return None if right.opening else _by_position(left.parts, right.parts, leaf)
     if right.ordered:
         return None
-    return _in_any_order(left.parts, right.parts)
+    return _in_any_order(left.parts, right.parts, leaf)
 
 
 def _counts_differ(left: _Elements, right: _Elements) -> Verdict | None:
@@ -317,31 +373,28 @@ def _counts_differ(left: _Elements, right: _Elements) -> Verdict | None:
     return _verdict(False, "count") if atoms and not lonely else None
 
 
-def _by_position(left: Sequence[str], right: Sequence[str]) -> Verdict | None:
-    verdicts = [_exactly(a, b) for a, b in zip(left, right, strict=True)]
-    if any(v is not None and not v.correct for v in verdicts):
+def _by_position(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
+    verdicts = [_decide(a, b, leaf) for a, b in zip(left, right, strict=True)]
+    if any(v is not None and v.outcome == "different" for v in verdicts):
         return _verdict(False, "elements")
-    return None if any(v is None for v in verdicts) else _verdict(True, "elements")
+    same = all(v is not None and v.correct for v in verdicts)
+    return _verdict(True, "elements") if same else None
 
 
-def _in_any_order(left: Sequence[str], right: Sequence[str]) -> Verdict | None:
+def _in_any_order(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
     if Counter(map(_squeeze, left)) == Counter(map(_squeeze, right)):
         return _verdict(True, "list")
-    numbers = [_number(part) for part in (*left, *right)]
-    if not all(numbers):
+    if not all(_number(part) for part in (*left, *right)) and len(left) > _MAX_SYMBOLIC_LIST:
         return None
     rest = list(right)
     for part in left:
-        match = next((other for other in rest if _is_equal(part, other)), None)
+        verdicts = [_decide(part, other, leaf) for other in rest]
+        match = next((place for place, v in enumerate(verdicts) if v and v.correct), None)
         if match is None:
-            return _verdict(False, "list")
-        rest.remove(match)
+            decided = all(v is not None and v.outcome == "different" for v in verdicts)
+            return _verdict(False, "list") if decided else None
+        del rest[match]
     return _verdict(True, "list")
-
-
-def _is_equal(gold: str, prediction: str) -> bool:
-    verdict = _exactly(gold, prediction)
-    return verdict is not None and verdict.correct
 
 
 def _elements(text: str) -> _Elements | None:
@@ -420,8 +473,13 @@ def _named(text: str) -> tuple[tuple[str, ...], str]:
     values = [
         match[2].strip() if match else part for match, part in zip(matches, parts, strict=True)
     ]
-    if len(parts) > 1 and all(matches) and len(set(names)) == len(names):
-        return names, f"({', '.join(values)})"
+    if len(parts) > 1 and all(matches):
+        # p = 5, q = 2, p = 7, q = 2 are two pairs
+        distinct = tuple(dict.fromkeys(names))
+        width = len(distinct)
+        if width > 1 and names == distinct * (len(names) // width):
+            groups = [values[start : start + width] for start in range(0, len(values), width)]
+            return distinct, ", ".join(f"({', '.join(group)})" for group in groups)
     return tuple(dict.fromkeys(filter(None, names))), ", ".join(values)
 
 
@@ -432,12 +490,32 @@ def symbolic(gold: str, prediction: str) -> Verdict:
     """Decide by math-verify, both sides in a math environment. May hang: run it to be killed."""
     silence()
     left, right = _without_names(normalize(gold), normalize(prediction))
-    parsed_gold, parsed = _parse(left), _parse(right)
-    if parsed_gold is None:
-        return Verdict(outcome="unparsable", rule="gold")
-    if parsed is None:
-        return Verdict(outcome="unparsable", rule="prediction")
-    return _verdict(_verify(parsed_gold, parsed), "math_verify")
+    verdict = _decide(left, right, _leaf) or _by_math_verify(left, right)
+    if verdict.outcome == "unparsable" and "=" in right and not re.search("[=<>]", left):
+        # 2^3 = 8 where 8 is asked for
+        last = right.rpartition("=")[2].strip()
+        return _decide(left, last, _leaf) or verdict
+    return verdict
+
+
+def _leaf(gold: str, prediction: str) -> Verdict | None:
+    verdict = _by_value(gold, prediction) or _by_math_verify(gold, prediction)
+    return None if verdict.outcome == "unparsable" else verdict
+
+
+def _by_math_verify(gold: str, prediction: str) -> Verdict:
+    try:
+        parsed_gold, parsed = _parse(gold), _parse(prediction)
+        if parsed_gold is None:
+            return Verdict(outcome="unparsable", rule="gold")
+        if parsed is None:
+            return Verdict(outcome="unparsable", rule="prediction")
+        return _verdict(_verify(parsed_gold, parsed), "math_verify")
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:
+        # sympy raises nearly anything on nearly-mathematics; the name of it is the rule
+        return Verdict(outcome="unparsable", rule=type(error).__name__)
 
 
 def silence() -> None:

@@ -2,18 +2,30 @@ r"""A response in, the answer that stands in it out.
 
     "so it is \boxed{\frac12}."  ->  "\frac12"
 
-Policy `last_box`: the content of the last complete `\boxed{...}`; a box that is never closed is
-passed over. Why there is no answer is told apart, since each cause has another mend.
+Which part of a response counts as its answer is a policy, named in the configuration and in every
+report, since it moves the score of a base model more than the grader does. Why there is no answer
+is told apart, since each cause has another mend.
+
+- `last_box`: the content of the last complete `\boxed{...}` or `\fbox{...}`; a box that is never
+  closed is passed over.
+- `nemo_skills`: as NeMo-Skills extracts: the last `\boxed`, and no answer if it is not closed.
+- `nemo_rl`: the whole response, from which math-verify takes what it likes, as NeMo RL grades.
+- `gsm8k`: the number after the last `####`, without thousands separators.
+- `final_answer`: for models that do not box: the last "the answer is ..." or box, whichever comes
+  later; else `####`; else the last formula or number of a response that ends in a whole sentence.
+
+A gold answer, or a prediction that somebody else has extracted, is not a response: `stated` reads
+it leniently, for there is an answer in it by definition.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Missing = Literal["no_box", "unbalanced", "empty", "truncated"]
+from mcore_sft.config import Policy
 
-# An escaped brace is a printed brace and balances nothing. Some models escape twice: `\\boxed{5}`.
-_TOKEN = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+Missing = Literal["no_box", "no_marker", "no_final_answer", "unbalanced", "empty", "truncated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,42 +33,144 @@ class Extraction:
     """What a policy found in one response."""
 
     answer: str | None
-    """Content of the deciding box, or none."""
+    """The answer as it is written there, or none."""
     missing: Missing | None = None
     """Why there is no answer; none where there is one."""
     differing: bool = False
     """The response holds several complete boxes that do not say the same."""
 
 
-def extract(response: str, *, truncated: bool = False) -> Extraction:
-    """The answer in `response` by the policy `last_box`.
+def extract(response: str, *, policy: Policy = "last_box", truncated: bool = False) -> Extraction:
+    """The answer in `response` by `policy`.
 
-    `truncated` says that generation ended at its length limit; without any box that is the cause.
+    `truncated` says that generation ended at its length limit; where no answer was completed, that
+    is the cause.
     """
-    boxes, opened = _boxes(response)
-    if not boxes:
-        if truncated:
-            return Extraction(answer=None, missing="truncated")
-        return Extraction(answer=None, missing="unbalanced" if opened else "no_box")
-    differing = len({re.sub(r"\s+", "", box) for box in boxes}) > 1
-    if not boxes[-1]:
-        return Extraction(answer=None, missing="empty", differing=differing)
-    return Extraction(answer=boxes[-1], differing=differing)
+    found = _BY_POLICY[policy](response)
+    if truncated and found.answer is None and found.missing != "empty":
+        return replace(found, missing="truncated")
+    return found
 
 
 def last_box(text: str) -> str | None:
     """Content of the last complete box in `text`, or none."""
     boxes, _ = _boxes(text)
-    return boxes[-1] if boxes else None
+    return boxes[-1].content if boxes else None
 
 
-def _boxes(text: str) -> tuple[list[str], bool]:
-    """Contents of the complete outermost boxes in order, and whether any box was opened.
+def differing_boxes(text: str) -> bool:
+    """Whether `text` holds several complete boxes that do not say the same."""
+    boxes, _ = _boxes(text)
+    return _differ(boxes)
+
+
+def stated(answer: str) -> str:
+    r"""What a gold answer or an extracted prediction says, without the words around it.
+
+    `The answer is 4` -> `4`; two boxes with "and" between them are both of the answer. A text
+    without box, announcement or formula after prose is the answer itself.
+    """
+    boxes, _ = _boxes(answer)
+    if boxes:
+        return ", ".join(box.content for box in _last_run(answer, boxes))
+    if announced := _announced(answer):
+        return announced
+    if len(answer) > _ANSWER_LENGTH:
+        return answer
+    formulas = [_Span(m.start(), m.end(), _inside(m[0])) for m in _FORMULA.finditer(answer)]
+    if formulas and _PROSE_BEFORE.search(answer[: _last_run(answer, formulas)[0].start]):
+        return ", ".join(formula.content for formula in _last_run(answer, formulas))
+    return answer
+
+
+# --- policies ----------------------------------------------------------------------------------
+
+
+def _by_last_box(response: str) -> Extraction:
+    boxes, opened = _boxes(response)
+    if not boxes:
+        return Extraction(answer=None, missing="unbalanced" if opened else "no_box")
+    if not boxes[-1].content:
+        return Extraction(answer=None, missing="empty", differing=_differ(boxes))
+    return Extraction(answer=boxes[-1].content, differing=_differ(boxes))
+
+
+def _by_nemo_skills(response: str) -> Extraction:
+    start = response.rfind(r"\boxed")
+    if start < 0:
+        return Extraction(answer=None, missing="no_box")
+    content = start + len(r"\boxed{")
+    depth = int(response[content - 1 : content] == "{")
+    # braces are counted there as they stand, escaped ones too
+    for brace in re.compile("[{}]").finditer(response, content):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            answer = response[content : brace.start()]
+            return Extraction(answer=answer, differing=differing_boxes(response))
+        if depth < 0:
+            break
+    return Extraction(answer=None, missing="unbalanced")
+
+
+def _by_nemo_rl(response: str) -> Extraction:
+    return Extraction(answer=response, differing=differing_boxes(response))
+
+
+_MARKED = re.compile(r"####[ \t]*([^\n]*)")
+
+
+def _by_gsm8k(response: str) -> Extraction:
+    marked = _MARKED.findall(response)
+    if not marked:
+        return Extraction(answer=None, missing="no_marker")
+    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\$", "", marked[-1]).strip().removesuffix(".")
+    return Extraction(answer=answer) if answer else Extraction(answer=None, missing="empty")
+
+
+def _by_final_answer(response: str) -> Extraction:
+    boxes, _ = _boxes(response)
+    announcements = [match.end() for match in _ANNOUNCEMENT.finditer(response)]
+    boxed_last = boxes and boxes[-1].end > max(announcements, default=0)
+    finders = (last_box, _announced) if boxed_last else (_announced, last_box)
+    for find in (*finders, _last_marked, _last_of_sentence):
+        if answer := find(response):
+            return Extraction(answer=answer, differing=_differ(boxes))
+    return Extraction(answer=None, missing="no_final_answer")
+
+
+_BY_POLICY: dict[Policy, Callable[[str], Extraction]] = {
+    "last_box": _by_last_box,
+    "nemo_skills": _by_nemo_skills,
+    "nemo_rl": _by_nemo_rl,
+    "gsm8k": _by_gsm8k,
+    "final_answer": _by_final_answer,
+}
+
+
+# --- boxes -------------------------------------------------------------------------------------
+
+# An escaped brace is a printed brace and balances nothing. Some models escape twice: `\\boxed{5}`.
+_TOKEN = re.compile(r"(?<!\\)\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Span:
+    start: int
+    end: int
+    content: str
+
+
+def _differ(boxes: list[_Span]) -> bool:
+    return len({re.sub(r"\s+", "", box.content) for box in boxes}) > 1
+
+
+def _boxes(text: str) -> tuple[list[_Span], bool]:
+    """The complete outermost boxes in order, and whether any box was opened.
 
     One pass, so that a megabyte of opened boxes costs no more than a megabyte of prose.
     """
     open_groups: list[tuple[bool, int, int]] = []  # is a box, start, start of the content
-    complete: list[tuple[int, int, int]] = []  # start, content
+    complete: list[tuple[int, int, int]] = []  # start, content, its end
     opened = False
     for token in _TOKEN.finditer(text):
         found = token.group()
@@ -69,7 +183,9 @@ def _boxes(text: str) -> tuple[list[str], bool]:
             is_box = found != "{"
             opened |= is_box
             open_groups.append((is_box, token.start(), token.end()))
-    return [text[begin:end].strip() for _, begin, end in complete], opened
+    return [
+        _Span(start, end + 1, text[begin:end].strip()) for start, begin, end in complete
+    ], opened
 
 
 def _keep_outermost(
@@ -79,3 +195,88 @@ def _keep_outermost(
     while complete and complete[-1][0] > start:
         complete.pop()
     complete.append((start, content, end))
+
+
+_DRESS = re.compile(
+    r"\\text\w*\s*\{([^{}]*)\}|\\[()\[\]]|\$|\\q?quad|\\[,;:! ]|[A-Za-z]\w*(?:_\{?\w+\}?)?\s*="
+)
+_BETWEEN = re.compile(r"[\s,;&]*(?:(?:and|or)?|[a-z ()]{0,30}\b(?:and|or))[\s,;&]*")
+
+
+def _last_run(text: str, spans: list[_Span]) -> list[_Span]:
+    """The last of `spans` and those before it that only "and", "or" or a comma part from it."""
+    first = len(spans) - 1
+    while first and _connects(text[spans[first - 1].end : spans[first].start]):
+        first -= 1
+    return spans[first:]
+
+
+def _connects(between: str) -> bool:
+    if len(between) > 100:
+        return False
+    return bool(_BETWEEN.fullmatch(_DRESS.sub(lambda m: m[1] or " ", between)))
+
+
+# --- announcements -----------------------------------------------------------------------------
+
+_ANNOUNCEMENT = re.compile(
+    r"\b(?:(?:answer|result)\s+is\b\s*:?|answer\s*:|answer(?=\s*(?:\$|\\[(\[])))\s*", re.IGNORECASE
+)
+_PLEASANTRY = re.compile(r"\s*I hope (?:it|this) is correct.*", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$[^$]+\$\$|\$(?:\\.|[^$\\])+\$|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]", re.DOTALL
+)
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?%?")
+_PROSE_BEFORE = re.compile(
+    r"\b(?:is|are|be|equals?|that|gives?|get|have|therefore|so)\s*:?\s*$", re.I
+)
+# Far more than any answer; what comes after is not searched for the end of a sentence.
+_ANSWER_LENGTH = 1000
+
+
+def _announced(text: str) -> str | None:
+    """What the last "answer is" of `text` announces, or none."""
+    ends = [announcement.end() for announcement in _ANNOUNCEMENT.finditer(text)]
+    if not ends:
+        return None
+    rest = _PLEASANTRY.sub("", text[ends[-1] : ends[-1] + _ANSWER_LENGTH])
+    return _first_thing(re.sub(r"^(?:\s|\\?[\"']|\*)+", "", rest))
+
+
+def _first_thing(text: str) -> str | None:
+    """The boxes or formulas that `text` begins with, else its first sentence."""
+    sentence = re.split(r"\n|(?<!\\)[.!?](?=\s|$)", text, maxsplit=1)[0]
+    boxes, _ = _boxes(sentence)
+    if boxes:
+        return ", ".join(box.content for box in _last_run(sentence, boxes))
+    formulas = list(_FORMULA.finditer(text))
+    if formulas and formulas[0].start() == 0:
+        kept = [formulas[0]]
+        for formula in formulas[1:]:
+            if not _connects(text[kept[-1].end() : formula.start()]):
+                break
+            kept.append(formula)
+        return ", ".join(_inside(formula[0]) for formula in kept)
+    return sentence.strip(" *_\"'") or None
+
+
+def _last_of_sentence(response: str) -> str | None:
+    """The last formula, or its last side, or the last number, of a last line that is finished."""
+    line = response.rstrip().rpartition("\n")[2][-_ANSWER_LENGTH:]
+    if not re.search(r"[.!$%\d)\]]$", line):
+        return None
+    formulas = [_inside(match[0]) for match in _FORMULA.finditer(line)]
+    if formulas:
+        return formulas[-1].rpartition("=")[2].strip() or None
+    numbers = _NUMBER.findall(line)
+    return numbers[-1] if numbers else None
+
+
+def _last_marked(response: str) -> str | None:
+    return _by_gsm8k(response).answer
+
+
+def _inside(formula: str) -> str:
+    """A formula without its delimiters and the full stop that ends its sentence."""
+    width = 1 if formula[0] == "$" and not formula.startswith("$$") else 2
+    return formula[width:-width].strip().rstrip(".,; ")

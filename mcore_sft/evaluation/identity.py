@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 
+from mcore_sft import __version__
 from mcore_sft.config import EvaluationConfig
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -24,8 +25,6 @@ _PACKAGES = (
     "sympy",
     "gmpy2",
 )
-# These decide how fast answers come and how they are graded, not what they are.
-_NO_MATTER = {"batch_size", "benchmarks", "timeout"}
 
 
 def model_files(folder: Path) -> dict[str, str]:
@@ -48,17 +47,15 @@ def configuration_hash(
     *, model: Mapping[str, str], prompt: str, tokenizer: str, stop_ids: tuple[int, ...],
     config: EvaluationConfig,
 ) -> str:  # fmt: skip
-    """What an answer is kept under: another model, prompt or setting is asked anew."""
-    settings = config.model_dump(mode="json", exclude=_NO_MATTER)
-    if config.temperature == 0:
-        settings |= {"top_p": None, "seed": None}
+    """What all answers of a run have in common; how they are graded is no part of it."""
+    settings = config.model_dump(mode="json", include={"engine", "max_new_tokens", "precision"})
     whole = [dict(model), prompt, tokenizer, stop_ids, settings]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that may change an answer or a verdict."""
-    found = {"python": python_version()}
+    found = {"mcore_sft": __version__, "python": python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -67,9 +64,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def answer_hash(configuration: str, prompt_ids: Sequence[int]) -> str:
-    """The configuration of one answer: that of the run, and the very ids that are continued."""
-    whole = json.dumps([configuration, list(prompt_ids)])
+def answer_hash(
+    configuration: str, prompt_ids: Sequence[int], sampling: Sequence[float | int]
+) -> str:
+    """What an answer is kept under: another model, prompt, setting or chance is asked anew.
+
+    `sampling` is temperature, top_p and seed; greedy answers have none.
+    """
+    whole = json.dumps([configuration, list(prompt_ids), list(sampling)])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 

@@ -71,6 +71,11 @@ _TEXT = re.compile(
     r"\\(text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|bf|rm|"
     r"operatorname)\s*\*?\s*\{([^{}]*)\}"
 )
+# One letter is a unit only where it is set upright: 5\\text{ m} is a length, 5m a product.
+_LETTER_UNIT = re.compile(
+    r"(?<=\d)\s*\\(?:text|textrm|mbox|mathrm|rm)\s*\{\s*[msghLlNJWVAK](?:\s*/\s*[a-z]+)?\s*\}"
+    r"(?:\s*\^\s*\{?\d\}?)?\s*$"
+)
 _FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|gcd|lcm")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
@@ -94,12 +99,13 @@ _GROUPS = (
 )
 _SPACES = (
     (r"\\(?:quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\})(?![a-zA-Z])", " "),
-    (r"(?<!\\)\\[,;:> ](?!\\)|(?<!\\)~", " "),
+    (r"(?<!\\)\\[,;:> ]|(?<!\\)~", " "),
+    (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # \\[2mm], a line break with its height
 )
 _PLAIN = (
     (r"(?<![\\a-zA-Z])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\sqrt\s*(\d+)(?![\d}])", lambda m: rf"\sqrt{{{m[1]}}}"),
+    (r"\\sqrt\s*(\d+)(?!\d)", r"\\sqrt{\1}"),
     (r"\\sqrt\s+([a-zA-Z])", r"\\sqrt{\1}"),
     (r"\\sqrt\s+\{", r"\\sqrt{"),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
@@ -109,6 +115,10 @@ _PLAIN = (
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"\s*\*\s*(?=\\sqrt|\\pi|\\frac)", " "),
     (r"\*", r"\\cdot "),
+    (r"(?<=\d)\s*(?=\(\d+\)$)", r" \\cdot "),
+    (r"(?<=\d)\s*\\cdot\s*(?=i(?![a-zA-Z]))", ""),
+    (r"(?<=[\])])\s*U\s*(?=[\[(])", r" \\cup "),
+    (r"(?<=[\da-zA-Z])\s+base\s+(\d+)$", r"_{\1}"),
     (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\\frac\1{\2}"),
@@ -129,7 +139,7 @@ def normalize(answer: str) -> str:
     text = _apply(_MARKUP, text)
     text = _without_currency(text)
     text = re.sub(r"\\text(?:normal)?\s*\{\s*(?:and|or)\s*\}", ", ", text)
-    text = _apply(_SPACES, text)
+    text = _LETTER_UNIT.sub("", _apply(_SPACES, text))
     text = _unwrap_text(text)
     text = _without_degrees(text)
     text = _apply(_PLAIN, text)

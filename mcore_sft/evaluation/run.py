@@ -1,6 +1,6 @@
 """A model folder and a benchmark in, a score out, in three stages that meet only on disk.
 
-    answers.jsonl (generate)  ->  verdicts.jsonl (grade)  ->  report.json, report.txt (report)
+    answers.jsonl (generate)  ->  verdicts.jsonl (grade)  ->  report.json, .txt, .html (report)
 
 Each stage can be run again by itself: what is answered is never asked twice, and grading needs no
 model.
@@ -9,11 +9,11 @@ model.
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,20 @@ from rich.progress import (
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
-from mcore_sft.evaluation import answers, identity, report
+from mcore_sft.evaluation import answers, few_shot, identity, report, summary
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
+from mcore_sft.evaluation.engine import Completion, Request, open_engine, seed_of
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.grade import Graded, Grader
-from mcore_sft.evaluation.report import Share
+from mcore_sft.evaluation.report_page import page
+from mcore_sft.evaluation.summary import Verdicts
 
-ANSWERS, VERDICTS, REPORT, TEXT = "answers.jsonl", "verdicts.jsonl", "report.json", "report.txt"
+ANSWERS, VERDICTS = "answers.jsonl", "verdicts.jsonl"
+REPORT, TEXT, PAGE, ENGINE_LOG = "report.json", "report.txt", "report.html", "engine.log"
+ENGINE = "engine.json"
+FORMAT = 2
+"""Of report.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class Evaluation:
     tokenizer: Tokenizer
     config: EvaluationConfig
     output: Path
+    samples: int = 0
+    """Sampled answers of each problem."""
 
     @cached_property
     def model_files(self) -> dict[str, str]:
@@ -58,7 +66,7 @@ class Evaluation:
 
     @cached_property
     def configuration(self) -> str:
-        """Hash of all that decides the answers, the problems apart."""
+        """Hash of what all answers have in common."""
         return identity.configuration_hash(
             model=self.model_files,
             prompt=self.prompt.fingerprint,
@@ -68,33 +76,79 @@ class Evaluation:
         )
 
     @cached_property
+    def examples(self) -> str:
+        """Solved examples that stand before each problem; empty where none are asked for."""
+        return few_shot.examples(self.config.few_shot_examples, self.config.few_shot)
+
+    @cached_property
     def asked(self) -> "tuple[Asked, ...]":
-        """Every problem with the ids that the engine gets for it."""
+        """Every answer that is wanted, with the ids that the engine gets for it."""
+        first = 0 if self.config.greedy else 1
+        if first > self.samples:
+            raise EvaluationError(
+                "evaluation.greedy is false and no samples are asked for, so nothing is asked; "
+                f"give --benchmark {self.benchmark.name}:N"
+            )
         made = []
         for problem in self.benchmark.problems:
-            ids = tuple(self.prompt.prompt_ids(problem.problem))
-            made.append(
-                Asked(
-                    problem=problem,
-                    prompt_ids=ids,
-                    configuration=identity.answer_hash(self.configuration, ids),
-                )
-            )
+            ids = tuple(self.prompt.prompt_ids(self.examples + problem.problem))
+            made += [self._ask(problem, ids, n) for n in range(first, self.samples + 1)]
         return tuple(made)
+
+    def _ask(self, problem: Problem, ids: tuple[int, ...], sample: int) -> "Asked":
+        sampling: tuple[float, float, int] = (0.0, 1.0, 0)
+        if sample:
+            chance = seed_of(self.config.seed, problem.id, sample)
+            sampling = (self.config.temperature, self.config.top_p, chance)
+        return Asked(
+            problem=problem,
+            sample=sample,
+            prompt_ids=ids,
+            sampling=sampling,
+            configuration=identity.answer_hash(self.configuration, ids, sampling),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One problem as the engine gets it."""
+    """One answer that is wanted, as the engine is asked for it."""
 
     problem: Problem
+    sample: int
+    """0 is the greedy answer."""
     prompt_ids: tuple[int, ...]
+    sampling: tuple[float, float, int]
+    """Temperature, top_p, seed."""
     configuration: str
 
     @property
     def key(self) -> answers.Key:
         """What its answer is kept under."""
-        return self.problem.id, 0, self.configuration
+        return self.problem.id, self.sample, self.configuration
+
+    def request(self, index: int) -> Request:
+        """The same for the engine."""
+        temperature, top_p, seed = self.sampling
+        return Request(
+            index=index,
+            prompt_ids=self.prompt_ids,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+    def answer(self, completion: Completion) -> Answer:
+        """What is kept of the engine's answer."""
+        return Answer(
+            id=self.problem.id,
+            sample=self.sample,
+            configuration=self.configuration,
+            expected_answer=self.problem.answer,
+            response=completion.text,
+            finish_reason=completion.finish_reason,
+            tokens=completion.tokens,
+            prompt_length=len(self.prompt_ids),
+        )
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
@@ -105,7 +159,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def generate(evaluation: Evaluation) -> None:
-    """Ask the model what has not been answered yet; answers are on disk after every batch."""
+    """Ask the model what has not been answered yet; answers are on disk as they come."""
     with AnswerFile(evaluation.output / ANSWERS) as file:
         open_questions = [asked for asked in evaluation.asked if asked.key not in file.done]
         done = len(evaluation.asked) - len(open_questions)
@@ -116,40 +170,22 @@ def generate(evaluation: Evaluation) -> None:
 
 
 def _ask(evaluation: Evaluation, questions: Sequence[Asked], file: AnswerFile) -> None:
-    # Imported late: torch and transformers take seconds, and regrading needs neither.
-    from mcore_sft.evaluation.generate import Request, TransformersEngine, seed_of
-
-    requests = [
-        Request(
-            index=index,
-            prompt_ids=asked.prompt_ids,
-            seed=seed_of(evaluation.config.seed, asked.problem.id, 0),
-        )
-        for index, asked in enumerate(questions)
-    ]
-    engine = TransformersEngine(
-        evaluation.model,
+    requests = [asked.request(index) for index, asked in enumerate(questions)]
+    with open_engine(
         evaluation.config,
+        evaluation.model,
         stop_ids=evaluation.prompt.stop_ids,
         decode=lambda ids: evaluation.tokenizer.decode(ids, skip_special=True),
-    )
-    engine.check(requests)
-    with _progress(f"answering {evaluation.benchmark.name}", len(requests)) as advance:
-        for batch in engine.generate(requests):
-            file.add(
-                Answer(
-                    id=questions[completion.index].problem.id,
-                    sample=0,
-                    configuration=questions[completion.index].configuration,
-                    expected_answer=questions[completion.index].problem.answer,
-                    response=completion.text,
-                    finish_reason=completion.finish_reason,
-                    tokens=completion.tokens,
-                    prompt_length=len(questions[completion.index].prompt_ids),
-                )
-                for completion in batch
-            )
-            advance(len(batch), sum(len(completion.tokens) for completion in batch))
+        log=evaluation.output / ENGINE_LOG,
+    ) as engine:
+        engine.check(requests)
+        with _progress(f"answering {evaluation.benchmark.name}", len(requests)) as advance:
+            for batch in engine.generate(requests):
+                file.add(questions[each.index].answer(each) for each in batch)
+                advance(len(batch), sum(len(each.tokens) for each in batch))
+        # only the run that asked knows what answered
+        described = json.dumps(engine.describe(), indent=2) + "\n"
+        answers.write_text(evaluation.output / ENGINE, described)
 
 
 def grade(evaluation: Evaluation) -> None:
@@ -158,117 +194,144 @@ def grade(evaluation: Evaluation) -> None:
     missing = sum(asked.key not in found for asked in evaluation.asked)
     if missing:
         raise EvaluationError(
-            f"{evaluation.output / ANSWERS}: {missing} of {len(evaluation.asked)} problems have no "
-            "answer under this configuration; generate them first"
+            f"{evaluation.output / ANSWERS}: {missing} of {len(evaluation.asked)} answers are not "
+            "there under this configuration; generate them first"
         )
-    ordered = [found[asked.key] for asked in evaluation.asked]
+    given = [found[asked.key] for asked in evaluation.asked]
+    with Grader(
+        timeout=evaluation.config.timeout,
+        policy=evaluation.config.policy,
+        second_opinion=evaluation.config.second_opinion,
+    ) as grader:
+        graded = _grade(evaluation, given, grader)
+        classes = _classes(evaluation, graded, grader)
+    rows = map(_verdict_row, evaluation.asked, given, graded, classes)
+    answers.write_lines(evaluation.output / VERDICTS, rows)
+
+
+def _grade(evaluation: Evaluation, given: Sequence[Answer], grader: Grader) -> list[Graded]:
     rows = [
         (asked.problem.answer, answer.response, answer.finish_reason == "length")
-        for asked, answer in zip(evaluation.asked, ordered, strict=True)
+        for asked, answer in zip(evaluation.asked, given, strict=True)
     ]
-    graded: dict[int, Graded] = {}
-    with (
-        Grader(timeout=evaluation.config.timeout) as grader,
-        _progress(f"grading {evaluation.benchmark.name}", len(rows)) as advance,
-    ):
-        for position, verdict in grader.grade_all(rows):
-            graded[position] = verdict
+    decided: dict[int, Graded] = {}
+    with _progress(f"grading {evaluation.benchmark.name}", len(rows)) as advance:
+        for position, graded in grader.grade_all(rows):
+            decided[position] = graded
             advance(1, 0)
-    answers.write_lines(
-        evaluation.output / VERDICTS,
-        (
-            _verdict_row(asked, answer, graded[position])
-            for position, (asked, answer) in enumerate(zip(evaluation.asked, ordered, strict=True))
-        ),
-    )
+    return [decided[position] for position in range(len(rows))]
 
 
-def _verdict_row(asked: Asked, answer: Answer, graded: Graded) -> dict[str, Any]:
+def _classes(evaluation: Evaluation, graded: Sequence[Graded], grader: Grader) -> list[int | None]:
+    """The class of each sampled answer among those of its problem, for majority votes."""
+    if evaluation.samples < 2:
+        return [None] * len(graded)
+    made: list[int | None] = []
+    pairs = zip(evaluation.asked, graded, strict=True)
+    with _progress(f"grouping {evaluation.benchmark.name}", len(graded)) as advance:
+        for _, group in groupby(pairs, key=lambda pair: pair[0].problem.id):
+            extracted = [(asked.sample, one.extraction.answer) for asked, one in group]
+            sampled = [answer for sample, answer in extracted if sample]
+            (classes,) = grader.classes([sampled])
+            made += [None] * (len(extracted) - len(sampled)) + list(classes)
+            advance(len(extracted), 0)
+    return made
+
+
+def _verdict_row(
+    asked: Asked, answer: Answer, graded: Graded, number: int | None
+) -> dict[str, Any]:
     return {
         "id": answer.id,
         "sample": answer.sample,
         "configuration": answer.configuration,
+        "problem": asked.problem.problem,
         "expected_answer": asked.problem.answer,
+        "response": answer.response,
         "extracted": graded.extraction.answer,
         "verdict": graded.verdict.outcome,
         "rule": graded.verdict.rule,
+        "missing": graded.extraction.missing,
         "boxes_differ": graded.extraction.differing,
+        "second": graded.second,
+        "disputed": graded.disputed,
+        "class": number,
         "finish_reason": answer.finish_reason,
         "num_tokens": len(answer.tokens),
+        "subject": asked.problem.extra.get("subject", asked.problem.extra.get("type")),
+        "level": asked.problem.extra.get("level"),
     }
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
-    """Count the verdicts into report.json and report.txt."""
-    lines = (evaluation.output / VERDICTS).read_text(encoding="utf-8").split("\n")
-    verdicts = [json.loads(line) for line in lines if line]
-    outcomes = Counter(row["verdict"] for row in verdicts)
-    right = Share(hits=outcomes["equal"], total=len(verdicts))
-    silent = Share(hits=outcomes["no_answer"], total=len(verdicts))
-    text = _text(evaluation, right, silent)
+    """Count the verdicts into report.json, report.txt and report.html."""
+    rows = answers.read_rows(evaluation.output / VERDICTS)
+    verdicts = Verdicts(rows=rows)
     made = {
-        "format": 1,
+        "format": FORMAT,
         "benchmark": {
             "name": evaluation.benchmark.name,
             "source": evaluation.benchmark.source,
             "problems": len(evaluation.benchmark.problems),
+            "samples": evaluation.samples,
             "fingerprint": evaluation.benchmark.fingerprint,
         },
-        "score": {"symbolic_correct": _share(right), "no_answer": _share(silent)},
-        "verdicts": dict(outcomes.most_common()),
-        "rules": _rules(verdicts),
-        "boxes_differ": sum(row["boxes_differ"] for row in verdicts),
-        "truncated": sum(row["finish_reason"] == "length" for row in verdicts),
-        "mean_tokens": sum(row["num_tokens"] for row in verdicts) / max(1, len(verdicts)),
+        **summary.describe(verdicts, evaluation.benchmark),
         "model": {"folder": str(evaluation.model), "files": evaluation.model_files},
-        "prompt": evaluation.prompt.describe() | {"fingerprint": evaluation.prompt.fingerprint},
+        "prompt": {
+            **evaluation.prompt.describe(),
+            "few_shot": evaluation.examples,
+            "fingerprint": evaluation.prompt.fingerprint,
+        },
         "tokenizer": {"fingerprint": evaluation.tokenizer.fingerprint},
         "configuration": evaluation.configuration,
         "evaluation": evaluation.config.model_dump(mode="json", exclude={"benchmarks"}),
+        "engine": _engine(evaluation.output / ENGINE),
         "versions": identity.versions(),
-        "text": text,
+        "text": _text(evaluation, verdicts),
     }
     answers.write_text(evaluation.output / REPORT, json.dumps(made, indent=2) + "\n")
-    answers.write_text(evaluation.output / TEXT, text)
+    answers.write_text(evaluation.output / TEXT, made["text"] + report.details(made))
+    answers.write_text(evaluation.output / PAGE, page(made, rows))
     return made
 
 
-def _text(evaluation: Evaluation, right: Share, silent: Share) -> str:
-    """The table and the block, each with the interval after it."""
-    mode = "greedy" if evaluation.config.temperature == 0 else "sampled"
-    return "".join(
-        [
-            report.nemo_skills_table(evaluation.benchmark.name, {mode: (right, silent)}),
-            report.interval_line("symbolic_correct", right),
-            report.interval_line("no_answer", silent),
-            report.nemo_rl_block(
-                model_name=os.path.basename(os.path.abspath(evaluation.model)),
-                dataset_name=evaluation.benchmark.dataset_name,
-                max_new_tokens=evaluation.config.max_new_tokens,
-                temperature=float(evaluation.config.temperature),
-                top_p=float(evaluation.config.top_p),
-                right=right,
-            ),
-            report.interval_line("score", right),
-        ]
+def _engine(file: Path) -> Mapping[str, str]:
+    """What answered last; nothing where that run was killed at its very end."""
+    if not file.exists():
+        return {}
+    content: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def _text(evaluation: Evaluation, verdicts: Verdicts) -> str:
+    """NeMo-Skills' table and NeMo RL's block, each with the interval after it."""
+    modes = verdicts.modes()
+    greedy = bool(verdicts.greedy)
+    counted = summary.share(verdicts.headline)
+    lines = [
+        report.nemo_skills_table(
+            evaluation.benchmark.name, modes, len(evaluation.benchmark.problems)
+        )
+    ]
+    for mode, (right, silent) in modes.items():
+        name = "" if mode == "greedy" else f"{mode} "
+        lines.append(report.interval_line(f"{name}symbolic_correct", right))
+        lines.append(report.interval_line(f"{name}no_answer", silent))
+    lines.append(
+        report.nemo_rl_block(
+            model_name=os.path.basename(os.path.abspath(evaluation.model)),
+            dataset_name=evaluation.benchmark.dataset_name,
+            max_new_tokens=evaluation.config.max_new_tokens,
+            temperature=0.0 if greedy else float(evaluation.config.temperature),
+            top_p=1.0 if greedy else float(evaluation.config.top_p),
+            right=counted,
+            num_tests_per_prompt=1 if greedy else evaluation.samples,
+        )
     )
-
-
-def _share(share: Share) -> dict[str, Any]:
-    return {
-        "percent": share.percent,
-        "hits": share.hits,
-        "total": share.total,
-        "wilson95": list(share.interval),
-    }
-
-
-def _rules(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """How often each rule decided, by verdict."""
-    counted: dict[str, Counter[str]] = {}
-    for row in verdicts:
-        counted.setdefault(row["verdict"], Counter())[row["rule"]] += 1
-    return {outcome: dict(rules.most_common()) for outcome, rules in counted.items()}
+    if greedy:
+        lines.append(report.interval_line("score", counted))
+    return "".join(lines)
 
 
 @contextmanager

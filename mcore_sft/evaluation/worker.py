@@ -1,21 +1,29 @@
 """Pairs of answers on standard input, verdicts on standard output: the process that may be killed.
 
-One JSON line `[gold, prediction]` in, one JSON line `[outcome, rule]` out. The process limits its
-own memory and may write no file; whoever starts it keeps the deadline. Texts travel as JSON, so
-nothing that an answer says is ever unpickled or evaluated.
+One JSON line `[task, gold, prediction, seconds]` in, one `[outcome, rule, extracted]` out. The
+process that was started imports what grading needs and then only forks: each fork serves until it
+is killed, and its successor is there in milliseconds. A fork says `["ready", its id, null]` before
+it serves, limits its own memory, may write no file, and ends by itself some time after the
+`seconds` of a task even if whoever keeps the deadline is gone. Texts travel as JSON, so nothing
+that an answer says is ever unpickled or evaluated.
 """
 
 import json
 import os
 import resource
+import signal
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from typing import Literal, TextIO
 
-from mcore_sft.evaluation import equivalence
+from mcore_sft.evaluation import equivalence, reference
 from mcore_sft.evaluation.equivalence import Verdict
 
-READY = '["ready", ""]'
+Task = Literal["judge", "math_verify", "nemo_rl"]
+READY = "ready"
 MEMORY_BYTES = 2 * 1024**3
+_GRACE_SECONDS = 5.0
+_SHOWN = 300
 
 
 def main() -> None:
@@ -23,12 +31,33 @@ def main() -> None:
     sys.dont_write_bytecode = True
     answers = _take_over_stdout()
     equivalence.symbolic("x + 1", "1 + x")  # imports and caches before the first deadline runs
+    reference.nemo_rl("1", r"\boxed{1}")
+    while True:
+        child = os.fork()
+        if child == 0:
+            _serve(answers)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def _serve(answers: TextIO) -> None:
     _limit()
-    print(READY, file=answers, flush=True)
-    for line in sys.stdin:
-        gold, prediction = json.loads(line)
-        verdict = _judge(gold, prediction)
-        print(json.dumps([verdict.outcome, verdict.rule]), file=answers, flush=True)
+    _say(answers, READY, str(os.getpid()), None)
+    for line in sys.stdin.buffer:
+        task, gold, prediction, seconds = json.loads(line)
+        # of processor time, which an orphan that never ends uses up; it needs no help of Python
+        signal.setitimer(signal.ITIMER_PROF, seconds + _GRACE_SECONDS)
+        verdict, extracted = _judge(task, gold, prediction)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _say(answers, verdict.outcome, verdict.rule, extracted)
+
+
+def _say(answers: TextIO, outcome: str, rule: str, extracted: str | None) -> None:
+    # at most 4096 bytes, which a pipe takes whole or not at all, whenever this process is killed
+    shown = None if extracted is None else extracted[:_SHOWN]
+    print(json.dumps([outcome, rule, shown]), file=answers, flush=True)
 
 
 def _take_over_stdout() -> TextIO:
@@ -46,17 +75,23 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _judge(gold: str, prediction: str) -> Verdict:
+def _judge(task: Task, gold: str, prediction: str) -> tuple[Verdict, str | None]:
     try:
-        return equivalence.judge(gold, prediction)
+        return _TASKS[task](gold, prediction)
     except MemoryError:
-        return Verdict(outcome="unsafe", rule="memory")
+        return Verdict(outcome="unsafe", rule="memory"), None
     except RecursionError:
-        return Verdict(outcome="unsafe", rule="recursion")
+        return Verdict(outcome="unsafe", rule="recursion"), None
     except Exception as error:
         # sympy raises nearly anything on nearly-mathematics; the name of it is the rule
-        return Verdict(outcome="unparsable", rule=type(error).__name__)
+        return Verdict(outcome="unparsable", rule=type(error).__name__), None
 
+
+_TASKS: dict[Task, Callable[[str, str], tuple[Verdict, str | None]]] = {
+    "judge": lambda gold, prediction: (equivalence.judge(gold, prediction), None),
+    "math_verify": lambda gold, prediction: (reference.math_verify(gold, prediction), None),
+    "nemo_rl": reference.nemo_rl,
+}
 
 if __name__ == "__main__":
     main()

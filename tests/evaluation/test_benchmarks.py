@@ -30,7 +30,7 @@ def test_math_takes_the_answer_or_else_the_last_box(tmp_path: Path) -> None:
     write(tmp_path, {"problem": "p", "solution": r"so $\boxed{3}$", "level": 2})
     (problem,) = load(tmp_path, "math").problems
     assert problem.answer == "3"
-    assert problem.extra == {"level": 2}
+    assert problem.extra == {"level": 2, "solution": r"so $\boxed{3}$"}
     write(tmp_path, {"problem": "p", "solution": r"so $\boxed{3}$", "answer": "4"})
     assert load(tmp_path, "math").problems[0].answer == "4"
 
@@ -73,6 +73,30 @@ def test_a_solution_without_a_box_is_said(tmp_path: Path) -> None:
     write(tmp_path, {"problem": "p", "solution": "so 3"})
     with pytest.raises(EvaluationError, match=r"line 1: no answer in column 'solution'"):
         load(tmp_path, "math")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [
+        ("amc23", {"id": 0, "question": "p", "answer": "27"}, "27"),
+        ("amc23", {"id": 0, "problem": "p", "answer": 27.0}, "27.0"),
+        ("aime24", {"id": 60, "problem": "p", "solution": "s", "answer": "025"}, "025"),
+        ("aime24", {"id": 60, "problem": "p", "expected_answer": 25}, "25"),
+    ],
+)
+def test_forms_in_which_benchmarks_come(
+    tmp_path: Path, name: str, row: dict[str, object], answer: str
+) -> None:
+    write(tmp_path, row)
+    (problem,) = load(tmp_path, name).problems
+    assert (problem.id, problem.problem, problem.answer) == (str(row["id"]), "p", answer)
+
+
+def test_no_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EvaluationError, match=r"cannot be loaded from the Hugging Face hub .*path"):
+        benchmarks.load(BenchmarkConfig(name="aime24"), tmp_path)
 
 
 def test_unknown_names_and_files(tmp_path: Path) -> None:

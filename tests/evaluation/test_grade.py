@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import mcore_sft.evaluation.pool as pool_module
+from mcore_sft.evaluation.equivalence import Outcome
 from mcore_sft.evaluation.grade import Grader, Pair
 
 
@@ -56,3 +58,57 @@ def test_a_bomb_harms_no_other_answer(grader: Grader) -> None:
     pairs = [Pair(gold="a+b", prediction=p) for p in ("b+a", "(10^9)!", "a-b")]
     verdicts = dict(grader.judge_all(pairs))
     assert [verdicts[place].outcome for place in range(3)] == ["equal", "timeout", "different"]
+
+
+def test_a_worker_is_replaced_without_a_start(grader: Grader) -> None:
+    """A second bomb costs its deadline too, and not the imports of another process."""
+    grader.grade("m+2", r"\boxed{2+m}")
+    start = time.monotonic()
+    for _ in range(3):
+        assert grader.grade("5", r"\boxed{(10^9)!}").verdict.outcome == "timeout"
+    assert time.monotonic() - start < 3 * 1.5 + 1
+
+
+def test_workers_end_with_the_grader() -> None:
+    with Grader(timeout=60, processes=1) as grader:
+        grader.start()
+        process = grader._pool._workers[0]
+        process.send(0, pool_module.Job(task="judge", gold="5", prediction="(10^9)!"), 60)
+        fork = process._fork
+    assert fork is not None
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{fork}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{fork}").exists()
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "outcome"),
+    [
+        ("4", "so x is 4 and then", "equal"),
+        ("4", r"\boxed{5} no, \boxed{4}", "different"),
+        ("52_8", r"\boxed{52_7}", "equal"),
+        (r"\frac12", "no number at all", "different"),
+    ],
+)
+def test_nemo_rl_grades_as_it_does_there(gold: str, response: str, outcome: Outcome) -> None:
+    with Grader(timeout=10, policy="nemo_rl", processes=1) as grader:
+        assert grader.grade(gold, response).verdict.outcome == outcome
+
+
+def test_a_second_opinion_names_what_is_disputed() -> None:
+    rows = [
+        ("52_8", r"\boxed{52_7}", False),
+        ("5", r"\boxed{5}", False),
+        ("5", r"\boxed{6}", False),
+        ("5", "nothing", False),
+    ]
+    with Grader(timeout=10, second_opinion=True, processes=1) as grader:
+        graded = dict(grader.grade_all(rows))
+    assert [graded[place].second for place in range(4)] == ["equal", "equal", "different", None]
+    assert [graded[place].disputed for place in range(4)] == [True, False, False, False]
+
+
+def test_answers_that_mean_the_same_are_one_class(grader: Grader) -> None:
+    answers = [["1/2", None, r"\frac12", "3", "0.5", "3.0"], [None], ["b+a", "a+b", "a"]]
+    assert grader.classes(answers) == [(0, -1, 0, 1, 0, 1), (-1,), (0, 0, 1)]

@@ -1,18 +1,16 @@
-import pytest
-
 from mcore_sft.evaluation.report import (
-    Share,
+    details,
     interval_line,
     nemo_rl_block,
     nemo_skills_table,
     table,
-    wilson,
 )
+from mcore_sft.evaluation.statistics import Mean, Share
 
 
 def test_nemo_skills_table_byte_for_byte() -> None:
     made = nemo_skills_table(
-        "math", {"greedy": (Share(hits=2954, total=5000), Share(hits=272, total=5000))}
+        "math", {"greedy": (Share(hits=2954, total=5000), Share(hits=272, total=5000))}, 5000
     )
     assert made == (
         "--------------------------- math ---------------------------\n"
@@ -60,24 +58,6 @@ def test_nemo_rl_block_byte_for_byte() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("hits", "total", "low", "high"),
-    [
-        (300, 500, 55.6, 64.2),
-        (297, 500, 55.0, 63.6),
-        (224, 500, 40.5, 49.2),
-        (2954, 5000, 57.7, 60.4),
-    ],
-)
-def test_wilson(hits: int, total: int, low: float, high: float) -> None:
-    assert tuple(round(end, 1) for end in wilson(hits, total)) == (low, high)
-
-
-def test_wilson_at_the_ends() -> None:
-    assert wilson(0, 10)[0] == 0
-    assert wilson(10, 10)[1] == 100
-
-
 def test_interval_line() -> None:
     assert interval_line("score", Share(hits=300, total=500)) == (
         "score 60.00%, 95 % interval 55.65% to 64.20% (Wilson, 300 of 500)\n"
@@ -102,3 +82,52 @@ def test_table_before_and_after() -> None:
     lines = table("demo", rows).splitlines()
     assert lines[0] == "--------------------------- demo ---------------------------"
     assert lines[3] == "after           | 500         | 100.00%          | 0.00%    "
+
+
+def test_interval_line_of_a_mean() -> None:
+    assert interval_line("pass@2 symbolic_correct", Mean(values=(1.0, 1.0, 0.5, 0.5))) == (
+        "pass@2 symbolic_correct 75.00%, 95 % interval 46.71% to 100.00% (over 4 problems)\n"
+    )
+
+
+def test_details_say_what_the_scores_leave_out() -> None:
+    half = {"percent": 50.0, "hits": 1, "total": 2, "wilson95": [9.45, 90.55]}
+    said = {
+        "verdicts": {"equal": 1, "no_answer": 1},
+        "rules": {"equal": {"number": 1}, "no_answer": {"truncated": 1}},
+        "missing": {"truncated": 1},
+        "truncated": 1,
+        "boxes_differ": 0,
+        "mean_tokens": 15.0,
+        "by": {"subject": {"Algebra": half}, "level": {}},
+        "by_subject_level": {"Algebra": {"1": half}, "Geometry": {"2": half}},
+        "lengths": [{"from": 10, "to": 20, **half}, {"from": 20, "to": None, **half}],
+        "disputed": ["p1"],
+        "gold_defects": [{"id": "p2", "reason": "it is wrong"}],
+        "evaluation": {"second_opinion": True},
+    }
+    assert details(said).split("\n\n\n") == [
+        "----------------------- by subject -----------------------\n"
+        "subject | num_entries | symbolic_correct | 95 % interval  \n"
+        "Algebra | 2           | 50.00%           | 9.45% to 90.55%",
+        "------- by subject and level -------\n"
+        "subject  | 1           | 2          \n"
+        "Algebra  | 50.00% of 2 |            \n"
+        "Geometry |             | 50.00% of 2",
+        "------------------------- by tokens -------------------------\n"
+        "tokens     | num_entries | symbolic_correct | 95 % interval  \n"
+        "10 to 19   | 2           | 50.00%           | 9.45% to 90.55%\n"
+        "20 or more | 2           | 50.00%           | 9.45% to 90.55%",
+        "----------- verdicts ----------\n"
+        "verdict   | rule      | answers\n"
+        "equal     | number    | 1      \n"
+        "no_answer | truncated | 1      ",
+        "---- no answer ----\ncause     | answers\ntruncated | 1      ",
+        "truncated 50.00%, 95 % interval 9.45% to 90.55% (Wilson, 1 of 2)\n"
+        "boxes differ 0.00%, 95 % interval 0.00% to 65.76% (Wilson, 0 of 2)\n"
+        "mean response 15.0 tokens\n"
+        "disputed by math-verify (1): p1\n"
+        "gold in doubt, it is wrong (1): p2\n",
+    ]
+    quiet = details(said | {"evaluation": {"second_opinion": False}})
+    assert "disputed" not in quiet

@@ -28,7 +28,9 @@ class Letters:
         return rf"\boxed{{{len(ids)}}}"
 
 
-def evaluation(model: Path, output: Path, *, problems: int = 6, **settings: Any) -> run.Evaluation:
+def evaluation(
+    model: Path, output: Path, *, problems: int = 6, samples: int = 0, **settings: Any
+) -> run.Evaluation:
     letters: Any = Letters()
     prompt: Prompt = letters
     tokenizer: Tokenizer = letters
@@ -48,6 +50,7 @@ def evaluation(model: Path, output: Path, *, problems: int = 6, **settings: Any)
         tokenizer=tokenizer,
         config=EvaluationConfig.model_validate(settings),
         output=output,
+        samples=samples,
     )
 
 
@@ -57,7 +60,12 @@ def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
     assert sum(report["verdicts"].values()) == 6
     assert set(report["model"]["files"]) >= {"config.json", "model.safetensors"}
     assert report == json.loads((tmp_path / "report.json").read_text())
-    assert (tmp_path / "report.txt").read_text() == report["text"]
+    assert report["engine"]["engine"] == "transformers"
+    assert "<title>mine" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.txt").read_text()
+    assert text.startswith(report["text"])
+    assert "by tokens" in text
+    assert report["prompt"]["few_shot"] == ""
     verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
     assert [row["id"] for row in verdicts] == [str(n) for n in range(6)]
     assert all(row["verdict"] == "equal" for row in verdicts if row["finish_reason"] == "length")
@@ -92,5 +100,48 @@ def test_more_problems_ask_only_the_new_ones(llama: Path, tmp_path: Path) -> Non
 
 
 def test_grading_asks_for_answers_first(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="6 of 6 problems have no answer"):
+    with pytest.raises(EvaluationError, match="6 of 6 answers are not there"):
         run.grade(evaluation(llama, tmp_path))
+
+
+def test_samples_beside_the_greedy_answer(llama: Path, tmp_path: Path) -> None:
+    report = run.evaluate(evaluation(llama, tmp_path, problems=3, samples=2))
+    rows = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (str(problem), sample) for problem in range(3) for sample in range(3)
+    ]
+    assert [row["class"] is None for row in rows] == [True, False, False] * 3
+    assert list(report["score"]) == [
+        "symbolic_correct",
+        "no_answer",
+        "majority@2",
+        "pass@2",
+        "pass@1[2]",
+    ]
+    assert "pass@1[2]       | 3" in report["text"]
+    # more samples ask only for the new ones, and grading again asks nothing
+    run.evaluate(evaluation(llama, tmp_path, problems=3, samples=3))
+    run.evaluate(evaluation(llama, tmp_path, problems=3, samples=3, policy="final_answer"))
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
+
+
+def test_samples_alone(llama: Path, tmp_path: Path) -> None:
+    report = run.evaluate(evaluation(llama, tmp_path, problems=2, samples=2, greedy=False))
+    assert "num_tests_per_prompt=2" in report["text"]
+    assert "temperature=0.7 top_p=0.95" in report["text"]
+    assert "greedy" not in report["text"]
+    with pytest.raises(EvaluationError, match="nothing is asked; give --benchmark mine:N"):
+        run.evaluate(evaluation(llama, tmp_path, greedy=False))
+
+
+def test_examples_stand_before_the_problem(llama: Path, tmp_path: Path) -> None:
+    shots = tmp_path / "shots.yaml"
+    shots.write_text(
+        "prefix: 'See. '\ntemplate: '{problem}={solution}; '\nsuffix: 'Now '\n"
+        "examples: [{problem: p1, solution: s1}, {problem: p2, solution: s2}]\n"
+    )
+    without = evaluation(llama, tmp_path).asked[0]
+    assert "".join(map(chr, without.prompt_ids)) == "abc"
+    asked = evaluation(llama, tmp_path, few_shot=1, few_shot_examples=str(shots)).asked[0]
+    assert "".join(map(chr, asked.prompt_ids)) == "See. p1=s1; Now abc"
+    assert asked.key != without.key

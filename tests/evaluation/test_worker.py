@@ -5,18 +5,18 @@ import sys
 WORKER = "import mcore_sft.evaluation.worker as w; w.{change}; w.main()"
 
 
-def ask(pairs: list[list[str]], change: str) -> list[list[str]]:
+def ask(pairs: list[list[str]], change: str) -> list[list[str | None]]:
     ran = subprocess.run(
         [sys.executable, "-c", WORKER.format(change=change)],
-        input="".join(json.dumps(pair) + "\n" for pair in pairs),
+        input="".join(json.dumps(["judge", *pair, 10.0]) + "\n" for pair in pairs),
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert lines[0] == ["ready", ""]
-    return lines[1:]
+    assert lines[0][0] == "ready"
+    return [[outcome, rule] for outcome, rule, _ in lines[1:]]
 
 
 def test_memory_has_an_end() -> None:

@@ -91,3 +91,15 @@ def test_what_is_missing_is_named(model: Path, data: Path, monkeypatch: pytest.M
         call(monkeypatch, "--model", model, *MARKUP)
     with pytest.raises(EvaluationError, match="expected at least 1"):
         call(monkeypatch, "--model", model, "--benchmark", "gsm8k", "--data", data, "--limit", 0)
+
+
+def test_samples_are_named_with_the_benchmark(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    where = ("--model", model, "--data", data, "--output", out, "--limit", 2)
+    call(monkeypatch, *where, "--benchmark", "gsm8k:2", *SHORT, *MARKUP)
+    assert json.loads((out / "report.json").read_text())["benchmark"]["samples"] == 2
+    assert len((out / "verdicts.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(EvaluationError, match="expected NAME or NAME:SAMPLES, such as math:8"):
+        call(monkeypatch, *where, "--benchmark", "gsm8k:x")

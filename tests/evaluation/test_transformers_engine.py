@@ -1,4 +1,4 @@
-import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,33 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.config import EvaluationConfig
+from mcore_sft.evaluation.engine import Completion, Request, open_engine
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.generate import Completion, Request, TransformersEngine, seed_of
-
-VOCAB = 301
-STOP = (5, 6)
-
-
-def requests(count: int = 8, *, seed: int = 1) -> list[Request]:
-    chance = random.Random(seed)
-    return [
-        Request(
-            index=index,
-            prompt_ids=tuple(chance.randrange(VOCAB) for _ in range(chance.randint(3, 40))),
-            seed=seed_of(3, str(index), 0),
-        )
-        for index in range(count)
-    ]
+from tests.evaluation.asked import SAMPLED, STOP, answers, requests, spell
 
 
 def answer(folder: Path, asked: list[Request], **settings: Any) -> dict[int, Completion]:
     config = EvaluationConfig.model_validate(
         {"precision": "fp32", "max_new_tokens": 24, **settings}
     )
-    engine = TransformersEngine(
-        folder, config, stop_ids=STOP, decode=lambda ids: " ".join(map(str, ids))
-    )
-    return {done.index: done for batch in engine.generate(asked) for done in batch}
+    with open_engine(config, folder, stop_ids=STOP, decode=spell) as engine:
+        return answers(engine, asked)
 
 
 def alone(folder: Path, prompt: tuple[int, ...], new: int) -> list[int]:
@@ -62,18 +46,28 @@ def test_greedy_does_not_depend_on_the_batch(llama: Path) -> None:
 
 
 def test_sampling_does_not_depend_on_the_batch(llama: Path) -> None:
-    asked = requests(8)
-    settings = {"temperature": 0.8, "top_p": 0.9}
-    first = answer(llama, asked, batch_size=8, **settings)
-    assert first == answer(llama, asked, batch_size=3, **settings)
-    assert first != answer(llama, asked, batch_size=8)
-    reseeded = [Request(index=r.index, prompt_ids=r.prompt_ids, seed=r.seed + 1) for r in asked]
-    assert first != answer(llama, reseeded, batch_size=8, **settings)
+    asked = requests(8, **SAMPLED)
+    first = answer(llama, asked, batch_size=8)
+    assert first == answer(llama, asked, batch_size=3)
+    assert first != answer(llama, requests(8), batch_size=8)
+    reseeded = [replace(request, seed=request.seed + 1) for request in asked]
+    assert first != answer(llama, reseeded, batch_size=8)
+
+
+def test_a_batch_may_mix_greedy_and_sampled_answers(llama: Path) -> None:
+    greedy, sampled = requests(8), requests(8, **SAMPLED)
+    narrow = requests(8, temperature=1.3, top_p=0.3)
+    kinds = (greedy, sampled, narrow)
+    mixed = [kinds[index % 3][index] for index in range(8)]
+    done = answer(llama, mixed, batch_size=8)
+    alone = [answer(llama, kind, batch_size=8) for kind in kinds]
+    assert done == {index: alone[index % 3][index] for index in range(8)}
+    assert alone[0] != alone[1] != alone[2]
 
 
 def test_a_narrow_nucleus_is_greedy(llama: Path) -> None:
-    asked = requests(4)
-    assert answer(llama, asked, temperature=1.0, top_p=1e-6) == answer(llama, asked)
+    narrow = requests(4, temperature=1.0, top_p=1e-6)
+    assert answer(llama, narrow) == answer(llama, requests(4))
 
 
 def test_finish_reasons_and_text(llama: Path) -> None:
@@ -84,7 +78,7 @@ def test_finish_reasons_and_text(llama: Path) -> None:
         assert (one.tokens[-1] in (*STOP, 7)) == stopped
         assert not set(one.tokens[:-1]) & {*STOP, 7}
         body = one.tokens[:-1] if stopped else one.tokens
-        assert one.text == " ".join(map(str, body))
+        assert one.text == spell(body)
         assert stopped or len(one.tokens) == 24
 
 

@@ -1,48 +1,35 @@
-"""Prompts as token ids in, answers out: the transformers engine.
+"""The engine that needs nothing but this environment: transformers, a batch at a time.
 
     ids of each prompt  ->  batches of like length, left-padded  ->  tokens  ->  text, finish reason
 
 B = rows of a batch, T = prompt length, S = tokens seen so far, V = vocabulary.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 from mcore_sft.config import EvaluationConfig
+from mcore_sft.evaluation.engine import (
+    Completion,
+    Decode,
+    Request,
+    check_fits,
+    completion,
+    eos_ids,
+    model_shape,
+)
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.runtime.device import device
-
-FinishReason = Literal["stop", "length"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows that are done are taken out of the cache once they are this share of a batch: copying the
 # cache costs about as much as some ten steps of the rows that leave.
 _SHARE_DONE = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt to answer; `seed` decides a sampled answer, in whatever batch it falls."""
-
-    index: int
-    prompt_ids: tuple[int, ...]
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What the model wrote: all its tokens, the stop token included, and its text without special
-    tokens."""
-
-    index: int
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
 
 
 class TransformersEngine:
@@ -53,40 +40,46 @@ class TransformersEngine:
         folder: Path,
         config: EvaluationConfig,
         *,
-        stop_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str],
+        stop_ids: Collection[int],
+        decode: Decode,
     ) -> None:
         self._config = config
         self._decode = decode
         self._device = device()
         self._folder = folder
         self._model = _load(folder, config).to(self._device).eval()
-        self._stop = torch.tensor(sorted({*stop_ids, *_eos_ids(self._model)}), device=self._device)
+        self._stop_ids = frozenset(stop_ids) | eos_ids(folder)
+        self._stop = torch.tensor(sorted(self._stop_ids), device=self._device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del self._model
 
     def check(self, requests: Sequence[Request]) -> None:
         """Refuse prompts that the model cannot take, before any time is spent."""
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        new = self._config.max_new_tokens
-        if limit is not None and longest + new > limit:
-            fits = limit - longest
-            mend = (
-                f"set evaluation.max_new_tokens to {fits} or less"
-                if fits > 0
-                else "shorten the prompts or use a model of a longer context"
-            )
-            raise EvaluationError(
-                f"{self._folder}: the longest prompt has {longest} tokens, which with "
-                f"evaluation.max_new_tokens {new} makes {longest + new}, above the model's "
-                f"max_position_embeddings {limit}; {mend}"
-            )
-        rows = self._model.get_input_embeddings().num_embeddings
-        largest = max((max(request.prompt_ids, default=0) for request in requests), default=0)
-        if largest >= rows:
-            raise EvaluationError(
-                f"{self._folder}: the tokenizer gives id {largest} but the model has {rows} "
-                "embeddings; give the tokenizer that belongs to the model"
-            )
+        check_fits(
+            requests,
+            self._folder,
+            max_new_tokens=self._config.max_new_tokens,
+            limits={
+                "the model's max_position_embeddings": getattr(
+                    self._model.config, "max_position_embeddings", None
+                )
+            },
+            rows=self._model.get_input_embeddings().num_embeddings,
+        )
+
+    def describe(self) -> dict[str, str]:
+        """What answers: torch, transformers and the device."""
+        packages = {name: version(name) for name in ("torch", "transformers")}
+        return {"engine": "transformers", **packages, "device": str(self._device)}
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
         """Answer all `requests`, batch by batch; prompts of like length share a batch."""
@@ -105,7 +98,7 @@ class TransformersEngine:
         limit = self._config.max_new_tokens
         logits_BV = self._forward(rows.tokens_BT, rows)
         for step in range(limit):
-            tokens_B = rows.choose(logits_BV, self._config)
+            tokens_B = rows.choose(logits_BV)
             for row, token in zip(rows.alive, tokens_B.tolist(), strict=True):
                 if not rows.finished[row]:
                     written[row].append(token)
@@ -115,7 +108,13 @@ class TransformersEngine:
             tokens_B = tokens_B[rows.drop_finished()]
             logits_BV = self._forward(tokens_B[:, None], rows)
         return [
-            self._completion(request, tokens, done)
+            completion(
+                request.index,
+                tokens,
+                "stop" if done else "length",
+                stop_ids=self._stop_ids,
+                decode=self._decode,
+            )
             for request, tokens, done in zip(requests, written, rows.finished, strict=True)
         ]
 
@@ -131,15 +130,6 @@ class TransformersEngine:
         )
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits
-
-    def _completion(self, request: Request, tokens: list[int], done: bool) -> Completion:
-        body = tokens[:-1] if done else tokens
-        return Completion(
-            index=request.index,
-            tokens=tuple(tokens),
-            text=self._decode(body),
-            finish_reason="stop" if done else "length",
-        )
 
 
 class _Rows:
@@ -159,6 +149,7 @@ class _Rows:
         self.cache: Any = DynamicCache()
         self.alive = list(range(len(requests)))
         self.finished = [False] * len(requests)
+        self._requests = requests
         self._chance = [torch.Generator().manual_seed(request.seed) for request in requests]
 
     def grow(self, new: int) -> torch.Tensor:
@@ -172,13 +163,22 @@ class _Rows:
         steps = torch.arange(self._seen - new, self._seen, device=self._pads_B1.device)
         return (steps[None] - self._pads_B1).clamp_min(0)
 
-    def choose(self, logits_BV: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
-        """The next token [B] of each row."""
-        if config.temperature == 0:
-            return logits_BV.argmax(-1)
-        draws = [torch.rand((), generator=self._chance[row]).item() for row in self.alive]
-        draws_B1 = torch.tensor(draws, device=logits_BV.device)[:, None]
-        return _sample(logits_BV / config.temperature, config.top_p, draws_B1)
+    def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The next token [B] of each row: the likeliest, or one drawn from its nucleus."""
+        tokens_B = logits_BV.argmax(-1)
+        drawn = [place for place, row in enumerate(self.alive) if self._requests[row].temperature]
+        if drawn:
+            rows = [self.alive[place] for place in drawn]
+            places = torch.tensor(drawn, device=logits_BV.device)
+            tokens_B[places] = _sample(
+                logits_BV[places] / self._column([self._requests[row].temperature for row in rows]),
+                self._column([self._requests[row].top_p for row in rows]),
+                self._column([torch.rand((), generator=self._chance[r]).item() for r in rows]),
+            )
+        return tokens_B
+
+    def _column(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=self._pads_B1.device)[:, None]
 
     def finish(self, stopped_B: torch.Tensor) -> None:
         """Note which rows have said their stop token."""
@@ -198,17 +198,13 @@ class _Rows:
         return chosen
 
 
-def seed_of(seed: int, problem: str, sample: int) -> int:
-    """A seed of its own for each answer, so that resuming and batching change no answer."""
-    digest = hashlib.sha256(f"{seed}\0{problem}\0{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _sample(logits_BV: torch.Tensor, top_p: float, draws_B1: torch.Tensor) -> torch.Tensor:
+def _sample(
+    logits_BV: torch.Tensor, top_p_B1: torch.Tensor, draws_B1: torch.Tensor
+) -> torch.Tensor:
     """Tokens [B]: the nucleus' cumulated probabilities inverted at `draws_B1` in [0, 1)."""
     probs_BV, order_BV = logits_BV.softmax(-1).sort(stable=True, dim=-1, descending=True)
     cumulated_BV = probs_BV.cumsum(-1)
-    outside_BV = cumulated_BV - probs_BV >= top_p
+    outside_BV = cumulated_BV - probs_BV >= top_p_B1
     mass_B1 = probs_BV.masked_fill(outside_BV, 0).sum(-1, keepdim=True)
     kept_B1 = (~outside_BV).sum(-1, keepdim=True)
     place_B1 = torch.searchsorted(cumulated_BV, draws_B1 * mass_B1, right=True)
@@ -217,11 +213,7 @@ def _sample(logits_BV: torch.Tensor, top_p: float, draws_B1: torch.Tensor) -> to
 
 
 def _load(folder: Path, config: EvaluationConfig) -> Any:
-    if not (folder / "config.json").is_file():
-        raise EvaluationError(
-            f"{folder}: no config.json here; give --model a Hugging Face folder, "
-            "such as one that tools/to_hf.py wrote"
-        )
+    model_shape(folder)
     import transformers
 
     hugging_face: Any = transformers
@@ -244,10 +236,3 @@ def _load(folder: Path, config: EvaluationConfig) -> Any:
             f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; export it again"
         )
     return model
-
-
-def _eos_ids(model: Any) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)

@@ -1,0 +1,118 @@
+"""Two evaluations of the same problems in, how far apart they are out.
+
+verdicts.jsonl of A and of B -> Comparison (paired counts, the problems that flipped)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcore_sft.evaluation.answers import read_rows
+from mcore_sft.evaluation.errors import EvaluationError
+from mcore_sft.evaluation.run import FORMAT, REPORT, VERDICTS
+from mcore_sft.evaluation.statistics import Paired
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one evaluation left in its folder."""
+
+    folder: Path
+    report: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    @property
+    def greedy(self) -> dict[str, Row]:
+        """The greedy answer of each problem."""
+        return {row["id"]: row for row in self.rows if row["sample"] == 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A and B on the same problems, by their greedy answers."""
+
+    benchmark: str
+    paired: Paired
+    lost: tuple[tuple[Row, Row], ...]
+    """Answers (of A, of B) to problems that A alone had right."""
+    won: tuple[tuple[Row, Row], ...]
+    """Answers (of A, of B) to problems that B alone had right."""
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report.json of an evaluation."""
+    path = folder / REPORT
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        form = content.get("format")
+    except (OSError, ValueError):
+        raise EvaluationError(
+            f"{folder}: no {REPORT} that can be read; give a folder that tools/evaluate.py wrote"
+        ) from None
+    if form != FORMAT:
+        raise EvaluationError(
+            f"{path}: its format is {form}, expected {FORMAT}; evaluate again with this version: "
+            "what is answered is not asked again"
+        )
+    return content
+
+
+def read(folder: Path) -> Result:
+    """The evaluation in `folder`."""
+    report = read_report(folder)
+    return Result(folder=folder, report=report, rows=read_rows(folder / VERDICTS))
+
+
+def compare(a: Result, b: Result) -> Comparison:
+    """Pair the answers of two runs; raises `EvaluationError` where they were asked other things."""
+    _check(a, b)
+    left, right = a.greedy, b.greedy
+    pairs = [(left[name], right[name]) for name in left]
+    kinds: dict[tuple[bool, bool], list[tuple[Row, Row]]] = {}
+    for pair in pairs:
+        kinds.setdefault((_right(pair[0]), _right(pair[1])), []).append(pair)
+    lost, won = kinds.get((True, False), []), kinds.get((False, True), [])
+    return Comparison(
+        benchmark=a.report["benchmark"]["name"],
+        paired=Paired(
+            both=len(kinds.get((True, True), [])),
+            only_a=len(lost),
+            only_b=len(won),
+            neither=len(kinds.get((False, False), [])),
+        ),
+        lost=tuple(lost),
+        won=tuple(won),
+    )
+
+
+def _check(a: Result, b: Result) -> None:
+    for result in (a, b):
+        if not result.greedy:
+            raise EvaluationError(
+                f"{result.folder}: it has no greedy answers, which are what is compared; evaluate "
+                "with evaluation.greedy=true"
+            )
+    asked = [
+        {name: (row["problem"], row["expected_answer"]) for name, row in result.greedy.items()}
+        for result in (a, b)
+    ]
+    if asked[0] != asked[1]:
+        other = [name for name in asked[0] | asked[1] if asked[0].get(name) != asked[1].get(name)]
+        raise EvaluationError(
+            f"{a.folder} and {b.folder} were not asked the same: {len(other)} problems differ, "
+            f"{other[0]} first; evaluate both on one benchmark, with one --limit"
+        )
+    policies = [result.report["evaluation"]["policy"] for result in (a, b)]
+    if policies[0] != policies[1]:
+        raise EvaluationError(
+            f"{a.folder} was graded by policy {policies[0]}, {b.folder} by {policies[1]}; evaluate "
+            "one again with the other's evaluation.policy: what is answered is not asked again"
+        )
+
+
+def _right(row: Row) -> bool:
+    return bool(row["verdict"] == "equal")

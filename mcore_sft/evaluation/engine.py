@@ -1,0 +1,181 @@
+"""What a run and an engine say to each other: prompts as token ids in, answers out.
+
+    Requests  ->  Engine.check  ->  Engine.generate  ->  Completions, as they are done
+
+Three engines answer to this: `transformers_engine`, `vllm_engine` and `server_engine`. All get the
+same ids, never text, and stop at the same tokens, so that greedy answers in fp32 are the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from mcore_sft.config import EvaluationConfig
+from mcore_sft.evaluation.errors import EvaluationError
+
+FinishReason = Literal["stop", "length"]
+Decode = Callable[[Sequence[int]], str]
+"""Ids to text, without special tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to answer; `seed` decides a sampled answer, in whatever batch it falls."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of a sampled answer, in (0, 1]."""
+    seed: int = 0
+    """Below 2**63."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the model wrote: all its tokens, the stop token included, and its text without special
+    tokens. A server that tells no token ids leaves `tokens` empty."""
+
+    index: int
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """Something that answers prompts; leaving its context frees all that it holds."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """`EvaluationError` for what cannot be answered, before any time is spent."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Answer all `requests`, in any order; each list is what has been done since the last."""
+
+    def describe(self) -> dict[str, str]:
+        """The engine and its versions, for the report."""
+
+
+def open_engine(
+    config: EvaluationConfig,
+    folder: Path,
+    *,
+    stop_ids: Collection[int],
+    decode: Decode,
+    log: Path | None = None,
+) -> Engine:
+    """The engine that `config.engine` names, for the Hugging Face folder `folder`.
+
+    Answers end at one of `stop_ids` or at one of the folder's own EOS tokens. `log` is where vLLM
+    logs; without it, a temporary file that is kept where vLLM fails. Raises `EvaluationError` where
+    the engine is not there.
+    """
+    stop_ids = frozenset(stop_ids) | eos_ids(folder)
+    # Imported late: torch and transformers take seconds, and two of the engines need neither.
+    if config.engine == "vllm":
+        from mcore_sft.evaluation.vllm_engine import VllmEngine
+
+        return VllmEngine(folder, config, stop_ids=stop_ids, decode=decode, log=log)
+    if config.engine == "server":
+        from mcore_sft.evaluation.server_engine import ServerEngine
+
+        return ServerEngine(folder, config, stop_ids=stop_ids, decode=decode)
+    from mcore_sft.evaluation.transformers_engine import TransformersEngine
+
+    return TransformersEngine(folder, config, stop_ids=stop_ids, decode=decode)
+
+
+def seed_of(seed: int, problem: str, sample: int) -> int:
+    """A seed of its own for each answer, so that resuming and batching change no answer."""
+    digest = hashlib.sha256(f"{seed}\0{problem}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def eos_ids(folder: Path) -> frozenset[int]:
+    """The EOS tokens of a folder, which generation_config.json decides where it is there."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            eos = _json(folder / name).get("eos_token_id")
+            return frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+    return frozenset()
+
+
+def model_shape(folder: Path) -> Mapping[str, Any]:
+    """The content of the folder's config.json; `EvaluationError` if there is none."""
+    if not (folder / "config.json").is_file():
+        raise EvaluationError(
+            f"{folder}: no config.json here; give --model a Hugging Face folder, "
+            "such as one that tools/to_hf.py wrote"
+        )
+    return _json(folder / "config.json")
+
+
+def check_fits(
+    requests: Sequence[Request],
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    limits: Mapping[str, int | None],
+    rows: int | None,
+) -> None:
+    """Refuse prompts that are too long for one of `limits`, each by its name, or whose ids are not
+    among the `rows` of the model's embedding."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
+    for name, limit in limits.items():
+        if limit is not None and longest + max_new_tokens > limit:
+            fits = limit - longest
+            mend = (
+                f"set evaluation.max_new_tokens to {fits} or less"
+                if fits > 0
+                else "shorten the prompts or use a model of a longer context"
+            )
+            raise EvaluationError(
+                f"{folder}: the longest prompt has {longest} tokens, which with "
+                f"evaluation.max_new_tokens {max_new_tokens} makes {longest + max_new_tokens}, "
+                f"above {name} {limit}; {mend}"
+            )
+    largest = max((max(request.prompt_ids, default=0) for request in requests), default=0)
+    if rows is not None and largest >= rows:
+        raise EvaluationError(
+            f"{folder}: the tokenizer gives id {largest} but the model has {rows} "
+            "embeddings; give the tokenizer that belongs to the model"
+        )
+
+
+def completion(
+    index: int,
+    tokens: Sequence[int],
+    finish_reason: FinishReason,
+    *,
+    stop_ids: Collection[int],
+    decode: Decode,
+) -> Completion:
+    """The answer of these `tokens`, whose text ends before the stop token."""
+    stopped = bool(tokens) and tokens[-1] in stop_ids
+    return Completion(
+        index=index,
+        tokens=tuple(tokens),
+        text=decode(tokens[:-1] if stopped else tokens),
+        finish_reason=finish_reason,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({error}); export the model again") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,198 @@
+"""Processes that judge and may be killed: tasks in, verdicts out, each under a deadline that holds.
+
+A worker that overruns its deadline is killed, never joined; its successor is forked from a process
+that has already imported everything, so that a hostile answer costs its deadline and little more.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+import mcore_sft
+from mcore_sft.evaluation import worker
+from mcore_sft.evaluation.equivalence import Outcome, Verdict
+from mcore_sft.evaluation.errors import EvaluationError
+
+_START_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One task for a worker."""
+
+    task: worker.Task
+    gold: str
+    prediction: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a worker said of one job, or why it said nothing."""
+
+    verdict: Verdict
+    extracted: str | None = None
+
+
+class Pool:
+    """Up to `processes` workers, started when they are needed; `timeout` is seconds a job."""
+
+    def __init__(self, *, timeout: float, processes: int = 0) -> None:
+        self._timeout = timeout
+        self._size = processes or min(4, os.cpu_count() or 1)
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._workers:
+            process.end()
+        self._workers.clear()
+
+    def start(self) -> None:
+        """Start all workers now and wait until each is ready."""
+        self._grow(self._size)
+        while not all(process.idle for process in self._workers):
+            self._wait()
+            self._collect()
+
+    def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Done]]:
+        """Do all (number, job); yields (number, done) as they are decided."""
+        waiting = deque(jobs)
+        while waiting or any(process.busy for process in self._workers):
+            busy = sum(process.busy for process in self._workers)
+            self._grow(min(self._size, len(waiting) + busy))
+            for process in self._workers:
+                if waiting and process.idle:
+                    process.send(*waiting.popleft(), self._timeout)
+            self._wait()
+            yield from self._collect()
+
+    def _grow(self, size: int) -> None:
+        while len(self._workers) < size:
+            self._workers.append(_Worker())
+
+    def _collect(self) -> list[tuple[int, Done]]:
+        return [done for process in self._workers for done in process.collect()]
+
+    def _wait(self) -> None:
+        """Sleep until a worker has something to say or the next deadline is over."""
+        with selectors.DefaultSelector() as selector:
+            for process in self._workers:
+                selector.register(process.output, selectors.EVENT_READ)
+            deadline = min(process.deadline for process in self._workers)
+            selector.select(max(0.0, deadline - time.monotonic()))
+
+
+class _Worker:
+    """One process of `worker` and its present fork, seen from outside: starting, idle or busy."""
+
+    def __init__(self) -> None:
+        package = str(Path(mcore_sft.__file__).parent.parent)
+        inherited = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
+        environment = {name: os.environ[name] for name in inherited if name in os.environ}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", worker.__name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**environment, "PYTHONPATH": package, "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._received = b""
+        self._number: int | None = None
+        self._fork: int | None = None
+        self.deadline = time.monotonic() + _START_SECONDS
+
+    @property
+    def output(self) -> int:
+        """File descriptor of what the worker says."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is being done."""
+        return self._number is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether a job can be sent."""
+        return self._fork is not None and not self.busy
+
+    def send(self, number: int, job: Job, timeout: float) -> None:
+        """Start one job, which is to end within `timeout` seconds."""
+        assert self._process.stdin is not None
+        self._number = number
+        self.deadline = time.monotonic() + timeout
+        line = json.dumps([job.task, job.gold, job.prediction, timeout]) + "\n"
+        with suppress(BrokenPipeError):  # its death is seen where its answers are read
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+    def collect(self) -> Iterator[tuple[int, Done]]:
+        """What has been decided by now, also when that is `timeout` or an early death."""
+        for line in self._lines():
+            outcome, rule, extracted = json.loads(line)
+            if outcome == worker.READY:
+                if self.busy:  # the fork that had the job died of it
+                    yield self._finish("unsafe", "worker_died")
+                self._fork, self.deadline = int(rule), float("inf")
+            elif self.busy:
+                yield self._finish(outcome, rule, extracted)
+        if self._process.poll() is not None:
+            self._failed()
+        if time.monotonic() >= self.deadline:
+            if self._fork is None:
+                self._failed()
+            with suppress(ProcessLookupError):
+                os.kill(self._fork, signal.SIGKILL)
+            yield self._finish("timeout", "deadline")
+            self._fork, self.deadline = None, time.monotonic() + _START_SECONDS
+
+    def end(self) -> None:
+        """End the process and its fork, whatever they are doing."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def _finish(
+        self, outcome: Outcome, rule: str, extracted: str | None = None
+    ) -> tuple[int, Done]:
+        assert self._number is not None
+        number, self._number, self.deadline = self._number, None, float("inf")
+        return number, Done(verdict=Verdict(outcome=outcome, rule=rule), extracted=extracted)
+
+    def _failed(self) -> NoReturn:
+        raise EvaluationError(
+            "a grading worker did not start; run "
+            f"`{sys.executable} -P -m {worker.__name__} < /dev/null` to see why"
+        )
+
+    def _lines(self) -> list[bytes]:
+        with suppress(BlockingIOError):
+            self._received += os.read(self.output, 65536)
+        *lines, self._received = self._received.split(b"\n")
+        return lines

@@ -1,0 +1,272 @@
+"""The engine for whole benchmarks: vLLM, as a process under the interpreter of its environment.
+
+    Requests  ->  JSON lines  ->  vllm_process.py  ->  JSON lines  ->  Completions
+
+vLLM pins its own torch, so it is never imported here. The process loads the model when the first
+request comes and serves until the engine is closed; it ends with this process in any case.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from mcore_sft.config import EvaluationConfig
+from mcore_sft.evaluation.engine import (
+    Completion,
+    Decode,
+    Request,
+    check_fits,
+    completion,
+    model_shape,
+)
+from mcore_sft.evaluation.errors import EvaluationError
+
+_SCRIPT = Path(__file__).with_name("vllm_process.py")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# What the environment says already stays. On a CPU vLLM would take nine tenths of all memory for
+# keys and values (here GiB), want a NUMA node for each tensor-parallel rank, and spin where it
+# waits; on a GPU the first three decide nothing.
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "passive",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "NO_COLOR": "1",
+}
+_MEND = (
+    "name the Python of an environment that holds vLLM (evaluation.vllm.python=PATH); "
+    "`make vllm-cpu` makes one for CPUs, .venv-vllm/bin/python"
+)
+_END_SECONDS = 20.0
+_FOLLOWERS_SECONDS = 2.0
+_LAST_LINES = 20
+
+
+class VllmEngine:
+    """A Hugging Face folder that vLLM answers for."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: EvaluationConfig,
+        *,
+        stop_ids: Collection[int],
+        decode: Decode,
+        log: Path | None = None,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._stop_ids = stop_ids
+        self._decode = decode
+        self._log = log
+        self._shape = model_shape(folder)
+        self._python, self._versions = _interpreter(config.vllm.python)
+        self._process: _Process | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse prompts that the model cannot take, before vLLM is started."""
+        check_fits(
+            requests,
+            self._folder,
+            max_new_tokens=self._config.max_new_tokens,
+            limits={
+                "the model's max_position_embeddings": self._shape.get("max_position_embeddings"),
+                "evaluation.vllm.max_model_len": self._config.vllm.max_model_len,
+            },
+            rows=self._shape.get("vocab_size"),
+        )
+
+    def describe(self) -> dict[str, str]:
+        """Versions in vLLM's environment."""
+        return {"engine": "vllm", **self._versions}
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Answer all `requests`; what vLLM finishes in one step comes together."""
+        self.check(requests)
+        if not requests:
+            return
+        process = self._started(max(len(request.prompt_ids) for request in requests))
+        waiting = len(requests)
+        try:
+            process.ask(requests)
+            while waiting:
+                done = [self._completion(*answer) for answer in process.answers()]
+                waiting -= len(done)
+                yield done
+        finally:
+            if waiting:  # what is still being answered would be taken for the next call's
+                self._close()
+
+    def _started(self, longest: int) -> "_Process":
+        """The process, with room for prompts of `longest` tokens."""
+        room = self._config.vllm.max_model_len or longest + self._config.max_new_tokens
+        if self._process is not None and self._process.room < room:
+            self._close()
+        if self._process is None:
+            settings = {
+                "model": str(self._folder.absolute()),
+                "dtype": _DTYPES[self._config.precision],
+                "tensor_parallel_size": self._config.vllm.tensor_parallel,
+                "gpu_memory_utilization": self._config.vllm.gpu_memory_utilization,
+                "max_model_len": room,
+                "max_tokens": self._config.max_new_tokens,
+                "stop_ids": sorted(self._stop_ids),
+            }
+            self._process = _Process(self._python, settings, self._log)
+            print(
+                f"vllm {self._versions['vllm']} loads {self._folder}; "
+                f"its log is {self._process.log}",
+                file=sys.stderr,
+            )
+        return self._process
+
+    def _completion(self, index: int, tokens: list[int], reason: str) -> Completion:
+        if reason not in ("stop", "length"):
+            raise EvaluationError(
+                f"vllm ended an answer with {reason!r}, expected 'stop' or 'length'; "
+                f"see its log: {self._process.log if self._process else ''}"
+            )
+        return completion(
+            index,
+            tokens,
+            "stop" if reason == "stop" else "length",
+            stop_ids=self._stop_ids,
+            decode=self._decode,
+        )
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.end()
+
+
+class _Process:
+    """One run of vllm_process.py, the first of a process group of its own."""
+
+    def __init__(self, python: Path, settings: Mapping[str, Any], log: Path | None) -> None:
+        self.room: int = settings["max_model_len"]
+        self._keep_log = log is not None
+        if log is None:
+            handle, name = tempfile.mkstemp(prefix="mcore_sft_vllm_", suffix=".log")
+            os.close(handle)
+            log = Path(name)
+        self.log = log
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                _command(python),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=_ENVIRONMENT | os.environ,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is this process's to handle
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+        self._say([settings])
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        """Send `requests`, all at once: the process reads them while it loads and answers."""
+        self._say([[r.index, r.prompt_ids, r.temperature, r.top_p, r.seed] for r in requests])
+
+    def answers(self) -> list[Any]:
+        """The next [index, tokens, finish reason] that are done; waits for one at least."""
+        line = self._out.readline()
+        if not line.endswith("\n"):
+            self._fail()
+        answers: list[Any] = json.loads(line)
+        return answers
+
+    def end(self) -> None:
+        """End the process and all that it has started."""
+        with suppress(BrokenPipeError):
+            self._in.close()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)
+                self._wait_for_followers()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._out.close()
+        if not self._keep_log:
+            self.log.unlink(missing_ok=True)
+
+    def _wait_for_followers(self) -> None:
+        """Leave what the process has started a moment to free shared memory."""
+        end = time.monotonic() + _FOLLOWERS_SECONDS
+        with suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.02)
+
+    def _say(self, what: Sequence[Any]) -> None:
+        try:
+            self._in.writelines(json.dumps(one) + "\n" for one in what)
+            self._in.flush()
+        except BrokenPipeError:
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        self._keep_log = True
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        code = self._process.returncode
+        how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise EvaluationError(
+            f"vllm ended early ({how}); its log is {self.log}, which ends:\n"
+            + "\n".join(lines[-_LAST_LINES:])
+        )
+
+
+def _interpreter(python: Path | None) -> tuple[Path, dict[str, str]]:
+    """The interpreter with vLLM, and the versions that it has."""
+    if python is None:
+        raise EvaluationError(f"evaluation.engine is vllm, but not whose Python runs it; {_MEND}")
+    try:
+        # not resolved: where a link lies is what tells Python its environment
+        run = subprocess.run(
+            [*_command(python), "--versions"], capture_output=True, encoding="utf-8"
+        )
+    except OSError as error:
+        raise EvaluationError(
+            f"evaluation.vllm.python {python}: {error.strerror or error}; {_MEND}"
+        ) from None
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        raise EvaluationError(f"evaluation.vllm.python {python}: {reason}; {_MEND}")
+    versions: dict[str, str] = json.loads(run.stdout)
+    if "vllm" not in versions:
+        raise EvaluationError(f"evaluation.vllm.python {python}: has no vLLM; {_MEND}")
+    return python, versions
+
+
+def _command(python: Path) -> list[str]:
+    """Isolated, so that neither PYTHONPATH nor the folder of the script hides a module of vLLM's
+    environment."""
+    return [str(python.absolute()), "-I", str(_SCRIPT)]

@@ -1,0 +1,36 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(file: Path, *rows: dict[str, object]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_agreement_extraction_and_speed_are_told(tmp_path: Path) -> None:
+    pair = {"gold": "52_8", "prediction": "52_7", "expected_equal": False, "tag": "core"}
+    debatable = {"gold": "1", "prediction": "1.0001", "expected_equal": True, "tag": "convention"}
+    for name in ("real_pairs_adjudicated", "equivalence_cases"):
+        write(tmp_path / f"grading/{name}.jsonl", pair, debatable)
+    for name in ("metamorphic_cases", "gsm8k_pairs_labelled"):
+        write(tmp_path / f"grading/{name}.jsonl", pair)
+    write(
+        tmp_path / "grading/extraction_cases.jsonl",
+        {"response": r"\boxed{5}", "expected": "5", "form": "raw", "mode": "boxed"},
+        {"response": r"\boxed{5}", "expected": "6", "form": "raw", "mode": "boxed"},
+        {"response": r"\boxed{5}", "expected": "6", "form": "normalized", "mode": "boxed"},
+    )
+    write(tmp_path / "outputs/model.jsonl", {"gold": "m+2", "response": r"\boxed{2+m}"})
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, ROOT / "benchmarks/grading.py", "--data", tmp_path, "--quick"]
+    subprocess.run([*command, "--json", figures], check=True, cwd=ROOT, timeout=300)
+    told = json.loads(figures.read_text())
+    rows = [(row["grader"], row["rows"], row["false_positives"]) for row in told["agreement"]]
+    # math-verify does not heed the base of a numeral
+    assert rows == [("ours", 1, 0), ("math-verify", 1, 1)] * 4
+    assert told["extraction"] == {"rows": 2, "right": 1}
+    assert [row["responses"] for row in told["speed"]] == [1, 1]

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_sft.evaluation.comparison import Result, compare, read_report
+from mcore_sft.evaluation.errors import EvaluationError
+
+
+def row(name: str, right: bool, **more: Any) -> dict[str, Any]:
+    return {
+        "id": name, "sample": 0, "problem": f"What is {name}?", "expected_answer": "5",
+        "verdict": "equal" if right else "different", **more,
+    }  # fmt: skip
+
+
+def result(*rows: dict[str, Any], policy: str = "last_box") -> Result:
+    report = {"benchmark": {"name": "mine"}, "evaluation": {"policy": policy}}
+    return Result(folder=Path("run"), report=report, rows=rows)
+
+
+def test_greedy_answers_are_paired_by_problem() -> None:
+    a = result(row("p", True), row("q", True), row("r", False), row("r", True, sample=1))
+    b = result(row("r", True), row("q", False), row("p", True), row("r", False, sample=1))
+    made = compare(a, b)
+    assert (made.paired.both, made.paired.only_a, made.paired.only_b) == (1, 1, 1)
+    assert made.paired.neither == 0
+    assert [left["id"] for left, _ in made.lost] == ["q"]
+    assert [right["id"] for _, right in made.won] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (result(row("q", True)), "not asked the same: 2 problems differ, p first"),
+        (result(row("p", True, problem="?")), "not asked the same: 1 problems differ, p first"),
+        (result(row("p", True, expected_answer="6")), "1 problems differ"),
+        (result(row("p", True, sample=1)), "it has no greedy answers"),
+        (result(row("p", True), policy="nemo_rl"), "by policy last_box, run by nemo_rl"),
+    ],
+)
+def test_other_problems_are_not_compared(other: Result, said: str) -> None:
+    with pytest.raises(EvaluationError) as error:
+        compare(result(row("p", True)), other)
+    assert said in str(error.value)
+
+
+def test_reports_of_another_format_are_named(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"no report\.json that can be read"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(EvaluationError, match="its format is 1, expected 2; evaluate again"):
+        read_report(tmp_path)

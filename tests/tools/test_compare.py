@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import compare
+import pytest
+
+from mcore_sft.evaluation.errors import EvaluationError
+from tests.tools.runs import write_run
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["compare.py", *map(str, arguments)])
+    compare.main()
+
+
+def test_flipped_problems_are_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(tmp_path / "a", [True] * 5 + [False] * 5)
+    b = write_run(tmp_path / "b", [True] * 4 + [False] + [True] * 3 + [False] * 2)
+    call(monkeypatch, a, b, "--html", tmp_path / "b.html", "--show", 2)
+    printed = capsys.readouterr().out
+    assert "mine, 10 problems" in printed
+    table = [line.split() for line in printed.splitlines()]
+    assert ["4", "1", "3", "2"] in table
+    # 2 * (1 + 4) / 16
+    assert "B less A: +20.00 points" in printed
+    assert "p = 0.625" in printed
+    assert ["p4", "5", "5", "(no_box)"] in table
+    assert "B alone was right: 3" in printed
+    assert ["p6", "5", "(no_box)", "5"] in table
+    assert "and 1 more: --show 3" in printed
+    assert (tmp_path / "b.html").read_text().startswith("<!doctype html>")
+
+
+def test_other_problems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write_run(tmp_path / "a", [True] * 2), write_run(tmp_path / "b", [True] * 3)
+    with pytest.raises(EvaluationError, match="not asked the same: 1 problems differ, p2 first"):
+        call(monkeypatch, a, b)

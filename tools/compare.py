@@ -1,0 +1,89 @@
+"""Two evaluations of the same problems side by side: is one better, and where.
+
+python tools/compare.py results/A/evaluation/math results/B/evaluation/math [--html FILE]
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mcore_sft import command
+from mcore_sft.evaluation import comparison
+from mcore_sft.evaluation.answers import write_text
+from mcore_sft.evaluation.comparison import Comparison, Row
+from mcore_sft.evaluation.report import interval_line
+from mcore_sft.evaluation.report_page import page
+from mcore_sft.evaluation.summary import share
+
+
+def main() -> None:
+    """Compare the folders of the command line."""
+    arguments = _arguments()
+    a, b = comparison.read(arguments.a), comparison.read(arguments.b)
+    found = comparison.compare(a, b)
+    console = Console(highlight=False)
+    console.print(f"{found.benchmark}, {found.paired.total} problems")
+    for name, result in (("A", a), ("B", b)):
+        line = interval_line(f"{name} symbolic_correct", share([*result.greedy.values()]))
+        console.print(f"{line[:-1]}  {result.folder}", markup=False, soft_wrap=True)
+    _print_pairs(console, found)
+    for title, pairs in (("A alone was right", found.lost), ("B alone was right", found.won)):
+        _print_flipped(console, title, pairs, arguments.show)
+    if arguments.html:
+        write_text(arguments.html, page(b.report, b.rows, a.rows))
+        print(f"B's report, with what flipped against A, is in {arguments.html}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="folder that tools/evaluate.py wrote")
+    parser.add_argument("b", type=Path, metavar="B", help="another, of the same problems")
+    parser.add_argument("--show", type=int, default=20, metavar="N", help="flipped problems listed")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="B's report, flips marked")
+    return parser.parse_args()
+
+
+def _print_pairs(console: Console, found: Comparison) -> None:
+    paired = found.paired
+    table = Table(box=SIMPLE)
+    for column in ("both right", "only A", "only B", "neither"):
+        table.add_column(column, justify="right")
+    table.add_row(*map(str, (paired.both, paired.only_a, paired.only_b, paired.neither)))
+    console.print(table)
+    low, high = paired.interval
+    console.print(
+        f"B less A: {paired.difference:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; "
+        f"McNemar's exact p = {paired.p_value:.3g}",
+        soft_wrap=True,
+    )
+
+
+def _print_flipped(
+    console: Console, title: str, pairs: Sequence[tuple[Row, Row]], limit: int
+) -> None:
+    if not pairs:
+        return
+    table = Table(box=SIMPLE, title=f"{title}: {len(pairs)}", title_justify="left")
+    for column in ("problem", "right answer", "A", "B"):
+        table.add_column(column, overflow="fold")
+    for left, right in pairs[:limit]:
+        cells = (left["id"], left["expected_answer"], _said(left), _said(right))
+        table.add_row(*map(escape, cells))
+    console.print(table)
+    if len(pairs) > limit:
+        console.print(f"and {len(pairs) - limit} more: --show {len(pairs)}, or --html FILE")
+
+
+def _said(row: Row) -> str:
+    return str(row["extracted"] if row["extracted"] is not None else f"({row['rule']})")
+
+
+if __name__ == "__main__":
+    command.run(main)
