@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -38,16 +39,23 @@ def experiment(arguments: argparse.Namespace) -> RunConfig:
     return loaded
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, which ends a command as Ctrl-C does: what is unfinished is cleaned away."""
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command; an error meant for the user is one sentence on stderr and exit code 2.
 
     Every error meant for the user is a `UserError`; anything else is a defect of ours and keeps
-    its traceback.
+    its traceback. Ctrl-C is exit code 130, SIGTERM 143.
     """
     # Libraries warn about each other at import (no Apex, renamed functions): nothing that a user of
     # these commands could act on. What is asked for and absent is an error of our own.
     for library in ("megatron", "torch"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
+    before = signal.getsignal(signal.SIGTERM)
+    if "RANK" not in os.environ:  # torchrun ends ranks that hang where no handler of ours would run
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except UserError as error:
@@ -57,7 +65,17 @@ def run(main: Callable[[], None]) -> NoReturn:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Terminated:
+        print("terminated", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # timeout(1) sends it twice, and cleaning must go on
+    raise Terminated

@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--export-jsonl",
         type=Path,
         metavar="FILE",
-        help="write data.train as NeMo-Skills' plain JSON lines (expected_answer, input, output)",
+        help="write data.train, without what data.holdout keeps for validation, as NeMo-Skills' "
+        "plain JSON lines (expected_answer, input, output)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset there")
     return parser

@@ -38,6 +38,11 @@ class SourceFile:
         stat = path.stat()
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
+    @property
+    def kind(self) -> str:
+        """The ending of its name in lower case, which says what it is read as."""
+        return self.path.suffix.lower()
+
     def require_unchanged(self) -> None:
         """`DataError` if the file is not what it was."""
         try:
@@ -69,10 +74,17 @@ class Block(ABC):
     size: int
     rows: int | None = None
 
-    def read(self, *, skip_bad: bool) -> Pairs | Chats | Tokens:
-        """Its rows. One that cannot be used is a `DataError`, or with `skip_bad` in `Rows.bad`."""
-        reader = RowReader(source=self.source, name=self.name, first=self.first, skip_bad=skip_bad)
-        return self._read(reader)
+    def read(self, *, skip_bad: bool, eos: int | None = None) -> Pairs | Chats | Tokens:
+        """Its rows. One that cannot be used is a `DataError`, or with `skip_bad` in `Rows.bad`.
+
+        `eos` is the tokenizer's end of a sequence, with which Megatron-Bridge pads; without it no
+        token is taken for padding.
+        """
+        return self._read(
+            RowReader(
+                source=self.source, name=self.name, first=self.first, skip_bad=skip_bad, eos=eos
+            )
+        )
 
     @abstractmethod
     def _read(self, reader: RowReader) -> Pairs | Chats | Tokens: ...
@@ -191,6 +203,9 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file.path) as opened:
             yield opened
         file.require_unchanged()
+    except DataError:
+        file.require_unchanged()
+        raise
     except (pa.ArrowException, OSError) as error:
         file.require_unchanged()
         raise DataError(
@@ -208,6 +223,9 @@ def open_arrow(
         with pa.memory_map(str(file.path)) as mapped:
             yield _batches(mapped, source, name, start)
         file.require_unchanged()
+    except DataError:
+        file.require_unchanged()
+        raise
     except (pa.ArrowException, OSError) as error:
         file.require_unchanged()
         raise DataError(
@@ -229,9 +247,16 @@ def _batches(mapped: Any, source: SourceConfig, name: str, start: int) -> Iterat
         for number in range(start, reader.num_record_batches):
             yield reader.get_batch(number)
     else:
+        end = mapped.tell()
         for number, batch in enumerate(reader):
+            end = mapped.tell()
             if number >= start:
                 yield batch
+        # Arrow takes the end of the file for that of the stream, also where messages are missing.
+        if mapped.tell() - end not in (4, 8):  # bytes of the marker, before Arrow 0.15 and since
+            raise pa.ArrowInvalid("it ends without the end-of-stream marker: it was cut short")
+        if left := mapped.size() - mapped.tell():
+            raise pa.ArrowInvalid(f"{left} bytes follow the end of its stream")
 
 
 def _first_line(error: Exception) -> str:

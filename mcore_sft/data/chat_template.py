@@ -12,6 +12,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mcore_sft.data.conversation import UnfitRow
 from mcore_sft.data.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -45,7 +46,7 @@ class ChatTemplate:
     def render(
         self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """Text of `messages`; `DataError` if the template refuses them."""
+        """Text of `messages`; `UnfitRow` if the template refuses them."""
         return self._render(messages, tools, add_generation_prompt, ("", ""))
 
     def render_marked(
@@ -87,7 +88,7 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # as the template may do
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
+            raise UnfitRow(
                 f"{self._where}: the chat template refuses messages of {roles}: {error}"
             ) from None
 

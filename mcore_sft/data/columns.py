@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,14 @@ class RowReader:
     """Makes rows of what a block holds. `first` is the number of its first line or row.
 
     A row that cannot be used is a `DataError`, or with `skip_bad` a sentence in `Rows.bad`.
+    `eos` is the token that Megatron-Bridge pads with.
     """
 
     source: SourceConfig
     name: str
     first: int
     skip_bad: bool
+    eos: int | None = None
 
     def lines(self, data: bytes) -> Pairs | Chats:
         """Lines of JSON, an object each; blank ones are none."""
@@ -69,7 +72,7 @@ class RowReader:
             if pairs is not None:
                 return pairs
         lines = enumerate(data.split(b"\n"), start=self.first)
-        return self._each(((n, line) for n, line in lines if line.strip()), _parse_line)
+        return self._each(((n, line) for n, line in lines if line.strip()), self._parse_line)
 
     def values(self, values: Sequence[Any]) -> Pairs | Chats:
         """Values of a JSON array."""
@@ -78,7 +81,7 @@ class RowReader:
     def table(self, table: pa.Table) -> Pairs | Chats | Tokens:
         """A table with the columns of `wanted_columns`."""
         if _is_packed(self.source, table.schema):
-            examples = read_bridge(table, name=self.name, first=self.first)
+            examples = read_bridge(table, name=self.name, first=self.first, eos=self.eos)
             return Tokens(name=self.name, numbers=self._numbers(len(table)), examples=examples)
         if self.source.messages is None and (pairs := self._pairs(table)) is not None:
             return pairs
@@ -89,6 +92,18 @@ class RowReader:
     def unread(self) -> Pairs | Chats:
         """A line that is too long to be looked at."""
         return self._each([(self.first, None)], _refuse_length)
+
+    def _parse_line(self, line: bytes) -> Mapping[str, Any]:
+        try:
+            return _parse_line(line)
+        except BadRow:
+            # Arrow alone reads some numbers, such as Inf, and any depth, in columns that are not
+            # read. A row that is good in a block of good rows is so among bad ones too.
+            if self.source.messages is None:
+                table = _parse_lines(line, _schema(self.source))
+                if table is not None and self._pairs(table) is not None:
+                    return dict(table.to_pylist()[0])
+            raise
 
     def _numbers(self, count: int) -> npt.NDArray[np.int64]:
         return np.arange(self.first, self.first + count, dtype=np.int64)
@@ -101,14 +116,15 @@ class RowReader:
             return None
         try:
             answers = _answers(table)
-        except (pa.ArrowInvalid, UnicodeError):
+            votes = _votes(table)
+        except (pa.ArrowInvalid, UnicodeError, BadRow):
             return None
         return Pairs(
             name=self.name,
             numbers=self._numbers(len(table)),
             problems=problems,
             solutions=solutions,
-            votes=_votes(table),
+            votes=votes,
             answers=answers,
         )
 
@@ -136,7 +152,18 @@ class RowReader:
 
 
 def wanted_columns(source: SourceConfig, schema: pa.Schema, name: str) -> list[str]:
-    """Columns of a table that are read; `DataError` if one that is needed is missing."""
+    """Columns of a table that are read; `DataError` if one is missing, or is there twice."""
+    wanted = _wanted(source, schema, name)
+    for column in wanted:
+        if (count := schema.names.count(column)) > 1:
+            raise DataError(
+                f"{name}:1: {count} columns are named {column!r}, expected one; write the table "
+                "again without the others"
+            )
+    return wanted
+
+
+def _wanted(source: SourceConfig, schema: pa.Schema, name: str) -> list[str]:
     if _is_packed(source, schema):
         return list(_PACKED)
     if source.messages is None:
@@ -256,14 +283,21 @@ def _has_blank(texts: pa.LargeStringArray, lengths: npt.NDArray[np.int64]) -> bo
 
 
 def _votes(table: pa.Table) -> npt.NDArray[np.float64] | None:
-    """Votes [N, 2], NaN where a row has none; None if no row has any."""
+    """Votes [N, 2], NaN where a row has none; None if none has; `BadRow` if one is no number."""
     columns = [table.column(name) for name in VOTES if name in table.column_names]
-    if len(columns) < len(VOTES) or any(column.null_count == len(table) for column in columns):
-        return None
-    if not all(pa.types.is_integer(c.type) or pa.types.is_floating(c.type) for c in columns):
-        return None
-    votes = [c.cast(pa.float64(), safe=False).to_numpy() for c in columns]
-    return _both_or_none(np.stack(votes, axis=1))
+    given = [column for column in columns if column.null_count < len(table)]
+    votes = [_numbers_of(column) for column in given]
+    return _both_or_none(np.stack(votes, axis=1)) if len(given) == len(VOTES) else None
+
+
+def _numbers_of(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if not any(is_one(column.type) for is_one in kinds):
+        raise BadRow(f"{column.type} is no number")
+    numbers: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()
+    if np.isinf(numbers).any():
+        raise BadRow("an infinity is no number of votes")
+    return numbers
 
 
 def _both_or_none(votes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
@@ -343,7 +377,7 @@ def _pair(row: Mapping[str, Any], source: SourceConfig) -> tuple[Any, ...]:
     """Problem, solution, two votes or NaN, expected answer or none."""
     problem = _text(row, source.problem, "problem")
     solution = _text(row, source.solution, "solution")
-    return problem, solution, *(_number(row.get(name)) for name in VOTES), _answer(row)
+    return problem, solution, *(_number_of_votes(row, name) for name in VOTES), _answer(row)
 
 
 def _make_pairs(picked: Sequence[tuple[Any, ...]], **rest: Any) -> Pairs:
@@ -398,12 +432,22 @@ def _size(text: str, column: str) -> int:
         ) from None
 
 
-def _number(value: Any) -> float:
-    """A number of votes; NaN if it is none."""
+def _number_of_votes(row: Mapping[str, Any], column: str) -> float:
+    """NaN where there is none, as pandas has it too."""
+    value = row.get(column)
+    if value is None:
+        return np.nan
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     try:
-        return float(value) if isinstance(value, int | float) else np.nan
+        number = float(value) if is_number else np.inf
     except OverflowError:
-        return np.inf
+        number = np.inf
+    if np.isinf(number):
+        raise BadRow(
+            f"column {column!r} holds {_shown(value)}, expected a number of votes; "
+            "mend or remove the row"
+        )
+    return number
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

@@ -7,12 +7,16 @@ text. An n-gram is n words in a row; a repeated one counts once. The kinds, stro
 
 exact       the same text
 normalized  the same text but for case and white space, wherever it stands
+contained   all of a benchmark problem of fewer than 8 words stands in the training problem
 8-gram      at least 0.9 of the benchmark problem's 8-grams are in the training problem
 13-gram     any 13-gram is in both
 
 Of few words, signs and operators are what tells problems apart ($\cos 150^\circ$ from
-$\cos(-150^\circ)$), and they are no words: a text of fewer than n words has no n-gram and is
-compared as a whole.
+$\cos(-150^\circ)$), and they are no words. So a benchmark problem too short for an 8-gram must be
+there as a whole, every word and sign of it in a row, at least 6 of them: `What is 2+2?` has 6, and
+a shorter one, such as `1+1`, is part of too many problems and is compared with whole ones alone.
+MATH's test set has 199 problems of fewer than 8 words; none stands in another problem of its own,
+of MATH's training set or of GSM8K's.
 
 Why 0.9: in MATH, test against train, 31 test problems find that much of themselves in one training
 problem, in 37 pairs. Seven of these ask the same question; the others change a number, a sign or
@@ -22,18 +26,25 @@ one template with other numbers; and each of those seven shares a 13-gram.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
 
-Kind = Literal["exact", "normalized", "8-gram", "13-gram"]
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.rows import Pairs
+from mcore_sft.data.sources import Survey
+
+Kind = Literal["exact", "normalized", "contained", "8-gram", "13-gram"]
 
 THRESHOLD = 0.9
 """Share of a benchmark problem's 8-grams that is a finding."""
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]")
+_WORD_OR_SIGN = re.compile(rf"[^\W{_CJK}]+|\S")
+_GRAM = 8
+_SHORTEST = 6  # words and signs of a problem that is looked for within others
 _ASCII = bytes(ord(chr(i).lower()) if i < 128 and _WORD.match(chr(i)) else 32 for i in range(256))
 
 
@@ -45,7 +56,34 @@ class Finding:
     benchmark_problem: str
     kind: Kind
     overlap: float
-    """Share of the benchmark problem's n-grams in the training problem; 1 where texts are equal."""
+    """Share of the benchmark problem's n-grams in the training problem; 1 where all of it is."""
+    where: str = ""
+    """The row that has the training problem first, as FILE:NUMBER; "" where nobody said."""
+    benchmark: str = ""
+    """The row of the benchmark, likewise."""
+
+
+def read_benchmarks(benchmarks: Iterable[Survey]) -> dict[str, str]:
+    """The distinct problems of benchmarks, and the row that each stands in, as FILE:NUMBER.
+
+    `DataError` names a row that cannot be used, or a benchmark that holds no problem.
+    """
+    places: dict[str, str] = {}
+    for surveyed in benchmarks:
+        count = 0
+        for block in surveyed.blocks():
+            rows = block.read(skip_bad=False)
+            if not isinstance(rows, Pairs):
+                raise DataError(f"{block.name}: it holds tokens, expected the texts of problems")
+            for index, problem in enumerate(rows.problems.to_pylist()):
+                places.setdefault(problem, rows.where(index))
+            count += len(rows)
+        if not count:
+            raise DataError(
+                f"benchmark {surveyed.source.path!r}: it holds no problem, so that nothing would "
+                "be compared with it; mend its path, or take it out of data.contamination.against"
+            )
+    return places
 
 
 class Contamination:
@@ -62,8 +100,19 @@ class Contamination:
         for index, problem in enumerate(self._problems):
             self._normalized[_normalize(problem)].append(index)
         words = [_words(problem) for problem in self._problems]
-        self._eights = _Grams(8, words)
+        self._eights = _Grams(_GRAM, words)
         self._thirteens = _Grams(13, words)
+        self._short = self._of_few_words(words)
+
+    def _of_few_words(self, words: Sequence[list[str]]) -> dict[str, dict[int, str]]:
+        """Problems of fewer than 8 words by the rarest of them: index, words and signs."""
+        common = Counter(word for own in words for word in set(own))
+        short: dict[str, dict[int, str]] = defaultdict(dict)
+        for index, own in enumerate(words):
+            spelt = _spelt(self._problems[index])
+            if 0 < len(own) < _GRAM and len(spelt.split()) >= _SHORTEST:
+                short[min(own, key=lambda word: common[word])][index] = spelt
+        return short
 
     def check(self, problems: Iterable[str]) -> list[Finding]:
         """Every overlapping pair, in the order of `problems`; a repeated problem counts once."""
@@ -89,10 +138,19 @@ class Contamination:
         yield "exact", {index: 1.0 for index in alike if self._problems[index] == problem}
         yield "normalized", dict.fromkeys(alike, 1.0)
         words = _words(problem)
+        yield "contained", self._contained(problem, words)
         eights = self._eights.shares(words)
         yield "8-gram", {i: share for i, share in eights.items() if share >= self._threshold}
         if eights:  # every 13-gram holds six 8-grams
             yield "13-gram", self._thirteens.shares(words)
+
+    def _contained(self, problem: str, words: list[str]) -> dict[int, float]:
+        """The short benchmark problems that are part of `problem`, sign by sign."""
+        if self._short.keys().isdisjoint(words):
+            return {}
+        spelt = _spelt(problem)
+        some = (self._short[word] for word in dict.fromkeys(words) if word in self._short)
+        return {i: 1.0 for candidates in some for i, own in candidates.items() if own in spelt}
 
 
 class _Grams:
@@ -137,6 +195,11 @@ def distinct(problems: Iterable[str], seen: set[bytes]) -> list[str]:
 
 def _normalize(text: str) -> str:
     return "".join(text.split()).casefold()
+
+
+def _spelt(text: str) -> str:
+    """Its words and signs with one space before, between and behind them."""
+    return f" {' '.join(_WORD_OR_SIGN.findall(text.casefold()))} "
 
 
 def _words(text: str) -> list[str]:

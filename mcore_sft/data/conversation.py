@@ -1,14 +1,22 @@
 """Who said what: the messages of a row, checked and in the one form that templates take."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from mcore_sft.data.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 """Who may speak."""
+
+# Keys of a message that say nothing by themselves stay without effect where no template asks.
+_KNOWN = ("role", "content", "tool_calls", "weight", "name", "id", "tool_call_id")
+
+
+class UnfitRow(DataError):
+    """What is wrong with one row, and not with the configuration: a run may leave such out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,40 +42,100 @@ class Conversation:
 
 
 def checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates take them; `DataError` says what is wrong with which.
+    """Messages as templates take them; `UnfitRow` says what is wrong with which.
 
     Keys without a value are left out, the text parts of a content are joined, and the arguments of
-    a tool call that are JSON text are read, as engines do before they render.
+    a tool call that are JSON text are read, as engines do before they render. Of the weights, those
+    stay that are 0: their answers are not trained.
     """
-    return [_message(number, message) for number, message in enumerate(messages, start=1)]
+    read = [_message(number, message) for number, message in enumerate(messages, start=1)]
+    answers = [message for message in read if message["role"] == "assistant"]
+    if answers and not any(map(is_trained, answers)):
+        raise UnfitRow("all its answers have weight 0, so that there is nothing to learn")
+    return read
+
+
+def is_trained(answer: Mapping[str, Any]) -> bool:
+    """Whether a checked message of an assistant is learned."""
+    return "weight" not in answer
+
+
+def unknown_keys(message: Mapping[str, Any]) -> list[str]:
+    """Keys of a message that say something in a way that only some template may know."""
+    return [key for key, value in message.items() if key not in _KNOWN and _says_something(value)]
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in `value`, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from chain(texts_in(key), texts_in(inner))
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from texts_in(inner)
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(_says_something, value.values()))
+    if isinstance(value, Sequence):
+        return any(map(_says_something, value))
+    return value is not None
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise DataError(
+        raise UnfitRow(
             f"message {number}: expected an object of role and content, "
             f"found {type(message).__name__}"
         )
     role = message.get("role")
+    if role is None and "from" in message and "value" in message:
+        raise UnfitRow(
+            f"message {number}: it has from and value, as ShareGPT has them, expected role and "
+            "content; write role: user for from: human, role: assistant for from: gpt, and "
+            "content for value"
+        )
     if role not in ROLES:
-        raise DataError(f"message {number}: role {role!r}, expected one of {', '.join(ROLES)}")
+        raise UnfitRow(f"message {number}: role {role!r}, expected one of {', '.join(ROLES)}")
     plain = {key: value for key, value in message.items() if value is not None}
+    if not _is_learned(number, role, plain.pop("weight", None)) and role == "assistant":
+        plain["weight"] = 0
     calls = plain.get("tool_calls") or []
     if calls:
         plain["tool_calls"] = [_call(number, call) for call in calls]
     else:
         plain.pop("tool_calls", None)
-    plain["content"] = _content(number, plain.get("content", "" if calls else None))
-    if role == "assistant" and not calls and not plain["content"].strip():
-        raise DataError(f"message {number}: the assistant says nothing; mend or remove the row")
+    otherwise = bool(calls or unknown_keys(plain))  # which the template is to know
+    plain["content"] = _content(number, plain.get("content", "" if otherwise else None))
+    if role == "assistant" and not otherwise and not plain["content"].strip():
+        raise UnfitRow(f"message {number}: the assistant says nothing; mend or remove the row")
     return plain
+
+
+def _is_learned(number: int, role: str, weight: Any) -> bool:
+    """What `weight` says, as OpenAI's files for fine-tuning have it."""
+    if weight is None:
+        return role == "assistant"
+    expected = (0, 1) if role == "assistant" else (0,)
+    if weight not in expected:
+        raise UnfitRow(
+            f"message {number}: weight {weight!r:.60} of the {role}, expected "
+            f"{' or '.join(map(str, expected))}; answers are trained wholly or not at all, and "
+            "nothing else is"
+        )
+    return bool(weight)
 
 
 def _content(number: int, content: Any) -> str:
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(_part(number, part) for part in content)
     if not isinstance(content, str):
-        raise DataError(
+        raise UnfitRow(
             f"message {number}: its content is {content!r:.60}, expected text or a list of text "
             "parts"
         )
@@ -77,7 +145,7 @@ def _content(number: int, content: Any) -> str:
 def _part(number: int, part: Any) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
     if not isinstance(text, str):
-        raise DataError(
+        raise UnfitRow(
             f"message {number}: its content holds {part!r:.60}, expected parts of type text; "
             "only text is trained on"
         )
@@ -87,13 +155,13 @@ def _part(number: int, part: Any) -> str:
 def _call(number: int, call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"message {number}: tool call {call!r:.60} has no name")
+        raise UnfitRow(f"message {number}: tool call {call!r:.60} has no name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise DataError(
+            raise UnfitRow(
                 f"message {number}: the arguments of the call of {function['name']} are neither "
                 "an object nor JSON"
             ) from None

@@ -59,6 +59,10 @@ class Sample:
 
     where: str
     text: str
+    same_as: str = ""
+    """Where the row stands that it repeats."""
+    tokens: Sequence[int] = ()
+    """What it says, where its text is not at hand."""
 
 
 @dataclass
@@ -87,7 +91,9 @@ class Encoded:
 
     numbers int64 [M]: line or row of each in file `name`; hashes uint64 [M, 2]: of all that makes
     two examples the same; problems uint64 [M]: of the problem.
-    rows: how many could be used, which `examples.rows` counts; size: bytes of the source.
+    read_hashes uint64 [rows, 2]: of all rows as they were before the filters, where those are
+    compared too, else [0, 2]. rows: how many could be used, which `examples.rows` counts; size:
+    bytes of the source.
     """
 
     source: int
@@ -95,6 +101,7 @@ class Encoded:
     examples: Examples
     numbers: npt.NDArray[np.int64]
     hashes: Hashes
+    read_hashes: Hashes
     problems: npt.NDArray[np.uint64]
     findings: Sequence[Finding]
     drops: Drops
@@ -126,8 +133,8 @@ class Recipe:
     sequence_length: int
     skip_bad: bool
     filters: FilterConfig
-    benchmark: Sequence[str]
-    """Problems that training must not hold."""
+    benchmark: Mapping[str, str]
+    """Problems that training must not hold, and where each stands (`read_benchmarks`)."""
     threshold: float
     """Share of a benchmark problem's 8-grams that makes a training problem the same."""
     remove: bool
@@ -154,15 +161,15 @@ class Encoder:
 
     def encode(self, block: Block, source: int = 0) -> Encoded:
         """Examples of all rows that are wanted and that a pack can hold; the rest is counted."""
-        read = block.read(skip_bad=self._recipe.skip_bad)
+        read = block.read(skip_bad=self._recipe.skip_bad, eos=self._tokenizer.eos_id)
         drops = Drops()
         bad = (Sample(f"{read.name}:{number}", said) for number, said in read.bad.items())
         drops.add(BAD, len(read.bad), bad)
         rows, origin = self._filtered(read, drops)
         findings = self._check(rows)
         if self._contaminated and self._recipe.remove:
-            problems = _problems(rows).to_pylist()
-            clean = np.array([problem not in self._contaminated for problem in problems], np.bool_)
+            asked = _asked(rows)
+            clean = np.array([self._contaminated.isdisjoint(said) for said in asked], np.bool_)
             drops.add(CONTAMINATED, int((~clean).sum()), _samples(rows, ~clean))
             rows, origin = rows.take(clean), origin[clean]
         examples = self._examples(rows, drops)
@@ -173,6 +180,7 @@ class Encoder:
             examples=replace(examples, rows=origin[examples.rows]),
             numbers=rows.numbers[examples.rows],
             hashes=hashes,
+            read_hashes=self._read_hashes(read),
             problems=problem_hashes,
             findings=findings,
             drops=drops,
@@ -211,11 +219,29 @@ class Encoder:
                 f"{rows.name}: tokens cannot be compared with benchmarks; give this source as "
                 "text, or leave data.contamination.against empty"
             )
-        problems = _problems(rows).to_pylist()
-        found = self._benchmark.check(distinct(problems, self._checked))
+        first: dict[str, int] = {}
+        for index, said in enumerate(_asked(rows)):
+            for text in said:
+                first.setdefault(text, index)
+        found = self._benchmark.check(distinct(first, self._checked))
         # A 13-gram alone is often a phrase that everybody uses: it is told of, and stays.
         self._contaminated.update(each.problem for each in found if each.kind != "13-gram")
-        return found
+        return [
+            replace(
+                each,
+                where=rows.where(first[each.problem]),
+                benchmark=self._recipe.benchmark[each.benchmark_problem],
+            )
+            for each in found
+        ]
+
+    def _read_hashes(self, rows: Rows) -> Hashes:
+        """Of the rows before the filters: what NeMo-Skills compares when it reads."""
+        filters = self._recipe.filters
+        wanted = filters.deduplicate and filters.order == "nemo_skills" and self._filters.active
+        if not wanted or not isinstance(rows, Pairs):
+            return np.zeros((0, 2), np.uint64)
+        return joined(text_hashes(rows.problems), text_hashes(rows.solutions))
 
     def _examples(self, rows: Any, drops: Drops) -> Examples:
         if self._recipe.as_json:
@@ -266,33 +292,40 @@ class Encoder:
         return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
 
 
-def _problems(rows: Pairs | Chats) -> pa.LargeStringArray:
-    """What each row asks; of a conversation, what its user says first."""
+def _asked(rows: Pairs | Chats) -> list[list[str]]:
+    """For each row what its user says: the problem, or every message of a conversation."""
     if isinstance(rows, Pairs):
-        return rows.problems
-    asked = (
-        next((str(m.get("content")) for m in messages if m.get("role") == "user"), "")
+        return [[problem] for problem in rows.problems.to_pylist()]
+    return [
+        [message["content"] for message in messages if message["role"] == "user"]
         for messages in rows.messages
-    )
-    return pa.array(asked, pa.large_string())
+    ]
 
 
 def _hashes(rows: Any, examples: Examples) -> tuple[Hashes, npt.NDArray[np.uint64]]:
     """Hashes of the examples and of their problems."""
     if isinstance(rows, Tokens):
-        offsets = running_sum(examples.lengths).tolist()
-        data = np.ascontiguousarray(examples.tokens).view(np.uint8).data
-        whole = hashes_of(data[4 * start : 4 * end] for start, end in pairwise(offsets))
-        return whole, whole[:, 0]
-    problems = text_hashes(_problems(rows))[examples.rows]
+        tokens = _stretch_hashes(examples.tokens, examples.lengths)
+        masks = _stretch_hashes(examples.spans.reshape(-1), 2 * examples.span_counts)
+        return joined(tokens, masks), tokens[:, 0]
     if isinstance(rows, Pairs):
+        problems = text_hashes(rows.problems)[examples.rows]
         rest = text_hashes(rows.solutions)[examples.rows]
     else:
+        first = [said[0] if said else "" for said in _asked(rows)]
+        problems = text_hashes(pa.array(first, pa.large_string()))[examples.rows]
         tools = rows.tools or [None] * len(rows)
         talks = zip(rows.messages, tools, strict=True)
         whole = hashes_of(json.dumps(talk, sort_keys=True).encode() for talk in talks)
         rest = whole[examples.rows]
     return joined(problems, rest), problems[:, 0]
+
+
+def _stretch_hashes(numbers: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> Hashes:
+    """128 bits of each stretch of `numbers`, which lie end to end."""
+    ends = running_sum(lengths).tolist()
+    data = np.ascontiguousarray(numbers).view(np.uint8).data
+    return hashes_of(data[4 * start : 4 * end] for start, end in pairwise(ends))
 
 
 def _json_lines(rows: Rows, prompt: Prompt) -> Examples:
@@ -318,9 +351,12 @@ def _json_lines(rows: Rows, prompt: Prompt) -> Examples:
 def _samples(rows: Rows, which: npt.NDArray[Any]) -> Iterator[Sample]:
     """The rows at `which` (a mask or indices) as they are shown, one by one."""
     for index in (np.flatnonzero(which) if which.dtype == np.bool_ else which).tolist():
-        text = rows.text(index)
-        short = text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
-        yield Sample(rows.where(index), short)
+        yield Sample(rows.where(index), excerpt(rows.text(index)))
+
+
+def excerpt(text: str) -> str:
+    """As much of a row's text as is shown."""
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
 
 
 def _number(value: float | None) -> float | None:

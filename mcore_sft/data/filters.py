@@ -204,7 +204,7 @@ def read_contaminated(file: Path) -> frozenset[str]:
 def _contamination(line: bytes, where: str) -> tuple[str, bool]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: the contamination file is not valid JSON: {error}") from None
     match row:
         case {"problem": str(problem), "contaminated": bool(contaminated)}:

@@ -63,10 +63,11 @@ def read_megatron(file: Path, mask: Path | Literal["all"], start: int, stop: int
 
 def is_bridge(schema: pa.Schema) -> bool:
     """Whether a table is a packed dataset of Megatron-Bridge."""
-    return all(name in schema.names and _is_list(schema.field(name).type) for name in _BRIDGE)
+    names = schema.names
+    return all(name in names and _is_list(schema.types[names.index(name)]) for name in _BRIDGE)
 
 
-def read_bridge(table: pa.Table, *, name: str, first: int) -> Examples:
+def read_bridge(table: pa.Table, *, name: str, first: int, eos: int | None) -> Examples:
     """The examples of the packs in a packed dataset of Megatron-Bridge, a pack in each row.
 
     input_ids holds the whole examples of a pack end to end, seq_start_id where each begins, from 0
@@ -77,7 +78,7 @@ def read_bridge(table: pa.Table, *, name: str, first: int) -> Examples:
 
     Examples made for context parallelism are padded with end-of-sequence tokens, and their
     loss_mask may be 1: in a batch Megatron-Bridge trains nothing that follows such a token. Hence
-    of a token repeated at the end of an example only the first stays.
+    of `eos` repeated at the end of an example only the first stays.
 
     `DataError` names the row as NAME:NUMBER, `first` being the number of the table's first row.
     """
@@ -101,7 +102,7 @@ def read_bridge(table: pa.Table, *, name: str, first: int) -> Examples:
         )
     lengths = ends - starts
     trained = np.append(False, mask[:-1] == 1)[: len(mask)]
-    kept = _without_padding(ids, lengths)
+    kept = _without_padding(ids, lengths, eos)
     lengths = np.diff(running_sum(kept)[running_sum(lengths)])
     return _examples(ids[kept], trained[kept], lengths, rows=rows)
 
@@ -186,9 +187,11 @@ class _Packs:
         return values, sizes
 
 
-def _without_padding(ids: Ids, lengths: Ids) -> Flags:
-    """All tokens [T] but those that only repeat the one before up to the end of their example."""
-    new = np.append(True, ids[1:] != ids[:-1])[: len(ids)]
+def _without_padding(ids: Ids, lengths: Ids, eos: int | None) -> Flags:
+    """All tokens [T] but each `eos` that repeats the one before it up to the end of an example."""
+    if eos is None:
+        return np.ones(len(ids), dtype=np.bool_)
+    new = np.append(True, (ids[1:] != eos) | (ids[:-1] != eos))[: len(ids)]
     ends = running_sum(lengths)[1:]
     new[ends[:-1]] = True
     runs = np.flatnonzero(new)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from rich.console import Console
 
 from mcore_sft.config import DataConfig, SourceConfig
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.blocks import Block
+from mcore_sft.data.blocks import Block, SourceFile, changed
+from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.encode import Recipe
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.progress import progress
@@ -20,12 +20,11 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.sources import (
     Survey,
     problems_alone,
-    read_problems,
     source_files,
     source_size,
     survey,
 )
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 
 _ELSEWHERE = {"packed", "root", "workers", "gigatoken"}
 """Keys of the data section that say where and how, and change no byte of the dataset."""
@@ -77,7 +76,7 @@ class Job:
                 "vocab_size": self.tokenizer.vocab_size,
                 "pad_id": self.tokenizer.pad_id,
             },
-            "contamination_file": self._contamination_checksum(),
+            "contamination_file": self._contamination and self._contamination[1],
         }
 
     @cached_property
@@ -104,6 +103,14 @@ class Job:
         """Bytes of all sources of `split`; 0 where that is not known."""
         return sum(surveyed.size for surveyed in self.surveys[split])
 
+    def require_unchanged(self) -> None:
+        """`DataError` if what the workers read of `settings` is no longer what it was."""
+        if self._contamination is not None:
+            self._contamination[0].require_unchanged()
+        path = self.tokenizer.path
+        if load_tokenizer(path, gigatoken=False).fingerprint != self.tokenizer.fingerprint:
+            raise changed(path)
+
     def recipe(self, split: str, *, as_json: bool = False) -> Recipe:
         """How the rows of `split` become examples; only training is compared with benchmarks."""
         config, filters = self.config, self.config.filters
@@ -117,20 +124,25 @@ class Job:
             sequence_length=config.sequence_length,
             skip_bad=config.on_bad_row == "skip",
             filters=filters,
-            benchmark=self._benchmark() if split == "train" else (),
+            benchmark=self._benchmark() if split == "train" else {},
             threshold=config.contamination.threshold,
             remove=config.contamination.remove,
             as_json=as_json,
         )
 
-    def _benchmark(self) -> tuple[str, ...]:
-        """The problems of all benchmarks that training must not hold."""
-        return tuple(dict.fromkeys(chain.from_iterable(map(read_problems, self.against))))
+    def _benchmark(self) -> dict[str, str]:
+        """The problems of all benchmarks that training must not hold, and where they stand."""
+        return read_benchmarks(self.against)
 
-    def _contamination_checksum(self) -> str | None:
-        file = self.config.filters.contamination_file
+    @cached_property
+    def _contamination(self) -> tuple[SourceFile, str] | None:
+        """The contamination file as it is now, and its checksum."""
+        named = self.config.filters.contamination_file
         try:
-            return None if file is None else manifests.sha256_of(self.config.root / file)
+            if named is None:
+                return None
+            file = SourceFile.of(self.config.root / named)
+            return file, manifests.sha256_of(file.path)
         except OSError as error:
             raise DataError(
                 f"{error.filename}: cannot be read ({error.strerror}); "

@@ -9,6 +9,7 @@ from typing import Any
 from mcore_sft.data.columns import MAX_ROW_BYTES
 from mcore_sft.data.errors import DataError
 
+_LARGEST = 2 * MAX_ROW_BYTES  # characters, which may be escaped
 _GAP = re.compile(r"[ \t\r\n]*")
 _AFTER = re.compile(r"[ \t\r\n]*[,\]]")
 
@@ -26,7 +27,7 @@ class JsonArray:
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
-        self._number = 1
+        self._number, self._bytes, self._not_utf8 = 1, 0, ""
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         self._take("[")
@@ -50,15 +51,17 @@ class JsonArray:
     def _value(self) -> tuple[Any, int]:
         while True:
             self._next()
-            whole = self._ended or len(self._text) - self._at > 2 * MAX_ROW_BYTES
+            whole = self._ended or len(self._text) - self._at > _LARGEST
             try:
                 value, end = self._parse(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 if whole:
-                    raise self._broken(error) from None
+                    raise self._refused(error) from None
             else:
+                if (length := end - self._at) > _LARGEST:
+                    raise self._too_large()
                 if _AFTER.match(self._text, end) or whole:  # else it may go on: 1 before .5
-                    length, self._at = end - self._at, end
+                    self._at = end
                     return value, length
             self._more()
 
@@ -72,16 +75,38 @@ class JsonArray:
             self._more()
 
     def _more(self) -> None:
-        piece = self._read()
-        self._ended = not piece
-        try:
-            self._text = self._text[self._at :] + self._decode(piece, self._ended)
-        except UnicodeDecodeError as error:
+        """Read on. What is not UTF-8 is told of when all that comes before it has been taken."""
+        if self._not_utf8:
             raise DataError(
-                f"{self._name}:{self._number}: not UTF-8, at this value or later ({error.reason}: "
-                f"byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
-            ) from None
-        self._at = 0
+                f"{self._name}:{self._number}: not UTF-8 ({self._not_utf8}); mend or remove the "
+                "value, or save the file as UTF-8"
+            )
+        piece = self._read()
+        self._bytes += len(piece)
+        try:
+            more = self._decode(piece, not piece)
+            self._ended = not piece
+        except UnicodeDecodeError as error:
+            more = error.object[: error.start].decode()
+            at = self._bytes - len(error.object) + error.start
+            self._not_utf8 = f"byte {at + 1} of the text is 0x{error.object[error.start]:02x}"
+        self._text, self._at = self._text[self._at :] + more, 0
+
+    def _refused(self, error: Exception) -> DataError:
+        """The error for a text that is no value, by json's own verdict."""
+        if not isinstance(error, json.JSONDecodeError):
+            return self._broken(error)
+        # Where the text is cut, json names its end, or where a string or a short token begins.
+        cut = error.msg.startswith("Unterminated") or len(self._text) - error.pos < 10
+        if cut and not self._ended:
+            return self._too_large()
+        return self._broken(f"{error.msg}: character {error.pos - self._at + 1} of the value")
+
+    def _too_large(self) -> DataError:
+        return DataError(
+            f"{self._name}:{self._number}: a value of more than {_LARGEST // 1_000_000} MB, or "
+            "without an end; mend or remove it"
+        )
 
     def _broken(self, what: object) -> DataError:
         return DataError(

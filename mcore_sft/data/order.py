@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_sft.config import FilterConfig, HoldoutConfig
+from mcore_sft.data.duplicates import Hashes, Seen
 
 Ids = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 Order = npt.NDArray[np.int64]
@@ -36,6 +37,14 @@ def row_order(problems: Ids, config: FilterConfig) -> Order:
     _shuffle(order, c.random_seed)
     order = order[:num_samples]
     return np.sort(order) if c.order == "source" else order
+
+
+def distinct_rows(order: Order, hashes: Hashes) -> Order:
+    """Of `order` [M] the first of the rows alike in `hashes` [N, 2]; all of it without hashes.
+
+    NeMo-Skills compares once more when it writes what it has shuffled and sampled.
+    """
+    return order[Seen().new(hashes[order])] if len(hashes) else order
 
 
 def _grouped(problems: Ids) -> Order:

@@ -8,27 +8,36 @@ encoded blocks come from the shards' folders then, and all that follows is the s
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from mcore_sft.config import DataConfig, HoldoutConfig
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.encode import BAD, Drops, Encoded, encode_all
+from mcore_sft.data.encode import BAD, Drops, Encoded
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import token_type
 from mcore_sft.data.job import Job
-from mcore_sft.data.order import row_order
-from mcore_sft.data.place import holds_dataset, new_folder, written
+from mcore_sft.data.order import distinct_rows, held_out, row_order
+from mcore_sft.data.place import end_of_links, holds_dataset, new_folder, workspace
 from mcore_sft.data.progress import progress
 from mcore_sft.data.report import write_report
 from mcore_sft.data.shards import ShardWriter, finish_shard, merged, read_shard, shard_folder
-from mcore_sft.data.split import Collector, Split, SplitRules, packing_operator, write_splits
+from mcore_sft.data.split import (
+    Collector,
+    Origins,
+    Split,
+    SplitRules,
+    packing_operator,
+    write_splits,
+)
+from mcore_sft.data.workers import encode_all
 
 Result = TypeVar("Result")
 
@@ -42,14 +51,16 @@ def prepare(job: Job, folder: Path, *, overwrite: bool = False) -> dict[str, Any
     pack = packing_operator()  # found before anything is tokenized, or an error says how
     if holds_dataset(folder) and not overwrite:
         return _reuse(folder, job.inputs, job.console)
-    with new_folder(folder) as partial:
+    with new_folder(folder, overwrite=overwrite) as partial:
+        inputs = job.inputs  # before anything is tokenized, so that they are what is tokenized
         collectors = _by_one_tokenizer(
             job,
             lambda: {
                 split: _collect(job, split, _encode(job, split), partial) for split in job.sources
             },
         )
-        return _write(job, partial, collectors, job.inputs, pack)
+        job.require_unchanged()
+        return _write(job, partial, collectors, inputs, pack)
 
 
 def prepare_shard(
@@ -66,13 +77,15 @@ def prepare_shard(
             job.console.print(f"{shard}: this shard is there already; it is reused")
             return shard
         raise DataError(f"{shard}: a shard of other inputs lies here; replace it with --overwrite")
-    with new_folder(shard) as partial:
+    with new_folder(shard, overwrite=overwrite) as partial:
+        inputs = job.inputs
         _by_one_tokenizer(job, lambda: _write_shard(job, partial, index, count))
+        job.require_unchanged()
         finish_shard(
             partial,
             index=index,
             count=count,
-            inputs=job.inputs,
+            inputs=inputs,
             gigatoken=job.tokenizer.gigatoken,
         )
     return shard
@@ -86,7 +99,7 @@ def merge(job: Job, folder: Path, *, count: int, overwrite: bool = False) -> dic
     inputs = _agreed(job, shards, described)
     if holds_dataset(folder) and not overwrite:
         return _reuse(folder, inputs, job.console)
-    with new_folder(folder) as partial:
+    with new_folder(folder, overwrite=overwrite) as partial:
         collectors = {
             split: _collect(job, split, merged(shards, split), partial, verb="merging")
             for split in job.sources
@@ -97,37 +110,51 @@ def merge(job: Job, folder: Path, *, count: int, overwrite: bool = False) -> dic
 def export_json_lines(job: Job, file: Path, *, overwrite: bool = False) -> int:
     """Write the rows of `data.train` as NeMo-Skills does: expected_answer, input and output.
 
-    Returns how many. They are filtered, sampled and ordered as for training, but none is too long,
-    none is held out, and no weight repeats them. A file that is there is a `DataError` unless
-    `overwrite`.
+    Returns how many. They are filtered, sampled, ordered and held out as for training, but none is
+    too long, and no weight repeats them. A file that is there is a `DataError` unless `overwrite`.
     """
+    file = end_of_links(file)
+    _require_free(file, job, overwrite=overwrite)
+    with workspace(file) as partial:
+        blocks = _encode(job, "train", as_json=True)
+        collector = _collect(job, "train", blocks, partial, dtype=np.uint8)
+        everything, origins = collector.collected()
+        rows, held = _rows_of_training(origins, job.config, collector.rows)
+        everything.gather(rows, partial / "lines")
+        _require_free(file, job, overwrite=overwrite)
+        (partial / "lines").replace(file)
+    if held:
+        job.console.print(
+            f"{held:,} more rows are held out for validation; "
+            "data.holdout.fraction=0 writes them too"
+        )
+    return len(rows)
+
+
+def _require_free(file: Path, job: Job, *, overwrite: bool) -> None:
+    """`DataError` for an export that must not be written there."""
     if file.is_dir() or (file.exists() and not overwrite):
         what = "a folder" if file.is_dir() else "there already; replace it with --overwrite"
         raise DataError(f"{file}: it is {what}; give another name (--export-jsonl FILE)")
     if any(file.resolve() == source.resolve() for source in job.files):
         raise DataError(f"{file}: it is a source of this run; give another name")
-    filters = job.config.filters
-    with written(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=file.parent, prefix=f".{file.name}.partial-"
-        ) as partial:
-            lines = _encode(job, "train", as_json=True)
-            with Collector(
-                Path(partial) / "collected", np.dtype(np.uint8), deduplicate=filters.deduplicate
-            ) as collector:
-                for encoded in _watched(job, "train", lines):
-                    collector.add(encoded)
-            everything, origins = collector.collected()
-            rows = row_order(origins.problems, filters)
-            everything.gather(rows, Path(partial) / "lines")
-            (Path(partial) / "lines").replace(file)
-    return len(rows)
+
+
+def _rows_of_training(
+    origins: Origins, config: DataConfig, num_rows: int
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Which rows are written, in their order, and how many more are held out."""
+    rows = distinct_rows(row_order(origins.problems, config.filters), origins.hashes)
+    if not config.holdout.fraction:
+        return rows, 0
+    positions, problems = origins.positions, origins.problems
+    held = held_out(config.holdout, positions=positions, problems=problems, num_rows=num_rows)[rows]
+    return rows[~held], int(held.sum())
 
 
 def _encode(
     job: Job, split: str, *, every: int = 1, first: int = 0, as_json: bool = False
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """The blocks of `split`, or every n-th of them, encoded in order."""
     workers = job.config.workers or len(os.sched_getaffinity(0))
     mine = islice(job.blocks(split), first, None, every)
@@ -135,12 +162,16 @@ def _encode(
 
 
 def _watched(
-    job: Job, split: str, blocks: Iterable[Encoded], *, verb: str = "tokenizing"
-) -> Iterator[Encoded]:
-    """`blocks`, with a bar that moves, and an end to bad rows and to wrong ids."""
+    job: Job, split: str, blocks: Generator[Encoded, None, None], *, verb: str = "tokenizing"
+) -> Generator[Encoded, None, None]:
+    """`blocks`, with a bar that moves, and an end to bad rows and to wrong ids.
+
+    To be closed, as `blocks` is then, by whoever may be interrupted.
+    """
     total = None if verb == "merging" else job.size(split) or None
     bad = Drops()
-    with progress(f"{verb} {split}", total=total, console=job.console) as advance:
+    name = f"{verb} {split}"
+    with closing(blocks), progress(name, total=total, console=job.console) as advance:
         for encoded in blocks:
             if verb != "merging" and job.tokenizer.gigatoken and not encoded.gigatoken:
                 raise _GigatokenDiffers
@@ -174,21 +205,29 @@ def _by_one_tokenizer(job: Job, work: Callable[[], Result]) -> Result:
 
 
 def _collect(
-    job: Job, split: str, blocks: Iterable[Encoded], partial: Path, *, verb: str = "tokenizing"
+    job: Job,
+    split: str,
+    blocks: Generator[Encoded, None, None],
+    partial: Path,
+    *,
+    dtype: type[np.generic] | None = None,
+    verb: str = "tokenizing",
 ) -> Collector:
-    dtype = token_type(job.tokenizer.vocab_size)
-    deduplicate = job.config.filters.deduplicate
-    with Collector(partial / f"{split}.collected", dtype, deduplicate=deduplicate) as collector:
-        for encoded in _watched(job, split, blocks, verb=verb):
+    """All of `blocks`, whose tokens are of `dtype`, or of the type of the tokenizer's ids."""
+    kept = np.dtype(dtype or token_type(job.tokenizer.vocab_size))
+    file, deduplicate = partial / f"{split}.collected", job.config.filters.deduplicate
+    watched = _watched(job, split, blocks, verb=verb)
+    with Collector(file, kept, deduplicate=deduplicate) as collector, closing(watched):
+        for encoded in watched:
             collector.add(encoded)
     return collector
 
 
 def _write_shard(job: Job, partial: Path, index: int, count: int) -> None:
     for split in job.sources:
-        blocks = _encode(job, split, every=count, first=index)
-        with ShardWriter(partial, split) as writer:
-            for encoded in _watched(job, split, blocks):
+        blocks = _watched(job, split, _encode(job, split, every=count, first=index))
+        with ShardWriter(partial, split) as writer, closing(blocks):
+            for encoded in blocks:
                 writer.add(encoded)
 
 
@@ -289,6 +328,7 @@ def _rules(config: DataConfig, split: str, pack: Any) -> SplitRules:
         sequence_length=config.sequence_length,
         seed=config.seed,
         pack=pack,
+        root=config.root,
     )
 
 

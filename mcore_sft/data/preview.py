@@ -1,34 +1,41 @@
-"""The first examples of an experiment on the console, and what its rules drop on the way."""
+"""The first examples of each source on the console, and what the rules drop on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from rich.console import Console
 from rich.rule import Rule
 
+from mcore_sft.data.blocks import Block
 from mcore_sft.data.encode import Drops, Encoded, Encoder
 from mcore_sft.data.job import Job
 from mcore_sft.data.prompt import Example
 from mcore_sft.data.show import coloured
+from mcore_sft.data.sources import survey
 
 
 def preview(job: Job, count: int, *, console: Console) -> None:
-    """Print the first `count` examples of training, trained tokens green, then what was dropped."""
+    """Print the first `count` examples of each source, trained tokens green, then the dropped."""
     drops = Drops()
-    for title, example in islice(_all_examples(job, drops), count):
-        console.print(Rule(title, align="left"))
-        console.print(coloured(example, job.tokenizer))
+    for split, sources in job.sources.items():
+        encoder = Encoder(job.recipe(split))
+        for source in sources:
+            blocks = survey(source, root=job.config.root).blocks()
+            for title, example in islice(_examples_of(blocks, encoder, drops), count):
+                console.print(Rule(f"{split}: {title}", align="left"))
+                console.print(coloured(example, job.tokenizer))
     for reason, number in drops.counts.items():
         console.print(Rule(f"{number:,} dropped on the way: {reason}", align="left"))
         for sample in drops.samples.get(reason, ()):
             console.print(f"{sample.where}: {sample.text}", markup=False, highlight=False)
 
 
-def _all_examples(job: Job, drops: Drops) -> Iterator[tuple[str, Example]]:
+def _examples_of(
+    blocks: Iterable[Block], encoder: Encoder, drops: Drops
+) -> Iterator[tuple[str, Example]]:
     """Titles and examples in order; what is dropped on the way is added to `drops`."""
-    encoder = Encoder(job.recipe("train"))
-    for source, block in job.blocks("train"):
-        encoded = encoder.encode(block, source)
+    for block in blocks:
+        encoded = encoder.encode(block)
         drops.update(encoded.drops)
         yield from _examples(encoded)
 

@@ -22,7 +22,13 @@ import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
 from mcore_sft.data.chat_template import Messages, Tools
-from mcore_sft.data.conversation import Conversation, checked
+from mcore_sft.data.conversation import (
+    Conversation,
+    UnfitRow,
+    checked,
+    is_trained,
+    texts_in,
+)
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.render import (
@@ -43,6 +49,9 @@ SPECIAL_IN_TEXT = "special token in text"
 
 NO_ANSWER = "no answer at the end"
 """Why a conversation is dropped that an assistant does not end: nothing is ever cut."""
+
+UNFIT = "does not fit the template"
+"""Why a row is dropped that the template cannot write, where the run may leave such out."""
 
 NO_STOP = "no stop token at the end"
 """Why a row with markup of its own is dropped whose answer does not end with a stop token."""
@@ -153,18 +162,23 @@ class Prompt:
             )
         return self._tokenizer.encode(self.text(problem))
 
-    def encode(self, rows: Pairs | Chats) -> tuple[Examples, dict[int, str]]:
+    def encode(
+        self, rows: Pairs | Chats, unfit: dict[int, str] | None = None
+    ) -> tuple[Examples, dict[int, str]]:
         """Examples of `rows`, and why the others, by their index, become none.
 
         Every example has a trained token, ends each answer with a stop token, and has the BOS of
-        the template once, or none; where a row would break this, the `DataError` names it.
+        the template once, or none; where a row would break this, the `DataError` names it. What is
+        wrong with a row that the template cannot write is put into `unfit`, by its index, or is
+        the `DataError` where there is none.
         """
         dropped: dict[int, str] = {}
-        pieces = self._pieces(rows, dropped)
+        pieces = self._pieces(rows, dropped, unfit)
         ids, offsets = self._tokenizer.encode_column(pieces.texts)
-        if isinstance(rows, Chats):
-            self._require_prompts_of_an_engine(rows, pieces, ids, offsets)
         examples = _assemble(pieces, ids, offsets)
+        if isinstance(rows, Chats):
+            same = self._have_prompts_of_an_engine(rows, pieces, ids, offsets, unfit)
+            examples = examples.keep(same)
         if isinstance(rows, Pairs) and isinstance(self._renderer, Markup) and not self._verbatim:
             spelt = self._with_more_specials(examples)
             dropped.update(dict.fromkeys(examples.rows[spelt].tolist(), SPECIAL_IN_TEXT))
@@ -178,43 +192,53 @@ class Prompt:
             raise DataError(f"conversation: dropped ({dropped[0]})")
         return Example(tokens=examples.tokens, spans=examples.spans)
 
-    def _pieces(self, rows: Pairs | Chats, dropped: dict[int, str]) -> _Pieces:
-        """The text of every row, but for those that are dropped here."""
+    def _pieces(
+        self, rows: Pairs | Chats, dropped: dict[int, str], unfit: dict[int, str] | None
+    ) -> _Pieces:
+        """The text of every row, but for those that are dropped here, or unfit."""
         if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
             column = self._renderer.pairs(rows.problems, rows.solutions)
             every = np.arange(len(rows), dtype=np.int64)
             return _Pieces(texts=column, counts=np.full(len(rows), 2, np.int64), rows=every)
-        talks = {index: talk for index, talk in enumerate(self._talks(rows)) if _is_answered(*talk)}
-        dropped.update({i: NO_ANSWER for i in range(len(rows)) if i not in talks})
+        talks: dict[int, tuple[Messages, Tools | None]] = {}
+        for index in range(len(rows)):
+            with _of_row(rows, index, unfit):
+                talk = self._talk(rows, index)
+                if _is_answered(*talk):
+                    talks[index] = talk
+                else:
+                    dropped[index] = NO_ANSWER
         if not self._verbatim:
             for index in self._that_spell_specials(talks):
                 dropped[index] = SPECIAL_IN_TEXT
                 del talks[index]
-        made = [self._turns(rows.where(index), *talk) for index, talk in talks.items()]
+        made: dict[int, list[str]] = {}
+        for index, (messages, tools) in talks.items():
+            with _of_row(rows, index, unfit):
+                made[index] = self._turns(messages, tools)
         return _Pieces(
-            texts=pa.array([piece for pieces in made for piece in pieces], pa.large_string()),
-            counts=np.array([len(pieces) for pieces in made], np.int64),
-            rows=np.array(list(talks), np.int64),
+            texts=pa.array(list(chain.from_iterable(made.values())), pa.large_string()),
+            counts=np.array([len(pieces) for pieces in made.values()], np.int64),
+            rows=np.array(list(made), np.int64),
         )
 
-    def _talks(self, rows: Pairs | Chats) -> Iterator[tuple[Messages, Tools | None]]:
-        """Messages and tools of each row."""
-        if isinstance(rows, Pairs):
-            assert isinstance(self._renderer, Chat)
-            texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), strict=True)
-            yield from ((self._renderer.messages(*pair), None) for pair in texts)
-            return
-        for index, messages in enumerate(rows.messages):
-            with _named(rows.where(index)):
-                yield checked(messages), rows.tools[index] if rows.tools else None
+    def _talk(self, rows: Pairs | Chats, index: int) -> tuple[Messages, Tools | None]:
+        """Messages and tools of a row."""
+        if isinstance(rows, Chats):
+            return checked(rows.messages[index]), rows.tools[index] if rows.tools else None
+        assert isinstance(self._renderer, Chat)
+        problem, solution = rows.problems[index].as_py(), rows.solutions[index].as_py()
+        return self._renderer.messages(problem, solution), None
 
-    def _turns(self, where: str, messages: Messages, tools: Tools | None) -> list[str]:
-        with _named(where):
-            return self._renderer.turns(messages, tools)
+    def _turns(self, messages: Messages, tools: Tools | None) -> list[str]:
+        """The text of a conversation: what is not trained, what is, and so on."""
+        plain = [{key: said[key] for key in said if key != "weight"} for said in messages]
+        pieces = self._renderer.turns(plain, tools)
+        return _learned(pieces, [said for said in messages if said["role"] == "assistant"])
 
     def _that_spell_specials(self, talks: Mapping[int, tuple[Messages, Tools | None]]) -> list[int]:
         """Which of `talks` hold a special token in a text of their own."""
-        texts = [(index, text) for index, talk in talks.items() for text in _strings(talk)]
+        texts = [(index, text) for index, talk in talks.items() for text in texts_in(talk)]
         column = pa.array([text for _, text in texts], pa.large_string())
         ids, offsets = self._tokenizer.encode_column(column)
         places = self._specials(ids)
@@ -238,10 +262,15 @@ class Prompt:
         pieces = self._tokenizer.encode_batch(self._renderer.pair("1 + 1", "2"))
         return sum(len(self._specials(np.array(ids, dtype=np.int32))) for ids in pieces)
 
-    def _require_prompts_of_an_engine(
-        self, rows: Chats, pieces: _Pieces, ids: Ids, offsets: Offsets
-    ) -> None:
-        """`DataError` if what stands before a later answer has other ids as one text."""
+    def _have_prompts_of_an_engine(
+        self,
+        rows: Chats,
+        pieces: _Pieces,
+        ids: Ids,
+        offsets: Offsets,
+        unfit: dict[int, str] | None,
+    ) -> npt.NDArray[np.bool_]:
+        """Whether what stands before later answers has the ids that it has as one text [M]."""
         firsts = pieces.firsts
         answers = [
             (m, first, answer)
@@ -250,12 +279,14 @@ class Prompt:
         ]
         texts = ["".join(pieces.texts[first:answer].to_pylist()) for _, first, answer in answers]
         whole, ends = self._tokenizer.encode_column(pa.array(texts, pa.large_string()))
+        same = np.ones(len(pieces.rows), np.bool_)
         for k, (m, first, answer) in enumerate(answers):
             trained, asked = ids[offsets[first] : offsets[answer]], whole[ends[k] : ends[k + 1]]
-            if not np.array_equal(trained, asked):
-                raise DataError(
-                    f"{rows.where(int(pieces.rows[m]))}: {self._difference(trained, asked)}"
-                )
+            if same[m] and not np.array_equal(trained, asked):
+                same[m] = False
+                with _of_row(rows, int(pieces.rows[m]), unfit):
+                    raise UnfitRow(self._difference(trained, asked))
+        return same
 
     def _difference(self, trained: Ids, asked: Ids) -> str:
         """Where two ways to write one text as ids part, in words."""
@@ -345,25 +376,29 @@ def _is_answered(messages: Messages, tools: Tools | None) -> bool:
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in `value`, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from chain(_strings(key), _strings(inner))
-    elif isinstance(value, Sequence):
-        for inner in value:
-            yield from _strings(inner)
-
-
 @contextmanager
-def _named(where: str) -> Iterator[None]:
-    """A `DataError` within says first which row it is about."""
+def _of_row(rows: Rows, index: int, unfit: dict[int, str] | None) -> Iterator[None]:
+    """A `DataError` within says first which row it is about; an `UnfitRow` is put into `unfit`."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        said = f"{rows.where(index)}: {error}"
+        if unfit is None or not isinstance(error, UnfitRow):
+            raise DataError(said) from None
+        unfit[index] = said
+
+
+def _learned(pieces: Sequence[str], answers: Messages) -> list[str]:
+    """`pieces` in which an answer that is not trained is part of what stands before the next."""
+    kept, before = [], ""
+    for said, asked, answer in zip(answers, pieces[::2], pieces[1::2], strict=True):
+        before += asked
+        if is_trained(said):
+            kept += [before, answer]
+            before = ""
+        else:
+            before += answer
+    return kept
 
 
 def _stop_id(token: str, tokenizer: Tokenizer) -> int:

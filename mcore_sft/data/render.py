@@ -16,8 +16,10 @@ import yaml
 
 from mcore_sft.config import ConfigError, Section, parse_section
 from mcore_sft.data.chat_template import Messages, Tools
+from mcore_sft.data.conversation import UnfitRow, unknown_keys
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.written import passed_over, require_written
 
 _HERE = Path(__file__).parent
 _ANSWER = "forty-two"
@@ -65,9 +67,10 @@ class Renderer(Protocol):
         """The prompt, and `solution` as it is learned, stop token included."""
 
     def turns(self, messages: Messages, tools: Tools | None) -> list[str]:
-        """The text of a conversation in pieces: one that is not trained, one that is, and so on.
+        """The text of a conversation in pieces: what stands before an answer, it, and so on.
 
-        What follows the last stop token is left out.
+        What follows the last stop token is left out. `UnfitRow` if something that the conversation
+        says would be left out too.
         """
 
 
@@ -133,10 +136,13 @@ class Markup:
         if tools or any(
             message["role"] == "tool" or "tool_calls" in message for message in messages
         ):
-            raise DataError(
+            raise UnfitRow(
                 "tools have no markup in a template of fixed strings; use the tokenizer's own "
                 "(prompt.template=chat)"
             )
+        for number, message in enumerate(messages, start=1):
+            for key in unknown_keys(message):
+                raise passed_over("a template of fixed strings", number, message, key)
         t = self._template
         has_system = messages[0]["role"] == "system"
         pieces, before = [], self._begin(messages[0]["content"] if has_system else "")
@@ -148,7 +154,7 @@ class Markup:
                 pieces += [before + t.assistant_begin, text + self._end]
                 before = t.assistant_end[len(self._end) :]
             else:
-                raise DataError("a system message stands after others; expected it first")
+                raise UnfitRow("a system message stands after others; expected it first")
         return pieces
 
     def _begin(self, system: str) -> str:
@@ -215,7 +221,19 @@ class Chat:
             for i in answers
         ]
         if self._template.marks_answers:
-            return self._marked(messages, tools, prompts)
+            pieces = self._marked(messages, tools, prompts)
+        else:
+            pieces = self._grown(messages, tools, prompts, answers)
+        require_written(self._template, messages, tools, pieces, stop=self.stop_tokens[0])
+        return pieces
+
+    def _grown(
+        self,
+        messages: Messages,
+        tools: Tools | None,
+        prompts: Sequence[str],
+        answers: Sequence[int],
+    ) -> list[str]:
         pieces, done = [], ""
         for prompt, i in zip(prompts, answers, strict=True):
             whole = self._template.render(messages[: i + 1], tools=tools)

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from mcore_sft.data.contamination import Kind
 from mcore_sft.data.dataset import Arrays
-from mcore_sft.data.encode import Sample
+from mcore_sft.data.encode import Sample, excerpt
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.manifest import REPORTS
+from mcore_sft.data.places import place
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.proof import Proof, prove
 from mcore_sft.data.report_page import page
@@ -65,9 +66,10 @@ def write_report(
                 Arrays.open(folder, split),
                 counts[split],
                 samples={
-                    reason: [_sample(sample, root) for sample in some]
-                    for reason, some in sorted(samples.get(split, {}).items())
+                    reason: [_sample(sample, root, tokenizer) for sample in some]
+                    for reason, some in samples.get(split, {}).items()
                 },
+                sources=inputs["sources"].get(split, inputs["sources"]["train"]),
                 tokenizer=tokenizer,
                 stop_ids=prompt.stop_ids,
                 sequence_length=sequence_length,
@@ -89,6 +91,7 @@ def _describe_split(
     counts: Mapping[str, Any],
     *,
     samples: Mapping[str, Sequence[Mapping[str, str]]],
+    sources: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     stop_ids: Sequence[int],
     sequence_length: int,
@@ -105,12 +108,13 @@ def _describe_split(
     return {
         "counts": dict(counts),
         "supervised_share": round(counts["supervised_tokens"] / counts["tokens"], 6),
+        "sources": [_source(source, counts, index) for index, source in enumerate(sources)],
         "proof": {"examples": proof.examples, "stops": ours, "with_bos": proof.with_bos},
         "lengths": {
             "tokens": _distribution(proof.lengths, width),
             "supervised": _distribution(proof.supervised, width),
         },
-        "dropped": dict(samples),
+        "dropped": {reason: samples.get(reason, []) for reason in counts["dropped"]},
         "contamination": _contamination(Path(f"{arrays.prefix}.contamination.jsonl")),
         "examples": [
             _describe_example(arrays, index, tokenizer) for index in _spread(proof.examples)
@@ -118,14 +122,25 @@ def _describe_split(
     }
 
 
-def _sample(sample: Sample, root: Path) -> dict[str, str]:
+def _source(source: Mapping[str, Any], counts: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What is called what the user called it, and what became of its rows."""
+    parts = [str(source[key]) for key in ("name", "split") if source.get(key)]
+    return {
+        "source": source["path"] + (f" [{', '.join(parts)}]" if parts else ""),
+        "rows": counts["source_rows"][index],
+        "examples": counts["source_examples"][index],
+        "visits": counts["source_visits"][index],
+    }
+
+
+def _sample(sample: Sample, root: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """A row as it is shown: where it stands, without the folders of this machine, and its text."""
-    where = Path(sample.where)
-    if where.is_relative_to(root):
-        where = where.relative_to(root)
-    elif where.is_absolute():
-        where = Path(*where.parts[-2:])
-    return {"where": str(where), "text": sample.text.removeprefix(f"{sample.where}: ")}
+    text = sample.text.removeprefix(f"{sample.where}: ")
+    shown = {
+        "where": place(sample.where, root),
+        "text": text or excerpt(tokenizer.decode(list(sample.tokens))),
+    }
+    return {**shown, "same_as": place(sample.same_as, root)} if sample.same_as else shown
 
 
 def _require_counts(arrays: Arrays, proof: Proof, counts: Mapping[str, Any]) -> None:
@@ -214,9 +229,10 @@ def show_manifest(manifest: Mapping[str, Any], folder: Path, *, console: Console
     table.add_column("")
     for split in splits:
         table.add_column(split, justify="right")
-    for section in summary(splits, manifest["sequence_length"]):
+    for title, section in summary(splits, manifest["sequence_length"]).items():
+        table.add_row(title, style="bold")
         for label, figures in section.items():
-            table.add_row(label, *figures)
+            table.add_row(f"  {label}", *figures)
         table.add_section()
     console.print(table)
     console.print(f"\n{folder}  {manifest['fingerprint'][:12]}", soft_wrap=True)

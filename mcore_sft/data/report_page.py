@@ -12,7 +12,7 @@ import yaml
 
 from mcore_sft.data.summary import summary
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d1f21; --dim: #666a70;
   --line: #dddfe2; --trained: #12692e; --trained-back: #e2f4e6; --bar: #7d8794; }
 @media (prefers-color-scheme: dark) { :root { --page: #131416; --card: #1c1e21; --ink: #e6e7e9;
@@ -55,7 +55,8 @@ figure { margin: .6rem 0 0; }
 svg { display: block; font: 11px system-ui, sans-serif; width: 100%; }
 svg text { fill: var(--dim); }
 svg line { stroke: var(--line); }
-@media (max-width: 40rem) { th, td { padding-right: .7rem; } td { white-space: normal; } }
+@media (max-width: 40rem) { th, td { padding-right: .7rem; }
+  td, th + th { white-space: normal; } th[scope=row] { overflow-wrap: anywhere; } }
 .tokens rect { fill: var(--bar); }
 .supervised rect { fill: var(--trained); }
 """
@@ -70,20 +71,19 @@ def page(report: Mapping[str, Any]) -> str:
         _section(
             "What the files prove", *(_proof(name, split, report) for name, split in splits.items())
         ),
-        _section("Rows, tokens, packs", _counts(report)),
+        _section("Rows, and what an epoch shows", _counts(report)),
+        _section("Sources", _sources(splits)),
         *(_lengths(name, split) for name, split in splits.items()),
         _section("What a model is asked", _prompt(report)),
         *(_examples(name, split) for name, split in splits.items()),
         *(_dropped(name, split) for name, split in splits.items()),
-        *(_contamination(name, split) for name, split in splits.items()),
+        _contamination(report),
         _section("What it was made of", _inputs(report["inputs"])),
     ]
     return (
         "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f"<title>Packed dataset</title>\n<style>{_STYLE}</style>\n"
-        + "\n".join(body)
-        + "\n</html>\n"
+        f"<title>Packed dataset</title>\n<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
     )
 
 
@@ -124,17 +124,33 @@ def _counts(report: Mapping[str, Any]) -> str:
     splits = {name: split["counts"] for name, split in report["splits"].items()}
     head = "".join(f"<th scope=col>{_text(name)}" for name in splits)
     bodies = (
-        "".join(
+        f"<tr><th scope=rowgroup colspan={len(splits) + 1}>{_text(title)}"
+        + "".join(
             f"<tr><th scope=row>{_text(label)}" + "".join(f"<td>{figure}" for figure in figures)
             for label, figures in section.items()
         )
-        for section in summary(splits, report["sequence_length"])
+        for title, section in summary(splits, report["sequence_length"]).items()
     )
-    return (
-        f"<div class=wide><table><thead><tr><th>{head}<tbody>"
-        + "<tbody>".join(bodies)
-        + "</table></div>"
+    return _table(f"<tr><th>{head}", "<tbody>".join(bodies))
+
+
+def _table(head: str, body: str) -> str:
+    return f"<div class=wide><table><thead>{head}<tbody>{body}</table></div>"
+
+
+def _sources(splits: Mapping[str, Mapping[str, Any]]) -> str:
+    keys = {"rows": "rows", "examples": "examples", "visits": "shown in an epoch"}
+    head = "<tr><th>" + "".join(f"<th scope=col>{label}" for label in keys.values())
+    bodies = (
+        f"<tr><th scope=rowgroup colspan={len(keys) + 1}>{_text(name)}"
+        + "".join(
+            f"<tr><th scope=row>{_text(source['source'])}"
+            + "".join(f"<td>{source[key]:,}" for key in keys)
+            for source in split["sources"]
+        )
+        for name, split in splits.items()
     )
+    return _table(head, "<tbody>".join(bodies))
 
 
 def _lengths(name: str, split: Mapping[str, Any]) -> str:
@@ -236,7 +252,7 @@ def _dropped(name: str, split: Mapping[str, Any]) -> str:
     for reason, number in counts["dropped"].items():
         said = f"{_text(reason)} <span>{number:,} rows, {number / counts['rows']:.2%}</span>"
         shown = "".join(
-            f"<p class=dim>{_text(sample['where'])}</p>"
+            f"<p class=dim>{_text(_place_of(sample))}</p>"
             + (f"<pre>{_text(sample['text'])}</pre>" if sample["text"] else "")
             for sample in split["dropped"].get(reason, ())
         )
@@ -244,21 +260,51 @@ def _dropped(name: str, split: Mapping[str, Any]) -> str:
     return _section(f"Rows dropped: {name}", *parts) if parts else ""
 
 
-def _contamination(name: str, split: Mapping[str, Any]) -> str:
-    """Pairs of texts; nothing where no benchmark was compared, or nothing found."""
-    found = split["contamination"]
-    if not found["pairs"]:
-        return ""
-    kinds = ", ".join(f"{number:,} {_text(kind)}" for kind, number in found["kinds"].items())
-    pairs = (
-        f"<details><summary>{_text(pair['kind'])} <span>{pair['overlap']:.0%} of the benchmark's "
-        f"problem</span></summary><div class=pair><div><p class=dim>in the data</p>"
-        f"<pre>{_text(pair['problem'])}</pre></div><div><p class=dim>in the benchmark</p>"
-        f"<pre>{_text(pair['benchmark_problem'])}</pre></div></div></details>"
-        for pair in found["pairs"]
+def _place_of(sample: Mapping[str, str]) -> str:
+    same_as = sample.get("same_as")
+    return sample["where"] + (f", the same as {same_as}" if same_as else "")
+
+
+def _contamination(report: Mapping[str, Any]) -> str:
+    """What training was compared with, and the pairs that were found."""
+    title, inputs = "Compared with benchmarks", report["inputs"]
+    settings, found = inputs["data"]["contamination"], report["splits"]["train"]["contamination"]
+    if not inputs["sources"].get("against"):
+        return _section(title, "<p>Nothing: data.contamination.against names no benchmark.")
+    names = ", ".join(_text(source["path"]) for source in inputs["sources"]["against"])
+    what_then = (
+        "Rows with such problems were dropped, but for those of a 13-gram alone"
+        if settings["remove"]
+        else "Nothing was dropped"
     )
-    told = f"<p class=dim>Pairs: {kinds}. The strongest {len(found['pairs'])}:</p>"
-    return _section(f"Problems like a benchmark's: {name}", told, *pairs)
+    rules = (
+        f"<p>Every training problem, and of a conversation every message of its user, with {names}."
+        f"<p class=dim>Alike is: the same text (exact), the same but for case and white space "
+        f"(normalized), a benchmark problem of fewer than 8 words as a part (contained), "
+        f"{settings['threshold']:.0%} of a benchmark problem's 8-grams, or any 13-gram. "
+        f"{what_then}.</p>"
+    )
+    if not found["pairs"]:
+        return _section(title, rules, "<p>None is alike.")
+    kinds = ", ".join(f"{number:,} {_text(kind)}" for kind, number in found["kinds"].items())
+    told = f"<p>Pairs: {kinds}. The strongest {len(found['pairs'])}:</p>"
+    return _section(title, rules, told, *map(_pair, found["pairs"]))
+
+
+def _pair(pair: Mapping[str, Any]) -> str:
+    sides = (
+        ("in the data", pair["where"], pair["problem"]),
+        ("in the benchmark", pair["benchmark"], pair["benchmark_problem"]),
+    )
+    shown = "".join(
+        f"<div><p class=dim>{side}: {_text(where)}</p><pre>{_text(text)}</pre></div>"
+        for side, where, text in sides
+    )
+    return (
+        f"<details><summary>{_text(pair['kind'])} <span>{pair['overlap']:.0%} of "
+        f"{_text(pair['benchmark'])} is in {_text(pair['where'])}</span></summary>"
+        f"<div class=pair>{shown}</div></details>"
+    )
 
 
 def _inputs(inputs: Mapping[str, Any]) -> str:

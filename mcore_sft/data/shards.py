@@ -9,7 +9,7 @@ column. Nothing is decided in a shard that depends on the rows of another.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count as numbers
 from pathlib import Path
@@ -25,7 +25,7 @@ from mcore_sft.data.encode import Drops, Encoded, Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Examples
 
-FORMAT = 2
+FORMAT = 3
 
 _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "tokens": (np.int32, 1),
@@ -35,6 +35,7 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "rows": (np.int64, 1),
     "numbers": (np.int64, 1),
     "hashes": (np.uint64, 2),
+    "read_hashes": (np.uint64, 2),
     "problems": (np.uint64, 1),
 }
 _OF_EXAMPLES = ("tokens", "lengths", "spans", "span_counts", "rows")
@@ -121,7 +122,7 @@ def read_shard(folder: Path, *, index: int, count: int) -> dict[str, Any]:
     return dict(described)
 
 
-def merged(folders: Sequence[Path], split: str) -> Iterator[Encoded]:
+def merged(folders: Sequence[Path], split: str) -> Generator[Encoded, None, None]:
     """The blocks of all shards in the order of the sources: block b is in shard b % n.
 
     `DataError` if some shard has blocks left when the one that should hold the next has none.

@@ -27,9 +27,8 @@ from mcore_sft.data.table_blocks import (
     parquet_columns,
     token_blocks,
 )
-from mcore_sft.data.text_blocks import survey_lines, text_blocks
+from mcore_sft.data.text_blocks import COMPRESSED, survey_lines, text_blocks
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".idx", ".bin")
 
 
@@ -68,12 +67,17 @@ def survey(
 ) -> Survey:
     """Look at a source: read each file once, counting its bytes on `advance`."""
     paths = source_files(source, root=root)
+    if source.mask is not None and {path.suffix.lower() for path in paths} != {".idx"}:
+        raise DataError(
+            f"source {source.path!r}: mask: {source.mask} says what is trained of Megatron's "
+            "tokens, named by their .idx, and of nothing else; take it away, or name the .idx"
+        )
     if not paths:
         return _survey_dataset(source)
     described, parts, size = [], [], 0
     for path in paths:
+        opened = _parts_of(source, path, root)
         try:
-            opened = [SourceFile.of(each) for each in _parts_of(source, path, root)]
             checksums, part = _survey_file(source, opened, root, advance)
         except OSError as error:
             raise DataError(
@@ -105,7 +109,7 @@ def read_problems(surveyed: Survey) -> Iterator[str]:
 def source_size(source: SourceConfig, *, root: Path) -> int:
     """Bytes that `survey` reads."""
     files = source_files(source, root=root)
-    return sum(each.stat().st_size for file in files for each in _parts_of(source, file, root))
+    return sum(each.size for file in files for each in _parts_of(source, file, root))
 
 
 def source_files(source: SourceConfig, *, root: Path) -> list[Path]:
@@ -133,34 +137,41 @@ def source_files(source: SourceConfig, *, root: Path) -> list[Path]:
 
 def _looks_like_files(path: str) -> bool:
     """Whether `path` cannot be the name of a dataset, which is `owner/name` or `name`."""
-    endings = (*_ENDINGS, *_COMPRESSED)
-    return path.endswith(endings) or path.startswith(("/", ".")) or bool(set(path) & set("*?["))
+    endings = (*_ENDINGS, *COMPRESSED)
+    return (
+        path.lower().endswith(endings)
+        or path.startswith(("/", "."))
+        or bool(set(path) & set("*?["))
+    )
 
 
-def _parts_of(source: SourceConfig, path: Path, root: Path) -> list[Path]:
-    """The file and all that it is read with."""
-    if path.suffix != ".idx":
-        return [path]
-    together = [path, path.with_suffix(".bin")]
-    if source.mask not in (None, "all"):
-        mask = root / str(source.mask)
-        together += [mask, mask.with_suffix(".bin")]
-    return together
+def _parts_of(source: SourceConfig, path: Path, root: Path) -> list[SourceFile]:
+    """The file and all that it is read with, as they are now."""
+    together = [path]
+    if path.suffix.lower() == ".idx":
+        together += [path.with_suffix(".bin")]
+        if source.mask not in (None, "all"):
+            mask = root / str(source.mask)
+            together += [mask, mask.with_suffix(".bin")]
+    try:
+        return [SourceFile.of(each) for each in together]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def _survey_file(
     source: SourceConfig, files: Sequence[SourceFile], root: Path, advance: Callable[[int], None]
 ) -> tuple[list[str], Part]:
     """Checksums of `files`, which are read together, and how to cut them into blocks."""
-    file, kind = files[0], files[0].path.suffix
-    inner = Path(file.path.stem).suffix
-    if kind in _COMPRESSED and inner in (".parquet", ".arrow", ".feather", ".idx"):
+    file, kind = files[0], files[0].kind
+    inner = Path(file.path.stem).suffix.lower()
+    if kind in COMPRESSED and inner in (".parquet", ".arrow", ".feather", ".idx"):
         raise DataError(f"{file.path}: {inner} is not read compressed once more; unpack it")
-    if kind and kind not in (*_ENDINGS, *_COMPRESSED):
+    if kind and kind not in (*_ENDINGS, *COMPRESSED):
         raise DataError(f"{file.path}: {kind} is not read; expected {', '.join(_ENDINGS[:-1])}")
     if kind == ".bin":
         raise DataError(f"{file.path}: tokens are read by their index; give the .idx beside it")
-    if kind in (".json", *_COMPRESSED):
+    if kind in (".json", *COMPRESSED):
         part: Part = partial(text_blocks, source, file)
     elif kind == ".parquet":
         part = partial(parquet_blocks, source, file, parquet_columns(source, file))

@@ -6,7 +6,7 @@ Encoded -> Collected (one stretch of bytes, columns in memory) -> order -> split
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +15,21 @@ import numpy.typing as npt
 
 from mcore_sft.config import FilterConfig, HoldoutConfig
 from mcore_sft.data.contamination import Finding
-from mcore_sft.data.duplicates import Seen
-from mcore_sft.data.encode import BAD, SAMPLES, TOO_LONG, Drops, Encoded, Sample
+from mcore_sft.data.duplicates import Hashes, Seen
+from mcore_sft.data.encode import (
+    BAD,
+    CONTAMINATED,
+    SAMPLES,
+    TOO_LONG,
+    UNTRAINED,
+    Drops,
+    Encoded,
+    Sample,
+)
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum, write_index
-from mcore_sft.data.order import held_out, row_order, visits
+from mcore_sft.data.order import distinct_rows, held_out, row_order, visits
+from mcore_sft.data.places import Places, place
 from mcore_sft.data.rows import num_trained
 
 Lengths = npt.NDArray[np.int32]
@@ -34,10 +44,17 @@ NOT_SAMPLED = "not sampled"
 WEIGHED_OUT = "left out by its source's weight"
 """Why an example is dropped whose source has a weight below 1."""
 
-HELD_OUT = "held out for validation"
-"""Why an example is not in training that `data.holdout` takes for the validation loss."""
+_BEFORE_PROMPT = (BAD, *FilterConfig.model_fields, CONTAMINATED)
+_BEHIND_PROMPT = (UNTRAINED, TOO_LONG, DUPLICATE, NOT_SAMPLED, WEIGHED_OUT)
 
 _AT_ONCE = 8192  # rows gathered at a time
+
+
+def by_rule(reasons: Iterable[str]) -> list[str]:
+    """Reasons in the order in which the rules run; what a prompt refuses is in the middle."""
+    ranks = {reason: rank for rank, reason in enumerate(_BEFORE_PROMPT, -len(_BEFORE_PROMPT))}
+    ranks |= {reason: rank for rank, reason in enumerate(_BEHIND_PROMPT, 1)}
+    return sorted(reasons, key=lambda reason: (ranks.get(reason, 0), reason))
 
 
 class Collector:
@@ -50,10 +67,14 @@ class Collector:
         self.file = file
         self.dtype = dtype
         self.drops = Drops()
-        self.findings: set[Finding] = set()
+        self.findings: dict[tuple[str, str], Finding] = {}
         self.rows = 0
         self.source_rows: Counter[int] = Counter()
+        self.source_files: dict[int, str] = {}
         self.tokenized_elsewhere = False
+        self.places = Places()
+        self._repeats: list[_Repeat] = []
+        self._num_repeats = 0
         self._seen = Seen() if deduplicate else None
         self._out: BinaryIO = file.open("wb")
         self._parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _COLUMNS}
@@ -68,9 +89,7 @@ class Collector:
         """Append the examples of one block, but for those that came before."""
         self.drops.update(encoded.drops)
         if self._seen is not None:
-            new = self._seen.new(encoded.hashes)
-            self.drops.add(DUPLICATE, int((~new).sum()), _places(encoded, ~new))
-            encoded = encoded.keep(new)
+            encoded = self._without_repeats(encoded, self._seen)
         made = encoded.examples
         self._out.write(made.tokens.astype(self.dtype, copy=False).tobytes())
         columns: dict[str, npt.NDArray[Any]] = {
@@ -79,14 +98,32 @@ class Collector:
             "span_counts": made.span_counts,
             "problems": encoded.problems,
             "positions": made.rows + self.rows,
+            "hashes": encoded.hashes if len(encoded.read_hashes) else encoded.read_hashes,
             "sources": np.full(len(made), encoded.source, np.int16),
         }
         for name, column in columns.items():
             self._parts[name].append(column)
-        self.findings.update(encoded.findings)
+        self.places.add(encoded.name, columns["positions"], encoded.numbers)
+        for found in encoded.findings:  # the first row of a problem, whichever process saw it
+            self.findings.setdefault((found.problem, found.benchmark_problem), found)
         self.rows += encoded.rows
         self.tokenized_elsewhere |= encoded.tokenized_elsewhere
-        self.source_rows[encoded.source] += encoded.rows
+        self.source_rows[encoded.source] += encoded.rows + encoded.drops.counts.get(BAD, 0)
+        self.source_files.setdefault(encoded.source, encoded.name)
+
+    def _without_repeats(self, encoded: Encoded, seen: Seen) -> Encoded:
+        """The examples that did not come before; NeMo-Skills compares rows as they were read."""
+        if len(encoded.read_hashes):
+            new = seen.new(encoded.read_hashes)[encoded.examples.rows]
+        else:
+            new = seen.new(encoded.hashes)
+        left = max(0, SAMPLES - len(self._repeats))
+        for index in np.flatnonzero(~new)[:left].tolist():
+            one = encoded.keep(np.arange(len(new)) == index)
+            where, problem = f"{encoded.name}:{one.numbers[0]}", int(one.problems[0])
+            self._repeats.append(_Repeat(where, problem, one.examples.tokens, one.examples.spans))
+        self._num_repeats += int((~new).sum())
+        return encoded.keep(new)
 
     def collected(self) -> "tuple[Collected, Origins]":
         """Everything that was added; nothing can be added after it."""
@@ -96,7 +133,16 @@ class Collector:
         for name, nothing in _COLUMNS.items():  # one by one, so that no two are there twice
             columns[name] = np.concatenate([nothing, *self._parts.pop(name)])
         origins = Origins(**{name: columns.pop(name) for name in _OF_ORIGINS})
-        return Collected(file=self.file, dtype=self.dtype, **columns), origins
+        everything = Collected(file=self.file, dtype=self.dtype, **columns)
+        repeats = (self._shown(repeat, everything, origins) for repeat in self._repeats)
+        self.drops.add(DUPLICATE, self._num_repeats, repeats)
+        return everything, origins
+
+    def _shown(self, repeat: "_Repeat", everything: "Collected", origins: "Origins") -> Sample:
+        """A row that came before, and where, unless a filter left its original out."""
+        same = everything.find(repeat, np.flatnonzero(origins.problems == repeat.problem))
+        same_as = "" if same is None else self.places.where(int(origins.positions[same]))
+        return Sample(repeat.where, "", same_as=same_as, tokens=repeat.tokens.tolist())
 
 
 _COLUMNS: dict[str, npt.NDArray[Any]] = {
@@ -105,9 +151,20 @@ _COLUMNS: dict[str, npt.NDArray[Any]] = {
     "span_counts": np.zeros(0, np.int32),
     "problems": np.zeros(0, np.uint64),
     "positions": np.zeros(0, np.int64),
+    "hashes": np.zeros((0, 2), np.uint64),
     "sources": np.zeros(0, np.int16),
 }
-_OF_ORIGINS = ("problems", "positions", "sources")
+_OF_ORIGINS = ("problems", "positions", "hashes", "sources")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Repeat:
+    """An example that came before: where it stands, a hash of its problem, what it says."""
+
+    where: str
+    problem: int
+    tokens: npt.NDArray[Any]
+    spans: npt.NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,6 +179,21 @@ class Collected:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def example(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """Tokens and spans of one example."""
+        first = int(self.lengths[:index].sum(dtype=np.int64)) * self.dtype.itemsize
+        tokens = np.fromfile(self.file, self.dtype, int(self.lengths[index]), offset=first)
+        start = int(self.span_counts[:index].sum(dtype=np.int64))
+        return tokens, self.spans[start : start + int(self.span_counts[index])]
+
+    def find(self, repeat: "_Repeat", candidates: Ids) -> int | None:
+        """Which of `candidates` has the tokens and spans of `repeat`."""
+        for index in map(int, candidates[self.lengths[candidates] == len(repeat.tokens)]):
+            tokens, spans = self.example(index)
+            if np.array_equal(tokens, repeat.tokens) and np.array_equal(spans, repeat.spans):
+                return index
+        return None
 
     def gather(self, rows: Ids, file: Path) -> None:
         """Write the tokens of `rows`, in this order, to `file`."""
@@ -139,11 +211,13 @@ class Origins:
     """Where all examples [N] of a run come from.
 
     problems: a hash of each one's problem; positions: the place of its row among all rows read;
-    sources: which source it is from.
+    hashes [N, 2]: of problem and solution, where they are compared once more in the order in which
+    they are written (`order.distinct_rows`), else [0, 2]; sources: which source it is from.
     """
 
     problems: npt.NDArray[np.uint64]
     positions: Ids
+    hashes: Hashes
     sources: npt.NDArray[np.int16]
 
 
@@ -151,7 +225,8 @@ class Origins:
 class SplitRules:
     """What decides which examples a split holds, in what order, and how they are packed.
 
-    weights: of each source; pack: lengths, capacity, seed -> order, offsets (ops.packing).
+    weights: of each source; pack: lengths, capacity, seed -> order, offsets (ops.packing); root:
+    the folder that files are named from in what is written.
     """
 
     filters: FilterConfig
@@ -160,6 +235,7 @@ class SplitRules:
     sequence_length: int
     seed: int
     pack: Callable[[Lengths, int, int], tuple[Ids, Ids]]
+    root: Path = Path()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,11 +248,15 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """Which examples [M] a split holds, in their order, and how often an epoch shows each."""
+    """Which examples [M] a split holds, in their order, and how often an epoch shows each.
+
+    counts: of its rows, but for what is written of them.
+    """
 
     rows: Ids
     times: npt.NDArray[np.int16]
     problems: npt.NDArray[np.uint64]
+    counts: dict[str, Any]
 
 
 def write_splits(
@@ -184,34 +264,27 @@ def write_splits(
 ) -> dict[str, Split]:
     """Write `split`, and "validation" where a part of it is held out, from what was collected."""
     everything, origins = collector.collected()
-    parts = _divide(split, origins, collector, rules)
+    parts = _divide(split, everything, origins, collector, rules)
     del origins  # of many rows, this is the memory that packing needs
-    _write_findings(folder / f"{split}.contamination.jsonl", collector.findings)
-    told = {
-        "tokenized_elsewhere": collector.tokenized_elsewhere,
-        "rows": collector.rows + collector.drops.counts.get(BAD, 0),
-        "dropped": dict(sorted(collector.drops.counts.items())),
-        "contaminated_problems": len({finding.problem for finding in collector.findings}),
-        "source_rows": [collector.source_rows[i] for i in range(len(rules.weights))],
-    }
+    _write_findings(
+        folder / f"{split}.contamination.jsonl", collector.findings.values(), rules.root
+    )
+    told = {"tokenized_elsewhere": collector.tokenized_elsewhere}
     made = {}
     for name in list(parts):
         part = parts.pop(name)
-        counts = {**told, **_write(folder / name, everything, part, rules)}
-        made[name] = Split(counts=counts, problems=part.problems)
-        told.update(rows=collector.drops.counts.get(HELD_OUT), dropped={}, source_rows=[])
-        told.update(contaminated_problems=0)
+        written = _write(folder / name, everything, part, rules)
+        made[name] = Split(counts={**told, **part.counts, **written}, problems=part.problems)
     everything.file.unlink(missing_ok=True)
     return made
 
 
 def _divide(
-    split: str, origins: Origins, collector: Collector, rules: SplitRules
+    split: str, everything: Collected, origins: Origins, collector: Collector, rules: SplitRules
 ) -> dict[str, _Part]:
-    """The examples of each split; counts those that are in none, or held out."""
+    """The examples of each split; counts those that are in none."""
     drops = collector.drops
-    rows = row_order(origins.problems, rules.filters)
-    drops.add(NOT_SAMPLED, len(origins.problems) - len(rows))
+    rows = _chosen(everything, origins, collector, rules)
     held = rows[:0]
     if rules.holdout.fraction:
         positions, problems = origins.positions, origins.problems
@@ -219,31 +292,107 @@ def _divide(
             rules.holdout, positions=positions, problems=problems, num_rows=collector.rows
         )[rows]
         held, rows = rows[out], rows[~out]
-        drops.add(HELD_OUT, len(held))
         _require_some(len(held), "holdout", collector)
     times = visits(rules.weights, origins.sources, rules.seed)[rows]
+    _require_some_of_each(_by_source(origins.sources[rows], times, rules), collector, rules)
     if not times.all():
         drops.add(WEIGHED_OUT, int((times == 0).sum()))
         rows, times = rows[times > 0], times[times > 0]
-    _require_some(len(rows), split, collector)
-    parts = {split: (rows, times)}
+    _require_some(len(rows), split, collector, held=len(held))
+    every = {split: (rows, times)}
     if len(held):
-        parts["validation"] = (held, np.ones(len(held), np.int16))
+        every["validation"] = (held, np.ones(len(held), np.int16))
+    read = _counts_of_rows(collector, rules, len(held))
     return {
-        name: _Part(rows=rows, times=times, problems=np.unique(origins.problems[rows]))
-        for name, (rows, times) in parts.items()
+        name: _Part(
+            rows=rows,
+            times=times,
+            problems=np.unique(origins.problems[rows]),
+            counts=_by_source(origins.sources[rows], times, rules)
+            | (read if name == split else {}),
+        )
+        for name, (rows, times) in every.items()
     }
 
 
-def _require_some(count: int, split: str, collector: Collector) -> None:
+def _by_source(
+    sources: npt.NDArray[np.int16], times: npt.NDArray[np.int16], rules: SplitRules
+) -> dict[str, Any]:
+    """Counts of a split by the source [M] of its examples; its rows, where it was held out."""
+    of_each = {"minlength": len(rules.weights)}
+    examples = np.bincount(sources, **of_each).tolist()
+    shown = np.bincount(sources, times, **of_each).astype(np.int64).tolist()
+    return {
+        "rows": len(sources),
+        "dropped": {},
+        "contaminated_problems": 0,
+        "source_rows": examples,
+        "source_examples": examples,
+        "source_visits": shown,
+    }
+
+
+def _counts_of_rows(collector: Collector, rules: SplitRules, held: int) -> dict[str, Any]:
+    """What became of the rows that were read."""
+    dropped, findings = collector.drops.counts, collector.findings.values()
+    pairs = {
+        (each.problem, place(each.benchmark, rules.root).rpartition(":")[0]) for each in findings
+    }
+    return {
+        "rows": collector.rows + dropped.get(BAD, 0),
+        "held_out": held,
+        "dropped": {reason: dropped[reason] for reason in by_rule(dropped)},
+        "contaminated_problems": len({each.problem for each in findings}),
+        "contaminated_by": dict(sorted(Counter(file for _, file in pairs).items())),
+        "source_rows": [collector.source_rows[i] for i in range(len(rules.weights))],
+    }
+
+
+def _chosen(
+    everything: Collected, origins: Origins, collector: Collector, rules: SplitRules
+) -> Ids:
+    """The examples that are written, in their order."""
+    drops = collector.drops
+    sampled = row_order(origins.problems, rules.filters)
+    drops.add(NOT_SAMPLED, len(origins.problems) - len(sampled))
+    rows = distinct_rows(sampled, origins.hashes)
+
+    def where(index: int) -> str:
+        return collector.places.where(int(origins.positions[index]))
+
+    def repeats() -> Iterator[Sample]:
+        for index in sampled[~np.isin(sampled, rows)].tolist():
+            same = rows[(origins.hashes[rows] == origins.hashes[index]).all(axis=1)][0]
+            tokens = everything.example(index)[0].tolist()
+            yield Sample(where(index), "", same_as=where(same), tokens=tokens)
+
+    drops.add(DUPLICATE, len(sampled) - len(rows), repeats())
+    return rows
+
+
+def _require_some(count: int, split: str, collector: Collector, *, held: int = 0) -> None:
     if count == 0:
-        dropped = collector.drops.counts
+        dropped = {**collector.drops.counts, **({"held out": held} if held else {})}
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "empty"
         longer = ", or a longer data.sequence_length" if TOO_LONG in dropped else ""
         raise DataError(
             f"data.{split}: no example is left of {collector.rows} rows ({reasons}); "
             f"give other sources{longer}"
         )
+
+
+def _require_some_of_each(
+    counts: Mapping[str, Any], collector: Collector, rules: SplitRules
+) -> None:
+    """`DataError` for a source that is left out of training by its weight alone."""
+    for index, weight in enumerate(rules.weights):
+        examples, rows = counts["source_examples"][index], collector.source_rows[index]
+        if examples and not counts["source_visits"][index]:
+            raise DataError(
+                f"{collector.source_files[index]}: source {index} of data.train has {examples} "
+                f"examples of {rows} rows, and its weight {weight:g} leaves none of them; give a "
+                "larger weight, or take the source out"
+            )
 
 
 def _write(prefix: Path, everything: Collected, part: _Part, rules: SplitRules) -> dict[str, Any]:
@@ -294,18 +443,19 @@ def _save(prefix: Path, **arrays: npt.NDArray[Any]) -> None:
         np.save(prefix.with_suffix(f".{name}.npy"), array, allow_pickle=False)
 
 
-def _write_findings(file: Path, findings: Iterable[Finding]) -> None:
+def _write_findings(file: Path, findings: Iterable[Finding], root: Path) -> None:
     """What training and benchmarks share, in an order that no worker decides."""
     lines = sorted(
-        json.dumps(dataclasses.asdict(finding), ensure_ascii=False) + "\n" for finding in findings
+        json.dumps({**dataclasses.asdict(found), **_places(found, root)}, ensure_ascii=False) + "\n"
+        for found in findings
     )
     if lines:
         file.write_text("".join(lines), encoding="utf-8")
 
 
-def _places(encoded: Encoded, which: npt.NDArray[np.bool_]) -> Iterator[Sample]:
-    for number in encoded.numbers[which][:SAMPLES].tolist():
-        yield Sample(f"{encoded.name}:{number}", "")
+def _places(found: Finding, root: Path) -> dict[str, str]:
+    """Both rows without the folders of this machine, which would change the bytes."""
+    return {"where": place(found.where, root), "benchmark": place(found.benchmark, root)}
 
 
 def packing_operator() -> Callable[[Lengths, int, int], tuple[Ids, Ids]]:

@@ -7,11 +7,14 @@ import bz2
 import codecs
 import gzip
 import hashlib
+import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -84,15 +87,15 @@ def text_blocks(source: SourceConfig, file: SourceFile, most: int | None) -> Ite
     """Blocks of lines, or of a JSON array, that are read from the beginning on."""
     file.require_unchanged()
     with _opened(file) as (stream, position):
-        name = file.path.name.removesuffix(file.path.suffix)
-        is_json = file.path.suffix == ".json" or name.endswith(".json")
-        begin = stream.read(BLOCK_BYTES) if is_json else b""
+        inner = Path(file.path.stem).suffix.lower() if file.kind in COMPRESSED else file.kind
+        begin = stream.read(BLOCK_BYTES) if inner == ".json" else b""
         if begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             blocks = _value_blocks(source, file, _after(begin, stream))
         else:
             blocks = _line_blocks(source, file, _after(begin, stream), most)
         done = 0
         for block in blocks:
+            file.require_unchanged()
             at = position()
             yield replace(block, size=at - done)
             done = at
@@ -162,19 +165,71 @@ def _value_block(
 @contextmanager
 def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     """The decompressed bytes of a file, and how many of its own have been read."""
-    openers: dict[str, Callable[..., Any]] = {
-        ".gz": gzip.open,
-        ".bz2": bz2.open,
-        ".xz": lzma.open,
-        ".zst": lambda raw: pa.input_stream(raw, compression="zstd"),
-    }
-    open_stream = openers.get(file.path.suffix, nullcontext)
+    open_stream = COMPRESSED.get(file.kind, nullcontext)
     try:
+        if file.kind in COMPRESSED and not file.size:
+            raise EOFError("it is empty")  # gzip and zstd would take nothing for no rows
         with file.path.open("rb") as raw, open_stream(raw) as stream:
             yield stream, lambda: file.size if raw.closed else raw.tell()
+    except DataError:
+        file.require_unchanged()
+        raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         file.require_unchanged()
         raise DataError(
             f"{file.path}: cannot be read ({str(error) or type(error).__name__}); it is damaged or "
             "cut short: write it again"
         ) from None
+
+
+class _Streams(io.RawIOBase):
+    """What the compressed streams hold that lie end to end in a file.
+
+    bz2.open and lzma.open take whatever begins no stream for the end of the file, so that all that
+    follows some damage is lost. Here it is an error of the decompressor; only `padding`, the bytes
+    that the format allows between streams and after them, is passed over.
+    """
+
+    def __init__(self, raw: IO[bytes], begin: Callable[[], Any], padding: bytes) -> None:
+        self._raw, self._begin, self._padding = raw, begin, padding
+        self._stream = begin()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data and (rest := self._rest()) is not None:
+            data = self._stream.decompress(rest, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _rest(self) -> bytes | None:
+        """What the stream, or a new one, is to be given next; None at the end of the file."""
+        if not self._stream.eof:
+            rest = self._raw.read(io.DEFAULT_BUFFER_SIZE) if self._stream.needs_input else b""
+            if not rest and self._stream.needs_input:
+                raise EOFError("it ends within a compressed stream")
+            return rest
+        rest = self._stream.unused_data or self._raw.read(io.DEFAULT_BUFFER_SIZE)
+        while rest and not (rest := rest.lstrip(self._padding)):
+            rest = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+        if not rest:
+            return None
+        self._stream = self._begin()
+        return rest
+
+
+def _open_streams(raw: IO[bytes], *, begin: Callable[[], Any], padding: bytes = b"") -> IO[bytes]:
+    return io.BufferedReader(_Streams(raw, begin, padding))
+
+
+COMPRESSED: Mapping[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": partial(_open_streams, begin=bz2.BZ2Decompressor),
+    ".xz": partial(
+        _open_streams, begin=partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), padding=b"\0"
+    ),
+    ".zst": lambda raw: pa.input_stream(raw, compression="zstd"),
+}
+"""What opens the decompressed bytes of a file, by the ending of its name."""

@@ -1,10 +1,14 @@
+import json
 import pickle
 import re
 
 import pytest
 
+from mcore_sft.config import SourceConfig
 from mcore_sft.data import contamination
-from mcore_sft.data.contamination import Contamination, distinct
+from mcore_sft.data.contamination import Contamination, distinct, read_benchmarks
+from mcore_sft.data.errors import DataError
+from mcore_sft.data.sources import problems_alone, survey
 
 WORDS = [chr(ord("a") + i) * 3 for i in range(14)]
 """aaa, bbb, ccc, ..."""
@@ -26,7 +30,14 @@ def text(*changed, count=14):
         ("What is $1+1$?", "What is $1+1$?", [("exact", 1)]),
         ("What is $1+1$?", " what is\n $1 + 1$ ?\n", [("normalized", 1)]),
         ("What is $1+1$?", "What is $1-1$?", []),  # three words: no n-gram
-        (text(count=7), text(count=7) + " more", []),
+        (text(count=7), "Now, " + text(count=7) + " more", [("contained", 1)]),
+        ("What is $2+2$?", "Solve this.\n\nWHAT is $2 + 2$ ? Explain.", [("contained", 1)]),
+        ("What is $2+2$?", "What is $2-2$?", []),  # the same words, another sign
+        ("What is $2+2$?", "What is $2+2$, and then?", []),
+        ("Is $12+3$ even?", "Is $12+34$ even?", []),
+        ("Is 2+2=4", "Is 2+2=4?", [("contained", 1)]),  # six words and signs
+        ("2+2=4", "Is 2+2=4?", []),  # five
+        ("$+-*/=$", "Is $+-*/=$ fine?", []),  # no word
         (text(count=8), text(count=8) + " more", [("8-gram", 1)]),
         (text(count=8) + " more", text(count=8), []),  # one 8-gram of two
         (text(count=12), "Now, " + text(count=12).upper() + "?", [("8-gram", 1)]),
@@ -84,6 +95,31 @@ def test_a_pickled_copy_finds_the_same():
     copy = pickle.loads(pickle.dumps(made))
     problems = [text(13), "what is $1 + 1$?"]
     assert copy.check(problems) == made.check(problems) != []
+
+
+def surveyed(file, problems):
+    """A benchmark of these problems, as a source."""
+    file.write_text("".join(json.dumps({"problem": problem}) + "\n" for problem in problems))
+    source = SourceConfig(path=file.name, problem="problem")
+    return survey(problems_alone(source), root=file.parent)
+
+
+def test_benchmarks_are_read_with_the_place_of_each_problem(tmp_path):
+    one = surveyed(tmp_path / "one.jsonl", ["a", "b", "a"])
+    two = surveyed(tmp_path / "two.jsonl", ["b", "c"])
+    assert read_benchmarks([one, two]) == {
+        "a": f"{tmp_path}/one.jsonl:1",
+        "b": f"{tmp_path}/one.jsonl:2",
+        "c": f"{tmp_path}/two.jsonl:2",
+    }
+
+
+@pytest.mark.parametrize("others", [[], ["a"]])
+def test_benchmark_without_a_problem_is_an_error(others, tmp_path):
+    some = [surveyed(tmp_path / f"{name}.jsonl", [name]) for name in others]
+    empty = surveyed(tmp_path / "empty.jsonl", [])
+    with pytest.raises(DataError, match=r"benchmark 'empty\.jsonl': it holds no problem"):
+        read_benchmarks([*some, empty])
 
 
 def test_distinct_remembers_what_came_before():

@@ -1,7 +1,6 @@
 import pytest
 
-from mcore_sft.data.conversation import checked
-from mcore_sft.data.errors import DataError
+from mcore_sft.data.conversation import UnfitRow, checked, unknown_keys
 
 
 def call(arguments, **more):
@@ -33,6 +32,12 @@ def call(arguments, **more):
                 "tool_calls": [{"name": "now", "arguments": {}}],
             },
         ),
+        ({"role": "user", "content": "a", "weight": 0}, {"role": "user", "content": "a"}),
+        ({"role": "assistant", "content": "a", "weight": 1}, {"role": "assistant", "content": "a"}),
+        (
+            {"role": "assistant", "content": None, "thoughts": "Hm."},
+            {"role": "assistant", "content": "", "thoughts": "Hm."},
+        ),
     ],
 )
 def test_messages_as_templates_take_them(message, wanted):
@@ -46,6 +51,13 @@ def test_messages_as_templates_take_them(message, wanted):
         ("hi", "expected an object of role and content, found str"),
         ({"content": "hi"}, "role None, expected one of system, user, assistant, tool"),
         ({"role": "gpt", "content": "hi"}, "role 'gpt', expected one of"),
+        (
+            {"from": "human", "value": "hi"},
+            "it has from and value, as ShareGPT has them, expected role and content; write role: u",
+        ),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "weight 0.5 of .*, expected 0 or 1"),
+        ({"role": "assistant", "content": "a", "weight": "0"}, "weight '0' of .*, expected 0 or 1"),
+        ({"role": "user", "content": "a", "weight": 1}, "weight 1 of the user, expected 0;"),
         ({"role": "user"}, "its content is None, expected text"),
         ({"role": "user", "content": 3}, "its content is 3, expected text"),
         ({"role": "user", "content": [{"type": "image"}]}, "expected parts of type text"),
@@ -55,5 +67,26 @@ def test_messages_as_templates_take_them(message, wanted):
     ],
 )
 def test_messages_that_cannot_be_used_are_named(message, said):
-    with pytest.raises(DataError, match=f"^message 2: .*{said}"):
+    with pytest.raises(UnfitRow, match=f"^message 2: .*{said}"):
         checked([{"role": "user", "content": "hi"}, message])
+
+
+def test_answers_of_weight_0_stay_what_they_are_and_one_must_be_trained():
+    answers = [{"role": "assistant", "content": "a", "weight": w} for w in (0, 1, None, False)]
+    talk = checked(answers)
+    assert [message.get("weight") for message in talk] == [0, None, None, 0]
+    assert checked(talk) == talk
+    with pytest.raises(UnfitRow, match="all its answers have weight 0"):
+        checked([{"role": "user", "content": "hi"}, answers[0], answers[3]])
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        *((value, False) for value in (None, " ", [], {"a": [None, ""]})),
+        *((value, True) for value in (0, False, "x", [0], {"a": {"b": "x"}})),
+    ],
+)
+def test_a_key_says_something_where_it_has_a_value(value, says):
+    message = {"role": "user", "content": "x", "name": "x", "id": "x", "new": value}
+    assert unknown_keys(message) == ["new"] * says

@@ -167,6 +167,13 @@ def test_every_damaged_file_is_listed_and_the_example_where_it_can_be(folder):
         assert any(said in line for line in found), said
 
 
+@pytest.mark.parametrize("name", ["supervised.npy", "bin", "idx"])
+def test_missing_file_is_said_once(folder, name):
+    (folder / f"train.{name}").unlink()
+    [found] = find_damage(folder, console=QUIET)
+    assert f"train.{name}: missing" in found
+
+
 def test_manifest_that_counts_otherwise(folder):
     manifest = manifests.read(folder)
     manifest["splits"]["train"]["packs"] += 1

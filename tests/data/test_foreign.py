@@ -175,9 +175,9 @@ def test_packs_of_bridge_become_their_examples():
         ([31, 32], [], 1),
     ]
     assert is_bridge(table.schema)
-    assert plain(read_bridge(table, name="f", first=1)) == expected
-    assert plain(read_bridge(table.slice(1), name="f", first=2)) == [([31, 32], [], 0)]
-    assert plain(read_bridge(table.slice(0, 0), name="f", first=1)) == []
+    assert plain(read_bridge(table, name="f", first=1, eos=0)) == expected
+    assert plain(read_bridge(table.slice(1), name="f", first=2, eos=0)) == [([31, 32], [], 0)]
+    assert plain(read_bridge(table.slice(0, 0), name="f", first=1, eos=0)) == []
 
 
 def test_packs_of_bridge_from_a_file_of_several_row_groups(tmp_path):
@@ -187,7 +187,7 @@ def test_packs_of_bridge_from_a_file_of_several_row_groups(tmp_path):
     large = large.set_column(1, "loss_mask", flags)
     pq.write_table(large, tmp_path / "packed.parquet", row_group_size=2)
     table = pq.read_table(tmp_path / "packed.parquet")
-    assert plain(read_bridge(table, name="f", first=1)) == [
+    assert plain(read_bridge(table, name="f", first=1, eos=0)) == [
         ([1, 2, 3 + row], [[1, 2]], row) for row in range(5)
     ]
 
@@ -195,11 +195,20 @@ def test_packs_of_bridge_from_a_file_of_several_row_groups(tmp_path):
 def test_padding_of_bridge_is_left_out():
     """0 ends each example; what follows it fills up, though the mask says 1 there too."""
     table = packs(([7, 8, 0, 0, 0, 0, 0, 7, 0, 0], [1, 1, 1, 1, 1, 0, 1, 0, 0, 0], [0, 5, 7]))
-    assert plain(read_bridge(table, name="f", first=1)) == [
+    assert plain(read_bridge(table, name="f", first=1, eos=0)) == [
         ([7, 8, 0], [[1, 3]], 0),
         ([0], [], 0),  # its first token does not repeat the one before it
         ([7, 0], [], 0),
     ]
+
+
+@pytest.mark.parametrize("eos", [0, 3, None])
+def test_tokens_that_repeat_and_are_no_padding_stay(eos):
+    last = 8 if eos == 0 else 0
+    ids = [0, 0, 7, last, last, last, 5, 0, 0, 9, 9]
+    expected = [(ids[:6], [[1, 6]], 0), (ids[6:], [[1, 5]], 0)]
+    table = packs((ids, [1] * len(ids), [0, 6]))
+    assert plain(read_bridge(table, name="f", first=1, eos=eos)) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,7 +229,7 @@ def test_padding_of_bridge_is_left_out():
 def test_damage_of_bridge_is_named(row, said):
     table = packs(([1, 2, 3], [0, 1, 0], [0, 2]), row)
     with pytest.raises(DataError, match=rf"packed\.parquet:8: {said}.*; write it again"):
-        read_bridge(table, name="packed.parquet", first=7)
+        read_bridge(table, name="packed.parquet", first=7, eos=0)
 
 
 def test_tables_that_are_not_of_bridge():

@@ -393,7 +393,7 @@ def test_validation_by_row_is_the_cut_of_train_test_split(tmp_path):
         row["generated_solution"] for row in ROWS if row["generated_solution"] not in expected
     ]
     train, validation = made["splits"]["train"], made["splits"]["validation"]
-    assert train["rows"] == 3000 == train["examples"] + train["dropped"]["held out for validation"]
+    assert train["rows"] == 3000 == train["examples"] + train["held_out"]
     assert validation["rows"] == validation["examples"] == 150
     assert validation["shared_problems"] > 100
 
@@ -523,6 +523,22 @@ def test_json_lines_are_those_of_nemo_skills(tmp_path):
     assert file.read_bytes().splitlines() == [lines[i] for i in order]
 
 
+@pytest.mark.parametrize("by", ["row", "problem"])
+@pytest.mark.parametrize("order", ["source", "nemo_skills"])
+def test_plain_json_lines_are_the_rows_that_are_trained(by, order, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [*ROWS[:400], ROWS[7]])
+    settings = {"holdout": {"fraction": 0.1, "by": by}, "filters": {"order": order}}
+    made, _ = run(config(tmp_path, **settings), tmp_path / "packed")
+    held = made["splits"]["train"]["held_out"]
+    assert 0 < held < 100
+    exporting, file = job(config(tmp_path, **settings)), tmp_path / "sft.jsonl"
+    assert export_json_lines(exporting, file) == 400 - held
+    assert f"{held} more rows are held out" in exporting.console.file.getvalue()
+    written = [json.loads(line)["output"] for line in file.read_text().splitlines()]
+    assert written == [f"{text}<|eot_id|>" for text in texts(tmp_path / "packed")]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_bad_rows_are_skipped_counted_and_capped(tmp_path):
     rows = [solved(f"{i}?", "yes") if i % 3 else {"problem": f"{i}?"} for i in range(30)]
     rows[0] = solved("0?", "yes")
@@ -537,17 +553,6 @@ def test_bad_rows_are_skipped_counted_and_capped(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:4: .*more than 8 rows of data\.train"):
         run(capped, tmp_path / "capped")
     assert not (tmp_path / "capped").exists()
-
-
-def test_what_killed_runs_left_is_swept(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ROWS[:50])
-    left = tmp_path / ".packed.partial-dead"
-    left.mkdir()
-    other = tmp_path / ".other.partial-alive"
-    other.mkdir()
-    run(config(tmp_path), tmp_path / "packed")
-    assert not left.exists()
-    assert other.exists()
 
 
 def test_tokens_of_others_are_packed_anew(tmp_path, packed):
@@ -659,3 +664,19 @@ def test_benchmark_needs_no_solutions_in_any_form(tmp_path):
     against = {"against": [{"path": "test.parquet"}]}
     made, _ = run(config(tmp_path, contamination=against), tmp_path / "packed")
     assert made["splits"]["train"]["dropped"] == {"in a benchmark": 1}
+
+
+def test_padding_of_megatron_bridge_is_the_end_of_the_tokenizer(tmp_path):
+    eos = load_tokenizer(FIXTURES / "tokenizer").eos_id
+    table = {"input_ids": [[5, 6, 6, eos, eos, eos]], "loss_mask": [[1] * 6], "seq_start_id": [[0]]}
+    pq.write_table(pa.table(table), tmp_path / "bridge.parquet")
+    run(config(tmp_path, train=[{"path": "bridge.parquet"}]), tmp_path / "packed")
+    assert PackedDataset(tmp_path / "packed").example(0).tokens.tolist() == [5, 6, 6, eos]
+
+
+def test_missing_mask_is_named(tmp_path, packed):
+    for ending in (".bin", ".idx"):
+        shutil.copy(packed / f"train{ending}", tmp_path / f"theirs{ending}")
+    source = {"path": "theirs.idx", "mask": "mask.idx"}
+    with pytest.raises(DataError, match=r"mask\.idx: cannot be read \(No such file"):
+        run(config(tmp_path, train=[source]), tmp_path / "packed")

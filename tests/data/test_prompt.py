@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -313,6 +314,33 @@ def test_conversations_that_fixed_strings_cannot_write(prompt, talk, error):
         prompt.encode(chats(said("1?", "one"), talk))
 
 
+def test_answers_of_weight_0_are_read_and_not_trained(prompt, tokenizer):
+    talk = said("1?", "one", "2?", "two", "3?", "three", system="Count.")
+    whole = pieces(prompt.encode(chats(talk))[0], tokenizer)
+    for untrained, wanted in (
+        ([2], ["".join(whole[:3]), *whole[3:6], ""]),
+        ([4], [*whole[:2], "".join(whole[2:5]), whole[5], ""]),
+        ([6], [*whole[:4], ""]),  # nothing is trained after it, so that it ends there
+        ([2, 6], ["".join(whole[:3]), whole[3], ""]),
+    ):
+        weighed = [{**m, "weight": 0} if i in untrained else m for i, m in enumerate(talk)]
+        for template in ("llama3-instruct", "chat"):
+            made = Prompt.load(PromptConfig(template=template), tokenizer)
+            examples, dropped = made.encode(chats(weighed))
+            assert (pieces(examples, tokenizer), dropped) == (wanted, {})
+            asked = tokenizer.encode(wanted[0])
+            assert examples.tokens[: len(asked)].tolist() == asked
+
+
+def test_templates_are_not_given_weights(tmp_path, tokenizer):
+    chat = chat_with(UNMARKED.replace("m.content", "m.content ~ m.weight"), tmp_path, None)
+    talk = [*said("1?", "one"), *said("2?", "two")]
+    talk[1]["weight"] = 0
+    [asked, answer, _] = pieces(chat.encode(chats(talk))[0], tokenizer)
+    assert "\n\none<|eot_id|>" in asked
+    assert answer == "two<|eot_id|>"
+
+
 def test_own_chat_template_and_many_turns(tokenizer):
     chat = Prompt.load(PromptConfig(template="chat"), tokenizer)
     talk = said("1? ", "one ", "2?", "two", system="Count.")
@@ -400,8 +428,44 @@ def test_turns_whose_ids_depend_on_their_neighbours_are_an_error(tmp_path):
     chat = chat_with(TURNS + ASKS, tmp_path, None)  # "assistant: " and "has" share a token
     chat.encode(chats(said("1?", "has 2")))
     error = r"a\.jsonl:1: before its last answers an engine would send .* near '.*: has 2"
+    talks = chats(said("1?", "has 2", "2?", "has 3"), said("1?", "has 2"))
     with pytest.raises(DataError, match=error):
-        chat.encode(chats(said("1?", "has 2", "2?", "has 3")))
+        chat.encode(talks)
+    unfit: dict[int, str] = {}
+    examples, dropped = chat.encode(talks, unfit)
+    assert (examples.rows.tolist(), dropped, list(unfit)) == ([1], {}, [0])
+    assert re.match(error, unfit[0])
+
+
+def test_rows_that_a_template_cannot_write_are_told_apart(tokenizer, tmp_path):
+    odd = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    talks = chats(
+        said("1?", "one", system="Count."),
+        said("1?", "one"),
+        [*said("1?"), call],
+        [{"role": "gpt", "content": "1"}],
+        said("1?"),
+    )
+    plain = Prompt.load(PromptConfig(instruction=None), tokenizer)
+    for prompt, wrong in (
+        (plain, {2, 3}),
+        (chat_with(odd + TURNS + ASKS, tmp_path, None), {0, 2, 3}),
+    ):
+        unfit: dict[int, str] = {}
+        examples, dropped = prompt.encode(talks, unfit)
+        assert (set(unfit), dropped) == (wrong, {4: NO_ANSWER})
+        assert examples.rows.tolist() == sorted({0, 1, 2, 3} - wrong)
+        assert all(said.startswith(f"a.jsonl:{index + 1}: ") for index, said in unfit.items())
+        with pytest.raises(DataError, match=r"^a\.jsonl:"):
+            prompt.encode(talks)
+
+
+def test_template_that_fails_every_conversation_is_no_matter_of_the_row(tmp_path):
+    unmarked = FORGETS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    chat = chat_with(unmarked, tmp_path, None)
+    with pytest.raises(DataError, match="neither way can tell"):
+        chat.encode(chats(said("1?", "one", "2?", "two")), {})
 
 
 def test_second_bos_in_a_later_turn_is_an_error(tmp_path):

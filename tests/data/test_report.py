@@ -17,6 +17,7 @@ from mcore_sft.data.indexed import running_sum, write_index
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.proof import prove
 from mcore_sft.data.report import show_manifest, write_report
+from mcore_sft.data.report_page import _contamination
 from mcore_sft.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "fixtures" / "tokenizer")
@@ -106,13 +107,26 @@ def test_example_in_no_pack_is_named(tmp_path):
 # --- the report
 
 INPUTS = {
-    "data": {"sequence_length": 64},
+    "data": {"sequence_length": 64, "contamination": {"threshold": 0.9, "remove": True}},
     "prompt": {**PROMPT.describe(), "fingerprint": PROMPT.fingerprint},
     "tokenizer": {"fingerprint": TOKENIZER.fingerprint, "vocab_size": 701, "pad_id": 0},
-    "sources": {"train": [{"path": "rows.jsonl", "files": []}]},
+    "sources": {
+        "train": [
+            {"path": "rows.jsonl", "files": []},
+            {"path": "org/name", "name": "main", "split": "train", "rows": 4},
+        ],
+        "against": [{"path": "math/test.jsonl", "files": []}],
+    },
 }
 PAIRS = [
-    {"problem": f"p{i}", "benchmark_problem": EVIL, "kind": kind, "overlap": 0.9}
+    {
+        "problem": f"p{i}",
+        "benchmark_problem": EVIL,
+        "kind": kind,
+        "overlap": 0.9,
+        "where": f"rows.jsonl:{i + 1}",
+        "benchmark": "math/test.jsonl:17",
+    }
     for i, kind in enumerate(["13-gram"] * 30 + ["8-gram", "exact"])
 ]
 
@@ -132,8 +146,12 @@ def made(tmp_path_factory):
     tokens = sum(len(tokens) for tokens, _ in examples)
     counts = {
         "rows": 9,
-        "dropped": {"duplicate": 3, "bad row": 1},
+        "dropped": {"bad row": 1, "duplicate": 3},
         "contaminated_problems": 32,
+        "contaminated_by": {"math/test.jsonl": 32},
+        "source_rows": [5, 4],
+        "source_examples": [5, 0],
+        "source_visits": [5, 0],
         "tokenized_elsewhere": False,
         "examples": 5,
         "visits": 5,
@@ -176,7 +194,14 @@ def test_report_tells_what_the_files_hold(made):
     assert (of["median"], of["mean"]) == (np.median(lengths), round(float(lengths.mean()), 1))
     steps = np.bincount((np.array(lengths) - 1) // of["step"]).tolist()
     assert of["histogram"] == steps
-    assert train["dropped"] == {"duplicate": [{"where": "rows.jsonl:7", "text": EVIL}]}
+    assert list(train["dropped"].items()) == [
+        ("bad row", []),
+        ("duplicate", [{"where": "rows.jsonl:7", "text": EVIL}]),
+    ]
+    assert train["sources"] == [
+        {"source": "rows.jsonl", "rows": 5, "examples": 5, "visits": 5},
+        {"source": "org/name [main, train]", "rows": 4, "examples": 0, "visits": 0},
+    ]
     contamination = train["contamination"]
     assert contamination["kinds"] == {"exact": 1, "8-gram": 1, "13-gram": 30}
     assert contamination["pairs"] == [PAIRS[31], PAIRS[30], *PAIRS[:18]]
@@ -219,7 +244,15 @@ def test_rows_are_named_without_the_folders_of_this_machine(made):
     folder, counts = made
     samples = {
         "bad row": [Sample("/here/data/math/rows.jsonl:4", "/here/data/math/rows.jsonl:4: broken")],
-        "duplicate": [Sample("/elsewhere/rows.jsonl:5", ""), Sample("org/name[train]:6", "")],
+        "duplicate": [
+            Sample("/elsewhere/rows.jsonl:5", ""),
+            Sample(
+                "org/name[train]:6",
+                "",
+                same_as="/here/data/math/rows.jsonl:4",
+                tokens=TOKENIZER.encode("as before"),
+            ),
+        ],
     }
     write_report(
         folder,
@@ -236,7 +269,11 @@ def test_rows_are_named_without_the_folders_of_this_machine(made):
         "bad row": [{"where": "math/rows.jsonl:4", "text": "broken"}],
         "duplicate": [
             {"where": "elsewhere/rows.jsonl:5", "text": ""},
-            {"where": "org/name[train]:6", "text": ""},
+            {
+                "where": "org/name[train]:6",
+                "text": "as before",
+                "same_as": "math/rows.jsonl:4",
+            },
         ],
     }
 
@@ -273,7 +310,10 @@ def test_page_escapes_every_text_of_a_row_and_needs_nothing_beside_itself(made):
     for told in (
         "rows.jsonl:7",
         "duplicate 3 rows, 33.33%",
+        "every message of its user, with math/test.jsonl.",
         "Pairs: 1 exact, 1 8-gram, 30 13-gram",
+        "90% of math/test.jsonl:17 is in rows.jsonl:32",
+        "org/name [main, train]400",
     ):
         assert told in page.text
     assert TOKENIZER.fingerprint in page.text
@@ -285,16 +325,34 @@ def test_page_escapes_every_text_of_a_row_and_needs_nothing_beside_itself(made):
     assert len(raw) < 40_000
 
 
+def test_page_says_when_nothing_was_compared():
+    for sources, told in (
+        ({"train": INPUTS["sources"]["train"]}, "names no benchmark"),
+        (INPUTS["sources"], "None is alike"),
+    ):
+        inputs = {**INPUTS, "sources": sources}
+        report = {"inputs": inputs, "splits": {"train": {"contamination": {"pairs": []}}}}
+        assert told in _contamination(report)
+
+
 def test_table_of_counts(made):
     _, counts = made
-    twice = {**counts, "visits": 10, "dropped": {}}
+    twice = {**counts, "visits": 10, "dropped": {"longer than the sequence": 2}, "held_out": 3}
     splits = {"train": counts, "validation": {**twice, "shared_problems": 4}}
     console = Console(file=io.StringIO(), width=100)
     told = {"splits": splits, "sequence_length": 64, "fingerprint": "abcdef" * 8}
     show_manifest(told, Path("packed"), console=console)
     shown = [re.split(r"\s{2,}", line.strip()) for line in console.file.getvalue().splitlines()]
     assert ["rows read", "9", "9"] in shown
+    labels = [line[0] for line in shown]
+    dropped = [label for label in labels if label.startswith("dropped: ")]
+    assert dropped == [
+        f"dropped: {x}" for x in ("bad row", "longer than the sequence", "duplicate")
+    ]
     assert ["dropped: duplicate", "3 (33.3%)", "0 (0.0%)"] in shown
-    assert ["visits of an epoch", "5", "10"] in shown
+    assert ["held out for validation", "0 (0.0%)", "3 (33.3%)"] in shown
+    assert labels.index("examples") < labels.index("an epoch") < labels.index("tokens")
+    assert ["examples shown", "5", "10"] in shown
+    assert ["problems that share words with math/test.jsonl", "32", "32"] in shown
     assert ["problems in train and validation", "4"] in shown
     assert ["packed", "abcdefabcdef"] in shown

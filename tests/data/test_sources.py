@@ -15,6 +15,7 @@ import pytest
 
 from mcore_sft.config import SourceConfig
 from mcore_sft.data import table_blocks, text_blocks
+from mcore_sft.data.blocks import SourceFile, open_arrow, open_parquet
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import write_index
 from mcore_sft.data.rows import Chats, Pairs, Tokens
@@ -24,6 +25,14 @@ TEXT_KINDS = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.jsonl.bz2", "a.
 TEXT_KINDS += ["a.jsonl.zst", "list.json.gz"]
 TABLE_KINDS = ["a.parquet", "a.arrow", "file.arrow", "a.feather"]
 KINDS = TEXT_KINDS + TABLE_KINDS
+
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
 
 
 def problems_of(folder: Path, **source) -> list[str]:
@@ -43,14 +52,12 @@ def as_lines(some: list) -> bytes:
 
 def write(file: Path, some: list) -> Path:
     """Write rows in the format that the name of `file` stands for, tables two rows a batch."""
-    kind = file.name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
     if file.suffix in (".parquet", ".arrow", ".feather"):
         write_table(file, pa.Table.from_pylist(some))
         return file
-    data = json.dumps(some, indent=1).encode() if kind.startswith("list") else as_lines(some)
-    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-    compress[".zst"] = lambda data: pa.compress(data, "zstd", asbytes=True)
-    file.write_bytes(compress.get(file.suffix, bytes)(data))
+    is_list = file.name.startswith("list")
+    data = json.dumps(some, indent=1).encode() if is_list else as_lines(some)
+    file.write_bytes(COMPRESS.get(file.suffix, bytes)(data))
     return file
 
 
@@ -106,6 +113,15 @@ def test_every_kind_of_file(name, tmp_path):
     assert isinstance(only, Pairs)
     assert (only.name, only.numbers.tolist(), only.votes) == (str(file), [1, 2, 3, 4, 5], None)
     assert problems_of(tmp_path, path=name, solution="none") == [row["problem"] for row in rows(5)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_endings_in_upper_case(name, tmp_path):
+    file = write(tmp_path / name, rows(5))
+    file.rename(tmp_path / name.upper())
+    assert pairs(tmp_path, path=name.upper()) == expected(rows(5))
+    with pytest.raises(DataError, match="no such file under"):
+        survey(SourceConfig(path=f"absent{file.suffix.upper()}"), root=tmp_path)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -270,6 +286,7 @@ BAD = [
         "no column 'generated_solution' for the solution; columns: problem, "
         r"generated_solutions; did you mean solution: generated_solutions\?",
     ),
+    (b'{"problem": "a", "generated_solution": "b", "total_votes": "8"}', "'total_votes' holds '8'"),
     (b'{"question": "a"}', "no column 'problem' .*columns: question; name it with problem:"),
 ]
 
@@ -369,10 +386,89 @@ def test_damaged_tables_are_named(name, tmp_path):
 def test_damaged_compressed_files_are_named(name, tmp_path):
     file = write(tmp_path / name, rows(100))
     data = file.read_bytes()
-    for damaged in (data[: len(data) // 2], b"not compressed at all"):
+    for damaged in (data[: len(data) // 2], data[:1], b"", b"not compressed at all"):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*damaged"):
             read(tmp_path, path=name)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_streams_end_to_end_are_one_file(ending, small, tmp_path):
+    """As pbzip2, pigz, `xz` by several threads and `cat` leave them."""
+    first, second, third = (COMPRESS[ending](as_lines(rows(5, first=i))) for i in (0, 5, 10))
+    file, name = tmp_path / f"a.jsonl{ending}", f"a.jsonl{ending}"
+    whole = [first + second + third]
+    if ending in (".gz", ".xz"):  # in which zeros may stand between streams and at the end
+        zeros = bytes(4), bytes(40_000)
+        whole += [first + zero + second + third + zero for zero in zeros]
+    for data in whole:
+        file.write_bytes(data)
+        assert pairs(tmp_path, path=name) == expected(rows(15))
+    for damaged in (
+        first + b"x" + second[1:] + third,
+        first + second[:-1] + third,
+        first + second + b"x" * 10_000,
+        first + second + bytes(8) + b"x",
+        first + second + third[:1],
+        first + second + third[:-1],
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*damaged"):
+            read(tmp_path, path=name)
+    if ending in (".bz2", ".zst"):
+        file.write_bytes(first + bytes(4) + second)
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*damaged"):
+            read(tmp_path, path=name)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_arrow_stream_that_is_cut_short_is_named(replaced, tmp_path):
+    """Wherever it is cut; between two messages, Arrow takes what is left for a whole stream."""
+    schema = pa.schema([("problem", pa.string()), ("s", pa.dictionary(pa.int8(), pa.string()))])
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), schema) as writer:
+        for i in range(2):
+            solutions = (
+                pa.array(["x", f"y{i * replaced}"]).dictionary_encode().cast(schema.types[1])
+            )
+            writer.write_batch(pa.record_batch([pa.array(["p", "q"]), solutions], schema=schema))
+    data = (tmp_path / "a.arrow").read_bytes()
+    assert len(pairs(tmp_path, path="a.arrow", solution="s")) == 4
+    marked = 0
+    for end in range(len(data)):
+        (tmp_path / "a.arrow").write_bytes(data[:end])
+        with pytest.raises(DataError, match=r"a\.arrow: not an Arrow file or stream") as refused:
+            survey(SourceConfig(path="a.arrow", solution="s"), root=tmp_path)
+        marked += "without the end-of-stream marker" in str(refused.value)
+    assert marked == 4 + replaced  # after the schema, each dictionary and each batch
+    (tmp_path / "a.arrow").write_bytes(data + data)
+    with pytest.raises(DataError, match=rf"{len(data)} bytes follow the end of its stream"):
+        survey(SourceConfig(path="a.arrow", solution="s"), root=tmp_path)
+    (tmp_path / "a.arrow").write_bytes(data[:-8] + bytes(4))  # as Arrow wrote it before 0.15
+    assert len(pairs(tmp_path, path="a.arrow", solution="s")) == 4
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS[:3])
+@pytest.mark.parametrize("twice", ["problem", "generated_solution", "total_votes"])
+def test_column_that_is_there_twice_is_named(name, twice, tmp_path):
+    names = ["problem", "generated_solution", "total_votes"]
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array([1])], names)
+    unread = table.append_column("x", table[twice]).append_column("x", table[twice])
+    write_table(tmp_path / name, unread)
+    assert pairs(tmp_path, path=name) == [("a", "b")]
+    write_table(tmp_path / name, table.append_column(twice, table[twice]))
+    assert_named_twice(name, twice, tmp_path)
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS[:3])
+def test_column_of_megatron_bridge_that_is_there_twice_is_named(name, tmp_path):
+    table = pa.table({"input_ids": [[5]], "loss_mask": [[1]], "seq_start_id": [[0]]})
+    write_table(tmp_path / name, table.append_column("input_ids", table["input_ids"]))
+    assert_named_twice(name, "input_ids", tmp_path)
+
+
+def assert_named_twice(name, twice, tmp_path):
+    with pytest.raises(DataError, match=rf"{name}:1: 2 columns are named '{twice}', expected one"):
+        read(tmp_path, path=name)
 
 
 def test_broken_array_is_named(tmp_path):
@@ -409,6 +505,34 @@ def test_file_that_changes_while_it_is_cut_is_named(name, small, tmp_path):
     os.utime(file, (1, 1))
     with pytest.raises(DataError, match=rf"{name}: it changed while it was read"):
         list(blocks)
+
+
+@pytest.mark.parametrize("name", ["list.json", "a.json", "list.json.gz"])
+def test_what_was_broken_by_a_change_is_not_called_broken(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(text_blocks, "BLOCK_BYTES", 10_000)  # more than is read ahead
+    file = write(tmp_path / name, rows(5000))
+    blocks = survey(SourceConfig(path=name), root=tmp_path).blocks()
+    next(blocks).read(skip_bad=False)
+    with file.open("r+b") as opened:
+        opened.seek(1000)
+        opened.write(b"[{" * 10_000)
+    os.utime(file, (1, 1))
+    with pytest.raises(DataError, match=rf"{name}: it changed while it was read"):
+        [block.read(skip_bad=False) for block in blocks]
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS)
+def test_bad_row_of_a_table_that_changes_is_blamed_on_the_change(name, tmp_path):
+    path = write(tmp_path / name, rows(2))
+    file, source = SourceFile.of(path), SourceConfig(path=name)
+
+    def read_a_bad_row():
+        with open_parquet(file) if name == "a.parquet" else open_arrow(file, source, name):
+            os.utime(path, (1, 1))
+            raise DataError("a bad row")
+
+    with pytest.raises(DataError, match=rf"{name}: it changed while it was read"):
+        read_a_bad_row()
 
 
 @pytest.mark.parametrize("path", ["absent.jsonl", "part-*.jsonl", "./absent", "a.jsonl.zst"])
@@ -461,11 +585,25 @@ def test_tokens_of_megatron_need_a_mask(tmp_path):
         survey(SourceConfig(path="a.idx"), root=tmp_path)
     with pytest.raises(DataError, match=r"a\.bin: .*give the \.idx"):
         survey(SourceConfig(path="a.bin"), root=tmp_path)
-    with pytest.raises(DataError, match=r"mask\.idx: cannot be read"):
-        survey(SourceConfig(path="a.idx", mask="mask.idx"), root=tmp_path)
+    source = SourceConfig(path="a.idx", mask="mask.idx")
+    for look in (survey, source_size):
+        with pytest.raises(DataError, match=r"mask\.idx: cannot be read \(No such file"):
+            look(source, root=tmp_path)
     write_tokens(tmp_path / "mask.idx", 2)
     with pytest.raises(DataError, match=r"mask\.idx: 2 sequences, but .*a\.idx has 3"):
         read(tmp_path, path="a.idx", mask="mask.idx")
+
+
+@pytest.mark.parametrize("path", [*KINDS, "*", "a.bin", "owner/name"])
+@pytest.mark.parametrize("mask", ["all", "mask.idx"])
+def test_mask_without_tokens_of_megatron_is_refused(path, mask, tmp_path):
+    write_tokens(tmp_path / "a.idx")
+    if path in KINDS:
+        write(tmp_path / path, rows(2))
+    with pytest.raises(
+        DataError, match=rf"mask: {mask} says .* of Megatron's tokens.*take it away"
+    ):
+        survey(SourceConfig(path=path, mask=mask), root=tmp_path)
 
 
 @pytest.mark.parametrize("name", TABLE_KINDS)
@@ -476,6 +614,16 @@ def test_packs_of_megatron_bridge(name, small, tmp_path):
     assert len(got) > 1
     assert np.concatenate([each.numbers for each in got]).tolist() == list(range(1, 8))
     assert got[0].examples.lengths[:2].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", TABLE_KINDS)
+def test_padding_of_megatron_bridge_is_the_end_of_a_sequence(name, tmp_path):
+    pack = {"input_ids": [5, 6, 6, 9, 9, 9], "loss_mask": [1] * 6, "seq_start_id": [0, 3]}
+    write(tmp_path / name, [pack])
+    (block,) = blocks_of(tmp_path, path=name)
+    for eos, lengths in ((9, [3, 1]), (6, [2, 3]), (7, [3, 3]), (None, [3, 3])):
+        examples = block.read(skip_bad=False, eos=eos).examples
+        assert examples.lengths.tolist() == lengths
 
 
 # --- datasets of Hugging Face ---

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import preprocess
+import psutil
 import pytest
 
 from mcore_sft import command
 from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.place import workspace
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -71,20 +73,23 @@ def test_tokenizer_too_large_for_the_model_stops_before_anything_is_written(
 # --- runs that do not come to their end ---
 
 TOOL = Path(preprocess.__file__)
-MANY = 60_000
+FILES, ROWS = 12, 5000
+MANY = FILES * ROWS
 
 
 @pytest.fixture
 def many(tmp_path):
-    """An experiment of enough rows to be caught at work, in a folder of its own."""
-    rows = ({"problem": f"What is {i} + 1?", "generated_solution": f"{i + 1}"} for i in range(MANY))
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    """An experiment of enough rows to be caught at work, a block in each of its files."""
+    for number in range(FILES):
+        numbers = range(number * ROWS, (number + 1) * ROWS)
+        rows = ({"problem": f"What is {i} + 1?", "generated_solution": f"{i + 1}"} for i in numbers)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"rows-{number:02}.jsonl").write_text(text, encoding="utf-8")
     file = tmp_path / "experiment.yaml"
     file.write_text(
         f"name: many\noutput: {tmp_path / 'run'}\n"
         f"model: {{path: {FIXTURES / 'tokenizer'}}}\n"
-        f"data: {{root: {tmp_path}, train: [{{path: rows.jsonl}}], workers: 2}}\n",
+        f"data: {{root: {tmp_path}, train: [{{path: rows-*.jsonl}}], workers: 2}}\n",
         encoding="utf-8",
     )
     return file
@@ -110,22 +115,66 @@ def left_in(experiment) -> list[str]:
     return sorted(file.name for file in (experiment.parent / "run").iterdir())
 
 
-def test_interrupted_run_leaves_nothing_and_says_nothing(many):
+def processes_of(running: subprocess.Popen, *, at_least: int) -> list[psutil.Process]:
+    """What it has started: first a process of multiprocessing's own, then those that tokenize."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if len(started := psutil.Process(running.pid).children(recursive=True)) >= at_least:
+            return started
+        time.sleep(0.005)
+    raise AssertionError("no process was started in a minute")
+
+
+INTERRUPTED, TERMINATED = (130, "interrupted\n"), (143, "terminated\n")
+
+
+@pytest.mark.parametrize(
+    ("send", "signals", "end"),
+    [
+        (os.killpg, [signal.SIGINT], INTERRUPTED),  # Ctrl-C
+        (os.kill, [signal.SIGTERM], TERMINATED),
+        (os.killpg, [signal.SIGTERM, signal.SIGTERM], TERMINATED),  # timeout(1), schedulers
+    ],
+)
+def test_ended_run_leaves_nothing_and_says_one_sentence(many, send, signals, end):
     running = start(many)
     wait_for_tokens(many)
+    started = processes_of(running, at_least=3)
+    for number in signals:
+        send(running.pid, number)
+        time.sleep(0.02)
+    _, said = running.communicate(timeout=60)
+    assert (running.returncode, said) == end
+    assert left_in(many) == []
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+
+
+def test_interrupted_while_processes_start(many):
+    running = start(many)
+    processes_of(running, at_least=2)
+    time.sleep(0.3)  # the second, which tokenizes, is at its imports
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert "Traceback" not in said
+    assert (running.returncode, said) == INTERRUPTED
     assert left_in(many) == []
 
 
-def test_killed_run_leaves_no_dataset_and_the_next_one_is_whole(many):
+def test_second_run_into_the_same_folder_is_told(experiment, monkeypatch, capsys):
+    with workspace(experiment.parent / "run" / "data"):
+        for arguments in ((), ("--overwrite",)):
+            assert preprocess_with(monkeypatch, "--config", experiment, *arguments) == 2
+            assert "run/data: another run is writing it" in capsys.readouterr().err
+    assert preprocess_with(monkeypatch, "--config", experiment) == 0
+
+
+def test_killed_run_leaves_no_dataset_nor_processes_and_the_next_one_is_whole(many):
     running = start(many)
     wait_for_tokens(many)
-    os.killpg(running.pid, signal.SIGKILL)
+    started = processes_of(running, at_least=3)
+    os.kill(running.pid, signal.SIGKILL)
+    assert psutil.wait_procs(started, timeout=10)[1] == []
     running.communicate(timeout=60)
-    assert [name[:14] for name in left_in(many)] == [".data.partial-"]
+    assert [name[:14] for name in left_in(many)] == [".data.lock", ".data.partial-"]
     again = start(many)
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said

@@ -1,0 +1,52 @@
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.data.job import Job
+from mcore_sft.data.preview import preview
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
+
+TOKENIZER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
+
+
+def shown(folder: Path, count: int, **data: object) -> list[str]:
+    """The lines of a preview of the sources in `folder`."""
+    console = Console(file=io.StringIO(), width=200)
+    tokenizer = load_tokenizer(TOKENIZER)
+    prompt = Prompt.load(PromptConfig(), tokenizer)
+    config = DataConfig.model_validate({"root": folder, **data})
+    job = Job(config=config, prompt=prompt, tokenizer=tokenizer, console=console)
+    preview(job, count, console=console)
+    return console.file.getvalue().splitlines()
+
+
+def write(file: Path, *solutions: str) -> dict[str, str]:
+    """A source of rows with these solutions."""
+    rows = ({"problem": "1?", "generated_solution": solution} for solution in solutions)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"path": file.name}
+
+
+def test_the_first_examples_of_every_source_are_shown(tmp_path):
+    train = [
+        write(tmp_path / "a.jsonl", "a1", "a2", "a3"),
+        write(tmp_path / "b.jsonl", "\\boxed{1} \\boxed{2}", "b2"),
+    ]
+    validation = [write(tmp_path / "c.jsonl", "c1", "c2", "c3")]
+    lines = shown(
+        tmp_path, 2, train=train, validation=validation, filters={"drop_multi_boxed": True}
+    )
+    titles = [line.split(": ")[:2] for line in lines if "tokens, " in line]
+    assert titles == [
+        ["train", f"{tmp_path}/a.jsonl:1"],
+        ["train", f"{tmp_path}/a.jsonl:2"],
+        ["train", f"{tmp_path}/b.jsonl:2"],
+        ["validation", f"{tmp_path}/c.jsonl:1"],
+        ["validation", f"{tmp_path}/c.jsonl:2"],
+    ]
+    assert next(line for line in lines if "way: " in line).startswith("1 dropped on the way: drop")
+    assert sum(line.endswith("b2<|eot_id|>") for line in lines) == 1

@@ -1,0 +1,54 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mcore_sft import command
+
+WAITS = """
+import time
+from mcore_sft import command
+def main():
+    try:
+        print("waits", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+command.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "ends"),
+    [
+        (signal.SIGINT, None, (130, "cleaned up\n", "interrupted\n")),
+        (signal.SIGTERM, None, (143, "cleaned up\n", "terminated\n")),
+        (signal.SIGTERM, "1", (-signal.SIGTERM, "", "")),  # torchrun ends what hangs
+    ],
+)
+def test_signals_are_one_sentence(number, rank, ends):
+    environment = {**os.environ, **({"RANK": rank} if rank else {})}
+    running = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "waits\n"
+    running.send_signal(number)
+    said, error = running.communicate(timeout=60)
+    assert (running.returncode, said, error) == ends
+
+
+def test_handlers_are_as_they_were(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        command.run(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
