@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--show",
         type=_count,
         metavar="N",
-        help="print N examples, trained tokens green; write nothing",
+        help="print N examples of each source, trained tokens green; write nothing",
     )
     instead.add_argument(
         "--shard",

@@ -465,12 +465,6 @@ def _chat(row: Mapping[str, Any], source: SourceConfig) -> tuple[Any, ...]:
     if source.messages not in row:
         raise MissingColumn(_missing(row, source.messages, "messages"))
     messages = _objects(row[source.messages], source.messages, "messages (role, content)")
-    for message in messages or ():
-        if not isinstance(message.get("role"), str):
-            raise BadRow(
-                f"column {source.messages!r} holds a message without a role: {_shown(message)}; "
-                "mend or remove the row"
-            )
     if not messages:
         raise BadRow(
             f"column {source.messages!r} holds nothing, expected a list of messages "

@@ -28,7 +28,7 @@ from mcore_sft.data.duplicates import Hashes, hashes_of, joined, text_hashes
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.filters import Filters, Row
 from mcore_sft.data.indexed import running_sum
-from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.prompt import UNFIT, Prompt
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows, Tokens
 from mcore_sft.data.tokenizer import load_tokenizer
 
@@ -248,11 +248,14 @@ class Encoder:
             return _json_lines(rows, self._prompt)
         if isinstance(rows, Tokens):
             return self._of_tokens(rows, drops)
-        examples, dropped = self._prompt.encode(rows)
+        unfit: dict[int, str] | None = {} if self._recipe.skip_bad else None
+        examples, dropped = self._prompt.encode(rows, unfit)
         if isinstance(rows, Pairs):
             self._require_prompts_of_evaluation(rows, examples)
         for index, reason in dropped.items():
             drops.add(reason, 1, _samples(rows, np.array([index])))
+        for index, said in (unfit or {}).items():
+            drops.add(UNFIT, 1, [Sample(rows.where(index), said)])
         return self._that_fit(rows, examples, drops)
 
     def _require_prompts_of_evaluation(self, rows: Pairs, examples: Examples) -> None:

@@ -27,6 +27,7 @@ from mcore_sft.data.job import Job
 from mcore_sft.data.order import distinct_rows, held_out, row_order
 from mcore_sft.data.place import end_of_links, holds_dataset, new_folder, workspace
 from mcore_sft.data.progress import progress
+from mcore_sft.data.prompt import UNFIT
 from mcore_sft.data.report import write_report
 from mcore_sft.data.shards import ShardWriter, finish_shard, merged, read_shard, shard_folder
 from mcore_sft.data.split import (
@@ -182,8 +183,8 @@ def _watched(
 
 
 def _limit_bad_rows(drops: Drops, split: str, config: DataConfig) -> None:
-    if drops.counts.get(BAD, 0) > config.max_bad_rows:
-        first = drops.samples[BAD][0]
+    if sum(drops.counts.get(reason, 0) for reason in (BAD, UNFIT)) > config.max_bad_rows:
+        first = (drops.samples.get(BAD) or drops.samples[UNFIT])[0]
         raise DataError(
             f"{first.text}; it is the first of more than {config.max_bad_rows} rows of "
             f"data.{split} that cannot be used: mend them, or raise data.max_bad_rows"

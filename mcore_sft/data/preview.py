@@ -11,16 +11,19 @@ from mcore_sft.data.encode import Drops, Encoded, Encoder
 from mcore_sft.data.job import Job
 from mcore_sft.data.prompt import Example
 from mcore_sft.data.show import coloured
-from mcore_sft.data.sources import survey
+from mcore_sft.data.sources import peek
 
 
 def preview(job: Job, count: int, *, console: Console) -> None:
-    """Print the first `count` examples of each source, trained tokens green, then the dropped."""
+    """Print the first `count` examples of each source, trained tokens green, then the dropped.
+
+    Of a source no more is read than these need.
+    """
     drops = Drops()
     for split, sources in job.sources.items():
         encoder = Encoder(job.recipe(split))
         for source in sources:
-            blocks = survey(source, root=job.config.root).blocks()
+            blocks = peek(source, root=job.config.root)
             for title, example in islice(_examples_of(blocks, encoder, drops), count):
                 console.print(Rule(f"{split}: {title}", align="left"))
                 console.print(coloured(example, job.tokenizer))

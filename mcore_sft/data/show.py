@@ -27,7 +27,7 @@ _BINS = 12
 
 def load_own_tokenizer(path: Path, dataset: PackedDataset) -> Tokenizer:
     """The tokenizer at `path`; `DataError` if another one made the dataset."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, option="--tokenizer DIR")
     expected = dataset.manifest["inputs"]["tokenizer"]["fingerprint"]
     if tokenizer.fingerprint != expected:
         raise DataError(

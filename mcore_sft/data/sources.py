@@ -29,6 +29,7 @@ from mcore_sft.data.table_blocks import (
 )
 from mcore_sft.data.text_blocks import COMPRESSED, survey_lines, text_blocks
 
+_LINES = ("", ".jsonl", ".ndjson")
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".idx", ".bin")
 
 
@@ -67,11 +68,7 @@ def survey(
 ) -> Survey:
     """Look at a source: read each file once, counting its bytes on `advance`."""
     paths = source_files(source, root=root)
-    if source.mask is not None and {path.suffix.lower() for path in paths} != {".idx"}:
-        raise DataError(
-            f"source {source.path!r}: mask: {source.mask} says what is trained of Megatron's "
-            "tokens, named by their .idx, and of nothing else; take it away, or name the .idx"
-        )
+    _require_use_of_mask(source, paths)
     if not paths:
         return _survey_dataset(source)
     described, parts, size = [], [], 0
@@ -89,6 +86,24 @@ def survey(
         size += sum(file.size for file in opened)
     description = {"path": source.path, "files": described}
     return Survey(source=source, description=description, size=size, parts=parts)
+
+
+def peek(source: SourceConfig, *, root: Path) -> Iterator[Block]:
+    """The blocks of a source, for a look at the first: no more is read than is asked for."""
+    paths = source_files(source, root=root)
+    _require_use_of_mask(source, paths)
+    if not paths:
+        return _survey_dataset(source).blocks()
+    parts = [_part(source, _parts_of(source, path, root), root) for path in paths]
+    return Survey(source=source, description={}, size=0, parts=parts).blocks()
+
+
+def _require_use_of_mask(source: SourceConfig, paths: Sequence[Path]) -> None:
+    if source.mask is not None and {path.suffix.lower() for path in paths} != {".idx"}:
+        raise DataError(
+            f"source {source.path!r}: mask: {source.mask} says what is trained of Megatron's "
+            "tokens, named by their .idx, and of nothing else; take it away, or name the .idx"
+        )
 
 
 def problems_alone(source: SourceConfig) -> SourceConfig:
@@ -163,6 +178,15 @@ def _survey_file(
     source: SourceConfig, files: Sequence[SourceFile], root: Path, advance: Callable[[int], None]
 ) -> tuple[list[str], Part]:
     """Checksums of `files`, which are read together, and how to cut them into blocks."""
+    part = _part(source, files, root)
+    if files[0].kind in _LINES:
+        checksum, part = survey_lines(source, files[0], advance)
+        return [checksum], part
+    return [_checksum(each, advance) for each in files], part
+
+
+def _part(source: SourceConfig, files: Sequence[SourceFile], root: Path) -> Part:
+    """How to cut `files`, which are read together, into blocks."""
     file, kind = files[0], files[0].kind
     inner = Path(file.path.stem).suffix.lower()
     if kind in COMPRESSED and inner in (".parquet", ".arrow", ".feather", ".idx"):
@@ -171,18 +195,13 @@ def _survey_file(
         raise DataError(f"{file.path}: {kind} is not read; expected {', '.join(_ENDINGS[:-1])}")
     if kind == ".bin":
         raise DataError(f"{file.path}: tokens are read by their index; give the .idx beside it")
-    if kind in (".json", *COMPRESSED):
-        part: Part = partial(text_blocks, source, file)
-    elif kind == ".parquet":
-        part = partial(parquet_blocks, source, file, parquet_columns(source, file))
-    elif kind in (".arrow", ".feather"):
-        part = _whole(arrow_blocks(source, file, str(file.path)))
-    elif kind == ".idx":
-        part = _whole(token_blocks(source, files, root))
-    else:
-        checksum, part = survey_lines(source, file, advance)
-        return [checksum], part
-    return [_checksum(each, advance) for each in files], part
+    if kind == ".parquet":
+        return partial(parquet_blocks, source, file, parquet_columns(source, file))
+    if kind in (".arrow", ".feather"):
+        return _whole(arrow_blocks(source, file, str(file.path)))
+    if kind == ".idx":
+        return _whole(token_blocks(source, files, root))
+    return partial(text_blocks, source, file)
 
 
 def _whole(blocks: Sequence[Block]) -> Part:

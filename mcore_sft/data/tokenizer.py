@@ -185,9 +185,12 @@ class Tokenizer:
         return next((found for found in known if found is not None), None)
 
 
-def load_tokenizer(path: Path, *, gigatoken: bool = True) -> Tokenizer:
+def load_tokenizer(
+    path: Path, *, gigatoken: bool = True, option: str = "model.tokenizer=PATH"
+) -> Tokenizer:
     """Load a folder with tokenizer.json or tokenizer.model, or one of these files itself.
 
+    `option` is what names another one to whoever runs this.
     A .model is sentencepiece's or, as a .tiktoken, holds the ranks of tiktoken, which need
     tiktoken.json beside them.
     """
@@ -198,7 +201,7 @@ def load_tokenizer(path: Path, *, gigatoken: bool = True) -> Tokenizer:
     if file is None:
         raise DataError(
             f"{path}: no tokenizer here; expected a folder with {', '.join(known[:-1])} or "
-            f"{known[-1]}, or one of these files (model.tokenizer=PATH)"
+            f"{known[-1]}, or one of these files ({option})"
         )
     return Tokenizer(path, read_codec(file), file.parent, gigatoken=gigatoken)
 

@@ -168,9 +168,8 @@ def _of(share: Mapping[str, Any]) -> str:
 
 def _tokens(part: Mapping[str, Any]) -> str:
     """`20 to 29`, which is from 20 and below 30."""
-    return (
-        f"{part['from']} or more" if part["to"] is None else f"{part['from']} to {part['to'] - 1}"
-    )
+    start, end = part["from"], part["to"]
+    return f"{start} or more" if end is None else f"{start} to {end - 1}"
 
 
 def _counts(title: str, names: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:

@@ -67,7 +67,7 @@ class Verdicts:
         """
         # NeMo-Skills of May 2025 votes by spelling, lets the first of a tie win, takes pass@k from
         # the first k, and forgets problems without any answer in both rows' no_answer.
-        first = [rows[-k:] for rows in self.sampled]
+        first = [rows[:k] for rows in self.sampled]
         nothing = Mean(values=tuple(float(all(map(_is_silent, rows))) for rows in first))
         return {
             f"majority@{k}": (

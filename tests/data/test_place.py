@@ -59,9 +59,9 @@ def test_lock_of_a_run_that_ends_just_then_is_no_lock(tmp_path, monkeypatch):
         lock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", lock_late)
-    with workspace(tmp_path / "packed"):
-        with pytest.raises(DataError, match=r"packed: another run is writing it"):
-            make(tmp_path / "packed", "two")
+    refused = pytest.raises(DataError, match=r"packed: another run is writing it")
+    with workspace(tmp_path / "packed"), refused:
+        make(tmp_path / "packed", "two")
     assert names(tmp_path) == []
 
 

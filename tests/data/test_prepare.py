@@ -555,6 +555,23 @@ def test_bad_rows_are_skipped_counted_and_capped(tmp_path):
     assert not (tmp_path / "capped").exists()
 
 
+def test_rows_that_the_template_cannot_write_are_skipped_counted_and_capped(tmp_path):
+    talk = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
+    unfit = [talk[0], {**talk[1], "reasoning_content": "Hm."}]
+    rows = [{"messages": talk}, {"messages": unfit}, {"messages": [{}]}, {"messages": unfit}]
+    source = {"path": write_rows(tmp_path / "talks.jsonl", rows), "messages": "messages"}
+    only = {"train": [source], "filters": {"deduplicate": False}}
+    with pytest.raises(DataError, match=r"talks\.jsonl:3: .*role None"):
+        run(config(tmp_path, **only), tmp_path / "packed")
+    skipping = config(tmp_path, **only, on_bad_row="skip", max_bad_rows=3)
+    made, _ = run(skipping, tmp_path / "packed")
+    assert made["splits"]["train"]["dropped"] == {"bad row": 1, "does not fit the template": 2}
+    assert made["splits"]["train"]["rows"] == 4
+    capped = skipping.model_copy(update={"max_bad_rows": 2})
+    with pytest.raises(DataError, match=r"talks\.jsonl:3: .*more than 2 rows of data\.train"):
+        run(capped, tmp_path / "capped")
+
+
 def test_tokens_of_others_are_packed_anew(tmp_path, packed):
     for ending in (".bin", ".idx"):
         shutil.copy(packed / f"train{ending}", tmp_path / f"theirs{ending}")

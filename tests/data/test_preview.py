@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.data import sources
 from mcore_sft.data.job import Job
 from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
@@ -50,3 +51,13 @@ def test_the_first_examples_of_every_source_are_shown(tmp_path):
     ]
     assert next(line for line in lines if "way: " in line).startswith("1 dropped on the way: drop")
     assert sum(line.endswith("b2<|eot_id|>") for line in lines) == 1
+
+
+def test_no_file_is_read_further_than_its_first_examples(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a whole file is read")
+
+    monkeypatch.setattr(sources, "survey_lines", refuse)
+    monkeypatch.setattr(sources, "_checksum", refuse)
+    train = [write(tmp_path / f"rows{ending}", "a1") for ending in ("", ".jsonl", ".json")]
+    assert sum("tokens, " in line for line in shown(tmp_path, 1, train=train)) == 3

@@ -252,7 +252,8 @@ def test_messages_as_text(name, tmp_path):
         ([], "'talk' holds nothing, expected a list of messages"),
         ("hi", "'talk' holds 'hi', expected a list of messages"),
         ([1], r"'talk' holds \[1\], expected a list of messages"),
-        ([{"content": "x"}], "a message without a role: {'content': 'x'}"),
+        ([{"content": "x"}], "'talk': message 1: role None, expected one of system, user"),
+        ([{"from": "human", "value": "x"}], "'talk': message 1: it has from and value, as ShareG"),
         ([{"role": "user", "content": "\ud800"}], "'talk' is not valid Unicode"),
     ],
 )

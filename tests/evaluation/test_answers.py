@@ -1,8 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mcore_sft.evaluation.answers import Answer, AnswerFile, read
+from mcore_sft.evaluation.answers import Answer, AnswerFile, read, read_rows, write_lines
 from mcore_sft.evaluation.errors import EvaluationError
 
 
@@ -39,6 +40,15 @@ def test_a_torn_last_line_is_mended(tmp_path: Path) -> None:
         assert file.done == {("a", 0, "c")}
         file.add([answer("b")])
     assert path.read_bytes() == whole
+
+
+def test_half_a_surrogate_pair_ends_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path) as file:
+        file.add([replace(answer("a"), response="\ud83d is half")])
+    assert [one.response for one in read(path)] == ["? is half"]
+    write_lines(path, [{"problem": "\ud83d"}])
+    assert read_rows(path) == [{"problem": "?"}]
 
 
 def test_a_broken_line_in_the_middle_is_said(tmp_path: Path) -> None:

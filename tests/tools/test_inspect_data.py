@@ -115,7 +115,7 @@ def test_random_pack_is_drawn_by_the_seed(packed, inspect):
         (("--pack", -1), "--pack -1: expected 0 to "),
         (("--example", 999), "--example 999: expected 0 to "),
         (("--split", "test"), "no split 'test', only train, validation"),
-        (("--pack", 0, "--tokenizer", "nowhere"), "nowhere: no tokenizer here"),
+        (("--pack", 0, "--tokenizer", "nowhere"), "one of these files (--tokenizer DIR)"),
     ],
 )
 def test_what_is_not_there(packed, inspect, arguments, said):

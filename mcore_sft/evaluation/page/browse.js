@@ -214,7 +214,7 @@ function matching(query) {
 
 function draw() {
   const query = asked();
-  const filter = query.get("filter") in FILTERS ? query.get("filter") : "all";
+  const filter = Object.hasOwn(FILTERS, query.get("filter")) ? query.get("filter") : "all";
   const rows = DATA.rows.filter(matching(query));
   place("filters").replaceChildren(
     ...Object.entries(FILTERS)
