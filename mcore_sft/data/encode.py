@@ -5,15 +5,9 @@ Block -> Rows -> filters -> contamination -> Examples -> Encoded
 
 import json
 import math
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from itertools import islice, pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -364,48 +358,3 @@ def excerpt(text: str) -> str:
 
 def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
-
-
-def encode_all(
-    blocks: Iterable[tuple[int, Block]], recipe: Recipe, *, workers: int
-) -> Iterator[Encoded]:
-    """Encode blocks (source, block) in `workers` processes, in order; few are in memory.
-
-    One worker is this process.
-    """
-    if workers == 1:
-        encoder = Encoder(recipe)
-        yield from (encoder.encode(block, source) for source, block in blocks)
-        return
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start, initargs=(recipe,)
-    )
-    try:
-        waiting: deque[Future[Encoded]] = deque()
-        for source, block in blocks:
-            waiting.append(pool.submit(_encode, block, source))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a process that tokenizes was ended from outside, perhaps for want of memory; "
-            f"try fewer (data.workers={max(1, workers // 2)})"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_make_encoder: Callable[[], Encoder]  # of a worker process: one encoder, whatever the blocks
-
-
-def _start(recipe: Recipe) -> None:
-    global _make_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
-    # Made with the first block: an error there is told, one in here only ends the process.
-    _make_encoder = cache(partial(Encoder, recipe))
-
-
-def _encode(block: Block, source: int) -> Encoded:
-    return _make_encoder().encode(block, source)

@@ -19,7 +19,6 @@ from mcore_sft.config import SourceConfig
 from mcore_sft.data.blocks import Block, Part, SourceFile
 from mcore_sft.data.columns import wanted_columns
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.rows import Pairs
 from mcore_sft.data.table_blocks import (
     arrow_blocks,
     dataset_blocks,
@@ -110,15 +109,6 @@ def problems_alone(source: SourceConfig) -> SourceConfig:
     """The same source where nothing but problems is read: its rows need no solution."""
     alone = {"solution": source.problem, "messages": None, "tools": None}
     return source.model_copy(update=alone)
-
-
-def read_problems(surveyed: Survey) -> Iterator[str]:
-    """The problems of a source of `problems_alone`; `DataError` names a bad row."""
-    for block in surveyed.blocks():
-        rows = block.read(skip_bad=False)
-        if not isinstance(rows, Pairs):
-            raise DataError(f"{block.name}: it holds tokens, expected the texts of problems")
-        yield from rows.problems.to_pylist()
 
 
 def source_size(source: SourceConfig, *, root: Path) -> int:

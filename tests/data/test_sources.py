@@ -16,10 +16,11 @@ import pytest
 from mcore_sft.config import SourceConfig
 from mcore_sft.data import table_blocks, text_blocks
 from mcore_sft.data.blocks import SourceFile, open_arrow, open_parquet
+from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import write_index
 from mcore_sft.data.rows import Chats, Pairs, Tokens
-from mcore_sft.data.sources import problems_alone, read_problems, source_files, source_size, survey
+from mcore_sft.data.sources import problems_alone, source_files, source_size, survey
 
 TEXT_KINDS = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"]
 TEXT_KINDS += ["a.jsonl.zst", "list.json.gz"]
@@ -36,7 +37,8 @@ COMPRESS = {
 
 
 def problems_of(folder: Path, **source) -> list[str]:
-    return list(read_problems(survey(problems_alone(SourceConfig(**source)), root=folder)))
+    benchmark = survey(problems_alone(SourceConfig(**source)), root=folder)
+    return list(read_benchmarks([benchmark]))
 
 
 def rows(count: int, first: int = 0) -> list[dict]:

@@ -125,6 +125,15 @@ def test_samples_beside_the_greedy_answer(llama: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
 
 
+@pytest.mark.parametrize("change", [{"temperature": 0.9}, {"top_p": 0.5}, {"seed": 1}])
+def test_sampling_is_no_part_of_a_greedy_answer(
+    llama: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    before = evaluation(llama, tmp_path, problems=1, samples=1).asked
+    after = evaluation(llama, tmp_path, problems=1, samples=1, **change).asked
+    assert [a.key == b.key for a, b in zip(before, after, strict=True)] == [True, False]
+
+
 def test_samples_alone(llama: Path, tmp_path: Path) -> None:
     report = run.evaluate(evaluation(llama, tmp_path, problems=2, samples=2, greedy=False))
     assert "num_tests_per_prompt=2" in report["text"]
