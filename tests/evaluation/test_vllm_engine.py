@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,24 @@ def asked(*prompts: tuple[int, ...]) -> list[Request]:
     return [Request(index=10 + n, prompt_ids=prompt) for n, prompt in enumerate(prompts)]
 
 
-def family() -> list[psutil.Process]:
-    """Processes of this one's stand-ins, and theirs."""
-    return psutil.Process().children(recursive=True)
+def children() -> set[psutil.Process]:
+    """Processes that this one has started, and theirs."""
+    return set(psutil.Process().children(recursive=True))
 
 
-def test_answers_come_as_they_are_done(llama: Path, python: Path, tmp_path: Path) -> None:
+Family = Callable[[], set[psutil.Process]]
+
+
+@pytest.fixture
+def family() -> Family:
+    """The processes of this test's stand-ins; other tests' may still be ending."""
+    before = children()
+    return lambda: children() - before
+
+
+def test_answers_come_as_they_are_done(
+    llama: Path, python: Path, tmp_path: Path, family: Family
+) -> None:
     log = tmp_path / "vllm.log"
     with opened(llama, python, log, tensor_parallel=2) as engine:
         assert engine.describe()["vllm"] == "9.9"
@@ -81,7 +94,7 @@ def test_longer_prompts_get_more_room(llama: Path, python: Path, tmp_path: Path)
     assert re.findall(r"'max_model_len', (\d+)", log.read_text()) == ["5", "7"]
 
 
-def test_an_error_there_is_shown_here(llama: Path, python: Path) -> None:
+def test_an_error_there_is_shown_here(llama: Path, python: Path, family: Family) -> None:
     engine = opened(llama, python)
     with engine, pytest.raises(EvaluationError, match="no memory is left") as caught:
         list(engine.generate(asked((FAIL,))))
@@ -94,7 +107,9 @@ def test_an_error_there_is_shown_here(llama: Path, python: Path) -> None:
     log.unlink()
 
 
-def test_a_killed_process_is_named_by_its_signal(llama: Path, python: Path, tmp_path: Path) -> None:
+def test_a_killed_process_is_named_by_its_signal(
+    llama: Path, python: Path, tmp_path: Path, family: Family
+) -> None:
     with opened(llama, python, tmp_path / "log") as engine:
         answers = engine.generate(asked((HANG,), (1,)))
         next(answers)
@@ -105,7 +120,10 @@ def test_a_killed_process_is_named_by_its_signal(llama: Path, python: Path, tmp_
 
 
 def test_a_call_that_is_left_ends_what_it_asked(
-    llama: Path, python: Path, capfd: pytest.CaptureFixture[str]
+    llama: Path,
+    python: Path,
+    capfd: pytest.CaptureFixture[str],
+    family: Family,
 ) -> None:
     with opened(llama, python) as engine:
         answers: Any = engine.generate(asked((HANG,), (1,)))
@@ -167,7 +185,9 @@ def outlived(
     return list(alive)
 
 
-def test_what_does_not_fit_is_said_before_it_starts(llama: Path, python: Path) -> None:
+def test_what_does_not_fit_is_said_before_it_starts(
+    llama: Path, python: Path, family: Family
+) -> None:
     with opened(llama, python, max_model_len=6, max_new_tokens=4) as engine:
         with pytest.raises(EvaluationError, match=r"above evaluation\.vllm\.max_model_len 6"):
             engine.check(asked((1, 2, 3)))
@@ -189,7 +209,11 @@ def test_an_interpreter_is_never_guessed(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_said_in_the_environment_stays(
-    llama: Path, python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path,
+    python: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: Family,
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     with opened(llama, python, tmp_path / "log") as engine:
