@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=_positive, default=10.0, metavar="SECONDS", help="for one answer"
     )
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="0: one per core")
+    parser.add_argument("--processes", type=_count, default=0, metavar="N", help="0: one per core")
     return parser.parse_args()
 
 
@@ -80,6 +80,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < 86400:
         raise argparse.ArgumentTypeError(f"expected seconds above 0, given {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, given {text}")
     return value
 
 

@@ -233,8 +233,17 @@ def _without_units(text: str) -> str:
     return text
 
 
+_CHANGES_VALUE = re.compile(
+    r"\b(?:and|or|mod|base|than|hundreds?|thousands?|[mb]illions?|trillions?|dozens?|halves|half|"
+    r"thirds?|quarters?|\w+ths?|plus|minus|times|over|squared|cubed|factorial|negative|sqrt|root|"
+    r"less|more|not|divided|by)\b",
+    re.IGNORECASE,
+)
+
+
 def _joins(words: str) -> bool:
-    return bool(re.search(r"\b(?:and|or|mod|base)\b", words, re.IGNORECASE))
+    """Whether `words` say more of a number than what it counts: a scale, a fraction, a sum."""
+    return bool(_CHANGES_VALUE.search(words))
 
 
 def _join_thousands(text: str) -> str:

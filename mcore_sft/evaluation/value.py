@@ -29,7 +29,7 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     r"\cot": lambda angle: 1 / cmath.tan(angle),
     r"\sec": lambda angle: 1 / cmath.cos(angle),
     r"\csc": lambda angle: 1 / cmath.sin(angle),
-    r"\ln": cmath.log,
+    r"\ln": lambda number: cmath.log(_require_positive(number)),
     r"\exp": cmath.exp,
 }
 _TIMES = {r"\cdot", r"\times"}
@@ -62,6 +62,13 @@ def _value(text: str) -> tuple[complex, float] | None:
 
 class _Ambiguous(Exception):
     """The text has no value, or more than one."""
+
+
+def _require_positive(number: complex) -> complex:
+    """`number`, where roots, logarithms and powers have one value."""
+    if number.imag or number.real <= 0:
+        raise _Ambiguous
+    return number
 
 
 class _Reader:
@@ -134,6 +141,8 @@ class _Reader:
         exponent = self._exponent()
         if self.token == "^":
             raise _Ambiguous
+        if exponent.imag or exponent.real % 1:
+            _require_positive(base)
         return self._seen(base**exponent)
 
     def _exponent(self) -> complex:
@@ -162,7 +171,7 @@ class _Reader:
             return self._seen(top / bottom)
         if token == r"\sqrt":
             degree = self._group() if self.token == "[" else 2
-            return self._seen(self._group() ** (1 / degree))
+            return self._seen(_require_positive(self._group()) ** (1 / degree))
         if token in _FUNCTIONS:
             return self._function(_FUNCTIONS[token])
         raise _Ambiguous

@@ -57,3 +57,11 @@ def test_no_text_takes_long(piece: str) -> None:
     start = time.monotonic()
     normalize(piece * (2000 // len(piece)))
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["5 million", "5 tenths", "12 squared", "5 minus two", "3 halves", "5 dollars more than six"],
+)
+def test_words_that_change_a_number_stay(answer: str) -> None:
+    assert normalize(answer) == answer

@@ -48,6 +48,9 @@ def test_other_values_differ(left: str, right: str) -> None:
         (r"\sin^{-1} x", "x"),
         (r"2 \sin 5 \cdot x", "x"),
         ("2 3", "5"),
+        (r"\sqrt[3]{-8}", "-2"),
+        ("(-8)^{1/3}", "-2"),
+        (r"2\ln(x-3)", r"\ln((x-3)^2)"),
         # no expressions
         ("x=1", "x=2"),
         ("1,2", "1,3"),
