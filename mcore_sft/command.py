@@ -72,7 +72,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is _terminate:  # else it came, and stays ignored
+            signal.signal(signal.SIGTERM, before)
     sys.exit(0)
 
 

@@ -34,7 +34,7 @@ from mcore_sft.data.loader import Loader
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.evaluation.engine import Request
+from mcore_sft.evaluation.engine import Request, open_engine
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.training.step import packed, train_step
 from tests import runs, tiny
@@ -369,7 +369,8 @@ def check_9(model: Path, scratch: Path, template: str = "llama3-instruct") -> No
     prompt, rows = _prompt(scratch, template), _rows()[:40]
     tokenizer = load_tokenizer(scratch / "tokenizer")
     config = EvaluationConfig(max_new_tokens=1, precision="fp32", batch_size=8)
-    engine = TransformersEngine(model, config, stop_ids=prompt.stop_ids, decode=tokenizer.decode)
+    engine = open_engine(config, model, stop_ids=prompt.stop_ids, decode=tokenizer.decode)
+    assert isinstance(engine, TransformersEngine)
     requests = [
         Request(index=index, prompt_ids=tuple(prompt.prompt_ids(row["problem"])))
         for index, row in enumerate(rows)

@@ -13,8 +13,7 @@ from mcore_sft.evaluation.answers import read_rows
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import FORMAT, REPORT, VERDICTS
 from mcore_sft.evaluation.statistics import Paired
-
-Row = Mapping[str, Any]
+from mcore_sft.evaluation.summary import Row, is_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ def compare(a: Result, b: Result) -> Comparison:
     pairs = [(left[name], right[name]) for name in left]
     kinds: dict[tuple[bool, bool], list[tuple[Row, Row]]] = {}
     for pair in pairs:
-        kinds.setdefault((_right(pair[0]), _right(pair[1])), []).append(pair)
+        kinds.setdefault((is_right(pair[0]), is_right(pair[1])), []).append(pair)
     lost, won = kinds.get((True, False), []), kinds.get((False, True), [])
     return Comparison(
         benchmark=a.report["benchmark"]["name"],
@@ -112,7 +111,3 @@ def _check(a: Result, b: Result) -> None:
             f"{a.folder} was graded by policy {policies[0]}, {b.folder} by {policies[1]}; evaluate "
             "one again with the other's evaluation.policy: what is answered is not asked again"
         )
-
-
-def _right(row: Row) -> bool:
-    return bool(row["verdict"] == "equal")

@@ -8,11 +8,11 @@ same ids, never text, and stop at the same tokens, so that greedy answers in fp3
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.evaluation.errors import EvaluationError
@@ -47,24 +47,51 @@ class Completion:
     finish_reason: FinishReason
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Something that answers prompts; leaving its context frees all that it holds."""
 
-    def __enter__(self) -> Self: ...
+    def __init__(
+        self, folder: Path, config: EvaluationConfig, *, stop_ids: Collection[int], decode: Decode
+    ) -> None:
+        """`stop_ids` are all at which an answer ends, as `open_engine` gathers them."""
+        self._folder = folder
+        self._config = config
+        self._stop_ids = stop_ids
+        self._decode = decode
+        self._shape = model_shape(folder)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what is held; most engines hold nothing."""
+        return
 
     def check(self, requests: Sequence[Request]) -> None:
         """`EvaluationError` for what cannot be answered, before any time is spent."""
+        check_fits(
+            requests,
+            self._folder,
+            max_new_tokens=self._config.max_new_tokens,
+            limits={
+                "the model's max_position_embeddings": self._shape.get("max_position_embeddings"),
+                **self._limits(),
+            },
+            rows=self._shape.get("vocab_size"),
+        )
 
+    def _limits(self) -> Mapping[str, int | None]:
+        """Lengths of prompt and answer together that are the engine's own, by their names."""
+        return {}
+
+    @abstractmethod
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
         """Answer all `requests`, in any order; each list is what has been done since the last."""
 
+    @abstractmethod
     def describe(self) -> dict[str, str]:
         """The engine and its versions, for the report."""
 

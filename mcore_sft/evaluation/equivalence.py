@@ -51,7 +51,7 @@ def judge_exactly(gold: str, prediction: str) -> Verdict | None:
         return Verdict(outcome="no_answer", rule="empty")
     if reason := danger(prediction):
         same = _squeeze(gold) == _squeeze(prediction) and len(prediction) <= MAX_LENGTH
-        return _verdict(True, "same_text") if same else Verdict(outcome="unsafe", rule=reason)
+        return verdict_of(True, "same_text") if same else Verdict(outcome="unsafe", rule=reason)
     left, right = _without_names(normalize(gold), normalize(prediction))
     return _decide(left, right, _by_value)
 
@@ -94,13 +94,13 @@ Leaf = Callable[[str, str], Verdict | None]
 
 def _by_value(gold: str, prediction: str) -> Verdict | None:
     """The leaf of the exact rules: values that differ; what may be equal is not decided here."""
-    return _verdict(False, "value") if differ(gold, prediction) else None
+    return verdict_of(False, "value") if differ(gold, prediction) else None
 
 
 def _decide(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     """By the first exact rule that applies, to the elements too, and by `leaf` where none does."""
     if _squeeze(gold) == _squeeze(prediction):
-        return _verdict(True, "same_text")
+        return verdict_of(True, "same_text")
     if not prediction:
         return Verdict(outcome="different", rule="nothing_left")
     for rule in (_by_base, _by_number, _by_text):
@@ -113,7 +113,8 @@ def _decide(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     )
 
 
-def _verdict(same: bool, rule: str) -> Verdict:
+def verdict_of(same: bool, rule: str) -> Verdict:
+    """Equal or different, as `rule` found."""
     return Verdict(outcome="equal" if same else "different", rule=rule)
 
 
@@ -129,12 +130,12 @@ def _by_base(gold: str, prediction: str) -> Verdict | None:
     """Numerals with a base: digits and base both count; a base that is left out is understood."""
     left, right = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
     if not left:
-        return _verdict(False, "base") if right and _number(gold) else None
+        return verdict_of(False, "base") if right and _number(gold) else None
     if right:
         same = left[1].lower().lstrip("+0") == right[1].lower().lstrip("+0")
-        return _verdict(same and left[2] == right[2], "base")
+        return verdict_of(same and left[2] == right[2], "base")
     if _DIGITS.fullmatch(prediction):
-        return _verdict(left[1].lower() == prediction.lower(), "base_understood")
+        return verdict_of(left[1].lower() == prediction.lower(), "base_understood")
     return None
 
 
@@ -212,7 +213,7 @@ def _by_number(gold: str, prediction: str) -> Verdict | None:
     if left.percent != right.percent:
         # 5 % of something is asked for as 5 or as 0.05; both are right, 500 is not
         same = same or _same_number(_as_ratio(left), _as_ratio(right))
-    return _verdict(same, "number")
+    return verdict_of(same, "number")
 
 
 def _with_point(text: str) -> str:
@@ -263,11 +264,11 @@ def _by_text(gold: str, prediction: str) -> Verdict | None:
     """Choices and words: case and punctuation do not count."""
     left, right = _words(gold), _words(prediction)
     if left and left == right:
-        return _verdict(True, "text")
+        return verdict_of(True, "text")
     if not left or not _is_prose(gold):
         return None
     if right or _number(prediction):
-        return _verdict(False, "text")
+        return verdict_of(False, "text")
     return None
 
 
@@ -323,7 +324,7 @@ def _by_entries(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     if left is None or right is None:
         return None
     if [len(row) for row in left] != [len(row) for row in right]:
-        return _verdict(False, "shape")
+        return verdict_of(False, "shape")
     return _by_position([*chain(*left)], [*chain(*right)], leaf)
 
 
@@ -356,7 +357,7 @@ def _by_elements(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
         return _counts_differ(left, right)
     if left.ordered and right.ordered:
         if (left.opening, left.closing) != (right.opening, right.closing):
-            return _verdict(False, "interval_ends") if len(left.parts) == 2 else None
+            return verdict_of(False, "interval_ends") if len(left.parts) == 2 else None
         return _by_position(left.parts, right.parts, leaf)
     if left.ordered:
         # a tuple whose brackets were left out; a set never is a tuple
@@ -370,20 +371,20 @@ def _counts_differ(left: _Elements, right: _Elements) -> Verdict | None:
     atoms = all(_number(part) for part in (*left.parts, *right.parts))
     # one comma between digits may be a decimal comma
     lonely = min(len(left.parts), len(right.parts)) == 1 and len(left.parts + right.parts) == 3
-    return _verdict(False, "count") if atoms and not lonely else None
+    return verdict_of(False, "count") if atoms and not lonely else None
 
 
 def _by_position(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
     verdicts = [_decide(a, b, leaf) for a, b in zip(left, right, strict=True)]
     if any(v is not None and v.outcome == "different" for v in verdicts):
-        return _verdict(False, "elements")
+        return verdict_of(False, "elements")
     same = all(v is not None and v.correct for v in verdicts)
-    return _verdict(True, "elements") if same else None
+    return verdict_of(True, "elements") if same else None
 
 
 def _in_any_order(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
     if Counter(map(_squeeze, left)) == Counter(map(_squeeze, right)):
-        return _verdict(True, "list")
+        return verdict_of(True, "list")
     if not all(_number(part) for part in (*left, *right)) and len(left) > _MAX_SYMBOLIC_LIST:
         return None
     rest = list(right)
@@ -392,9 +393,9 @@ def _in_any_order(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verd
         match = next((place for place, v in enumerate(verdicts) if v and v.correct), None)
         if match is None:
             decided = all(v is not None and v.outcome == "different" for v in verdicts)
-            return _verdict(False, "list") if decided else None
+            return verdict_of(False, "list") if decided else None
         del rest[match]
-    return _verdict(True, "list")
+    return verdict_of(True, "list")
 
 
 def _elements(text: str) -> _Elements | None:
@@ -510,7 +511,7 @@ def _by_math_verify(gold: str, prediction: str) -> Verdict:
             return Verdict(outcome="unparsable", rule="gold")
         if parsed is None:
             return Verdict(outcome="unparsable", rule="prediction")
-        return _verdict(_verify(parsed_gold, parsed), "math_verify")
+        return verdict_of(_verify(parsed_gold, parsed), "math_verify")
     except (MemoryError, RecursionError):
         raise
     except Exception as error:

@@ -8,7 +8,6 @@ over, and no answer can cost more than that or end the run.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Self
 
 from mcore_sft.config import Policy
@@ -70,13 +69,8 @@ class Grader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._pool.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
 
     def start(self) -> None:
         """Start the workers now rather than at the first answer that needs one."""

@@ -5,7 +5,7 @@ Both may hang or use all memory on a hostile answer: call them in a process that
 
 from typing import Any
 
-from mcore_sft.evaluation.equivalence import Verdict, silence
+from mcore_sft.evaluation.equivalence import Verdict, silence, verdict_of
 
 
 def math_verify(gold: str, prediction: str) -> Verdict:
@@ -19,7 +19,7 @@ def math_verify(gold: str, prediction: str) -> Verdict:
     )
     if not left or not right:
         return Verdict(outcome="unparsable", rule="math_verify")
-    return _verdict(verify(left, right, timeout_seconds=None), "math_verify")
+    return verdict_of(verify(left, right, timeout_seconds=None), "math_verify")
 
 
 def nemo_rl(gold: str, response: str) -> tuple[Verdict, str | None]:
@@ -45,8 +45,4 @@ def nemo_rl(gold: str, response: str) -> tuple[Verdict, str | None]:
         return Verdict(outcome="unparsable", rule=type(error).__name__), None
     # the last of an extraction is the text that it was made of
     found = extracted[1][-1] if extracted and extracted[1] else None
-    return _verdict(score > 0, "nemo_rl"), found
-
-
-def _verdict(same: bool, rule: str) -> Verdict:
-    return Verdict(outcome="equal" if same else "different", rule=rule)
+    return verdict_of(score > 0, "nemo_rl"), found

@@ -16,18 +16,10 @@ import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from mcore_sft.config import EvaluationConfig, ServerConfig
-from mcore_sft.evaluation.engine import (
-    Completion,
-    Decode,
-    Request,
-    check_fits,
-    completion,
-    model_shape,
-)
+from mcore_sft.evaluation.engine import Completion, Decode, Engine, Request, completion
 from mcore_sft.evaluation.errors import EvaluationError
 
 # Seconds between tries: a server that restarts, or a proxy that stumbles, has a good minute.
@@ -37,48 +29,18 @@ _ANSWER_SECONDS = 3600.0
 _BODY_CHARACTERS = 500
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """A model behind an address; `folder` is what it is said to serve, and gives the tokens."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: EvaluationConfig,
-        *,
-        stop_ids: Collection[int],
-        decode: Decode,
+        self, folder: Path, config: EvaluationConfig, *, stop_ids: Collection[int], decode: Decode
     ) -> None:
-        self._folder = folder
-        self._config = config
-        self._stop_ids = stop_ids
-        self._decode = decode
         self._api = _Api(config.server)
         self._card = self._api.model_card(config.server.model)
-        self._shape = model_shape(folder)
+        super().__init__(folder, config, stop_ids=stop_ids, decode=decode)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
-
-    def check(self, requests: Sequence[Request]) -> None:
-        """Refuse prompts that the model or its server cannot take."""
-        check_fits(
-            requests,
-            self._folder,
-            max_new_tokens=self._config.max_new_tokens,
-            limits={
-                "the model's max_position_embeddings": self._shape.get("max_position_embeddings"),
-                "the server's max_model_len": self._card.get("max_model_len"),
-            },
-            rows=self._shape.get("vocab_size"),
-        )
+    def _limits(self) -> Mapping[str, int | None]:
+        return {"the server's max_model_len": self._card.get("max_model_len")}
 
     def describe(self) -> dict[str, str]:
         """The server and the model as it calls it; vLLM's version, where it is one."""

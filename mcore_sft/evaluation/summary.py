@@ -73,23 +73,23 @@ class Verdicts:
             f"majority@{k}": (
                 Mean(
                     values=tuple(
-                        majority([row["class"] for row in rows], [*map(_is_right, rows)])
+                        majority([row["class"] for row in rows], [*map(is_right, rows)])
                         for rows in first
                     )
                 ),
                 nothing,
             ),
             f"pass@{k}": (
-                Mean(values=tuple(pass_at_k([*map(_is_right, rows)], k) for rows in self.sampled)),
+                Mean(values=tuple(pass_at_k([*map(is_right, rows)], k) for rows in self.sampled)),
                 nothing,
             ),
-            f"pass@1[{k}]": (_mean(first, _is_right), _mean(first, _is_silent)),
+            f"pass@1[{k}]": (_mean(first, is_right), _mean(first, _is_silent)),
         }
 
 
 def share(rows: Sequence[Row]) -> Share:
     """How many are right."""
-    return Share(hits=sum(map(_is_right, rows)), total=len(rows))
+    return Share(hits=sum(map(is_right, rows)), total=len(rows))
 
 
 def told(figure: Share | Mean) -> dict[str, Any]:
@@ -206,7 +206,8 @@ def _gold_unread(row: Row) -> bool:
     return (row["verdict"], row["rule"]) == ("unparsable", "gold")
 
 
-def _is_right(row: Row) -> bool:
+def is_right(row: Row) -> bool:
+    """Whether the answer of a row of verdicts.jsonl counts."""
     return bool(row["verdict"] == "equal")
 
 

@@ -8,21 +8,12 @@ B = rows of a batch, T = prompt length, S = tokens seen so far, V = vocabulary.
 from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation.engine import (
-    Completion,
-    Decode,
-    Request,
-    check_fits,
-    completion,
-    eos_ids,
-    model_shape,
-)
+from mcore_sft.evaluation.engine import Completion, Decode, Engine, Request, completion
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.runtime.device import device
 
@@ -32,49 +23,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARE_DONE = 0.25
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """A Hugging Face folder that answers prompts, several side by side."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: EvaluationConfig,
-        *,
-        stop_ids: Collection[int],
-        decode: Decode,
+        self, folder: Path, config: EvaluationConfig, *, stop_ids: Collection[int], decode: Decode
     ) -> None:
-        self._config = config
-        self._decode = decode
+        super().__init__(folder, config, stop_ids=stop_ids, decode=decode)
         self._device = device()
-        self._folder = folder
         self._model = _load(folder, config).to(self._device).eval()
-        self._stop_ids = frozenset(stop_ids) | eos_ids(folder)
-        self._stop = torch.tensor(sorted(self._stop_ids), device=self._device)
+        self._shape = self._model.config.to_dict()  # with what config.json leaves unsaid
+        self._stop = torch.tensor(sorted(stop_ids), device=self._device)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free the model's memory."""
         del self._model
-
-    def check(self, requests: Sequence[Request]) -> None:
-        """Refuse prompts that the model cannot take, before any time is spent."""
-        check_fits(
-            requests,
-            self._folder,
-            max_new_tokens=self._config.max_new_tokens,
-            limits={
-                "the model's max_position_embeddings": getattr(
-                    self._model.config, "max_position_embeddings", None
-                )
-            },
-            rows=self._model.get_input_embeddings().num_embeddings,
-        )
 
     def describe(self) -> dict[str, str]:
         """What answers: torch, transformers and the device."""
@@ -213,7 +176,6 @@ def _sample(
 
 
 def _load(folder: Path, config: EvaluationConfig) -> Any:
-    model_shape(folder)
     import transformers
 
     hugging_face: Any = transformers

@@ -16,18 +16,10 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation.engine import (
-    Completion,
-    Decode,
-    Request,
-    check_fits,
-    completion,
-    model_shape,
-)
+from mcore_sft.evaluation.engine import Completion, Decode, Engine, Request, completion
 from mcore_sft.evaluation.errors import EvaluationError
 
 _SCRIPT = Path(__file__).with_name("vllm_process.py")
@@ -53,7 +45,7 @@ _FOLLOWERS_SECONDS = 2.0
 _LAST_LINES = 20
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """A Hugging Face folder that vLLM answers for."""
 
     def __init__(
@@ -65,38 +57,19 @@ class VllmEngine:
         decode: Decode,
         log: Path | None = None,
     ) -> None:
-        self._folder = folder
-        self._config = config
-        self._stop_ids = stop_ids
-        self._decode = decode
+        super().__init__(folder, config, stop_ids=stop_ids, decode=decode)
         self._log = log
-        self._shape = model_shape(folder)
         self._python, self._versions = _interpreter(config.vllm.python)
         self._process: _Process | None = None
 
-    def __enter__(self) -> Self:
-        return self
+    def close(self) -> None:
+        """End vLLM, if it was started."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.end()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def check(self, requests: Sequence[Request]) -> None:
-        """Refuse prompts that the model cannot take, before vLLM is started."""
-        check_fits(
-            requests,
-            self._folder,
-            max_new_tokens=self._config.max_new_tokens,
-            limits={
-                "the model's max_position_embeddings": self._shape.get("max_position_embeddings"),
-                "evaluation.vllm.max_model_len": self._config.vllm.max_model_len,
-            },
-            rows=self._shape.get("vocab_size"),
-        )
+    def _limits(self) -> Mapping[str, int | None]:
+        return {"evaluation.vllm.max_model_len": self._config.vllm.max_model_len}
 
     def describe(self) -> dict[str, str]:
         """Versions in vLLM's environment."""
@@ -117,13 +90,13 @@ class VllmEngine:
                 yield done
         finally:
             if waiting:  # what is still being answered would be taken for the next call's
-                self._close()
+                self.close()
 
     def _started(self, longest: int) -> "_Process":
         """The process, with room for prompts of `longest` tokens."""
         room = self._config.vllm.max_model_len or longest + self._config.max_new_tokens
         if self._process is not None and self._process.room < room:
-            self._close()
+            self.close()
         if self._process is None:
             settings = {
                 "model": str(self._folder.absolute()),
@@ -155,11 +128,6 @@ class VllmEngine:
             stop_ids=self._stop_ids,
             decode=self._decode,
         )
-
-    def _close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.end()
 
 
 class _Process:
