@@ -6,17 +6,27 @@ The exact rules need no sympy, evaluate nothing and are quick on any short text.
 forever or all memory on a hostile answer, so it is for a process that can be killed (`grade`).
 """
 
-import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
-from mcore_sft.evaluation.normalize import normalize
-from mcore_sft.evaluation.value import differ
+from mcore_sft.evaluation.normalize import in_radians, normalize, without_degrees
+from mcore_sft.evaluation.number import read_number, same_number
+from mcore_sft.evaluation.series import (
+    Series,
+    both_signs,
+    columns_as_tuples,
+    read_matrix,
+    read_series,
+    split_union,
+    without_names,
+)
+from mcore_sft.evaluation.symbolic import Unreadable, same_meaning, silence
+from mcore_sft.evaluation.value import agree, differ, value_at_a_point
 
 Outcome = Literal["equal", "different", "no_answer", "unparsable", "timeout", "unsafe"]
 
@@ -40,6 +50,11 @@ class Verdict:
         return self.outcome == "equal"
 
 
+def verdict_of(same: bool, rule: str) -> Verdict:
+    """Equal or different, as `rule` found."""
+    return Verdict(outcome="equal" if same else "different", rule=rule)
+
+
 def judge(gold: str, prediction: str) -> Verdict:
     """Decide by the exact rules, else symbolically. Only for a process that can be killed."""
     return judge_exactly(gold, prediction) or symbolic(gold, prediction)
@@ -49,11 +64,22 @@ def judge_exactly(gold: str, prediction: str) -> Verdict | None:
     """Decide without sympy; none where only symbolic mathematics can tell."""
     if not prediction.strip():
         return Verdict(outcome="no_answer", rule="empty")
+    if len(prediction) <= MAX_LENGTH and _squeeze(gold) == _squeeze(prediction):
+        return verdict_of(True, "same_text")
     if reason := danger(prediction):
-        same = _squeeze(gold) == _squeeze(prediction) and len(prediction) <= MAX_LENGTH
-        return verdict_of(True, "same_text") if same else Verdict(outcome="unsafe", rule=reason)
-    left, right = _without_names(normalize(gold), normalize(prediction))
-    return _decide(left, right, _by_value)
+        return Verdict(outcome="unsafe", rule=reason)
+    return _decide(*_comparable(gold, prediction), _by_value)
+
+
+def symbolic(gold: str, prediction: str) -> Verdict:
+    """Decide by math-verify, both sides in a math environment. May hang: run it to be killed."""
+    silence()
+    return _decide(*_comparable(gold, prediction), _by_meaning) or Verdict(
+        outcome="unparsable", rule="prediction"
+    )
+
+
+# --- what never reaches a parser ---------------------------------------------------------------
 
 
 def danger(prediction: str) -> str | None:
@@ -72,29 +98,88 @@ def danger(prediction: str) -> str | None:
 
 
 def _explosion(prediction: str) -> str | None:
-    flat = re.sub(r"[\s{}()]|\\left|\\right", "", prediction)
+    bare = re.sub(r"\s+|\\left|\\right", "", prediction)
+    # brackets go where a power is of a power, and part what they hold where it is not
+    flat = re.sub(r"[{}()]", " ", re.sub(r"(?<=\^)[{(]+|[})]+(?=\^)", "", bare))
     if re.search(r"\d\^-?\d+\^-?\d+\^-?\d", flat):
         return "tower"
-    for low, high in re.findall(r"\^-?(\d+)\^(\d+)", flat):
+    for low, high in re.findall(r"\^-?(\d+)\^-?(\d+)", flat):
         if int(low[:6]) ** min(int(high[:6]), 40) > _MAX_EXPONENT:
             return "tower"
     if any(int(power[:12]) > _MAX_EXPONENT for power in re.findall(r"\^-?(\d+)", flat)):
         return "exponent"
-    if any(int(number[:12]) > _MAX_FACTORIAL for number in re.findall(r"(\d+)!", flat)):
+    factorials = re.findall(r"(\d+)!", re.sub(r"[{}()]", "", bare))
+    if any(int(number[:12]) > _MAX_FACTORIAL for number in factorials):
         return "factorial"
     return None
 
 
+# --- two texts that can be compared ------------------------------------------------------------
+
+_LETTER = re.compile(r"\(?([A-H])[).]?")
+_LETTERED = re.compile(r"(?:\(([A-H])\)|([A-H])[).])\s+(?![-+*/^=,])(\S.*)")
+
+
+def _comparable(gold: str, prediction: str) -> tuple[str, str]:
+    """Both in canonical spelling, without the names of what is answered and letters of choices."""
+    left, right = normalize(gold), normalize(prediction)
+    # 200,100 is a list where the other is one
+    if "," in left and "," in prediction and "," not in right:
+        right = _as_list(prediction, right, like=left)
+    elif "," in right and "," in gold and "," not in left:
+        left = _as_list(gold, left, like=right)
+    if _squeeze(without_degrees(left)) != _squeeze(without_degrees(right)):
+        left, right = in_radians(left), in_radians(right)
+    else:  # many leave the degrees of an angle out
+        left, right = without_degrees(left), without_degrees(right)
+    return without_names(*_without_choices(left, right))
+
+
+def _as_list(answer: str, number: str, *, like: str) -> str:
+    """`answer` with commas that part elements, if those are as many as in `like`; else `number`."""
+    listed = normalize(answer, thousands=False)
+    parts, wanted = read_series(listed), read_series(like)
+    return listed if parts and wanted and len(parts.parts) == len(wanted.parts) else number
+
+
+def _without_choices(gold: str, prediction: str) -> tuple[str, str]:
+    """`(C) 5` is C where a letter is asked for, and 5 where it is not."""
+    left, right = _LETTERED.fullmatch(gold), _LETTERED.fullmatch(prediction)
+    if left and not right:
+        gold = (left[1] or left[2]) if _LETTER.fullmatch(prediction) else left[3]
+    if right and not left:
+        prediction = (right[1] or right[2]) if _LETTER.fullmatch(gold) else right[3]
+    return gold, prediction
+
+
 # --- exact rules -------------------------------------------------------------------------------
 
-
-# What decides a pair that no exact rule does, or none.
+# What decides a pair that no exact rule does; none where it cannot.
 Leaf = Callable[[str, str], Verdict | None]
 
 
 def _by_value(gold: str, prediction: str) -> Verdict | None:
     """The leaf of the exact rules: values that differ; what may be equal is not decided here."""
     return verdict_of(False, "value") if differ(gold, prediction) else None
+
+
+def _by_meaning(gold: str, prediction: str) -> Verdict:
+    """The leaf of the symbolic stage."""
+    if verdict := _by_value(gold, prediction):
+        return verdict
+    try:
+        if same_meaning(gold, prediction):
+            return verdict_of(True, "math_verify")
+        if agree(gold, prediction):
+            return verdict_of(True, "real_functions")
+        return verdict_of(False, "math_verify")
+    except Unreadable as error:
+        return Verdict(outcome="unparsable", rule=str(error))
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:
+        # sympy raises nearly anything on nearly-mathematics; the name of it is the rule
+        return Verdict(outcome="unparsable", rule=type(error).__name__)
 
 
 def _decide(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
@@ -107,113 +192,47 @@ def _decide(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
         if verdict := rule(gold, prediction):
             return verdict
     return (
-        _by_entries(gold, prediction, leaf)
-        or _by_elements(*_as_tuples(gold, prediction), leaf)
+        _by_chain(gold, prediction, leaf)
+        or _by_union(gold, prediction, leaf)
+        or _by_entries(gold, prediction, leaf)
+        or _by_elements(*columns_as_tuples(gold, prediction), leaf)
         or leaf(gold, prediction)
     )
 
 
-def verdict_of(same: bool, rule: str) -> Verdict:
-    """Equal or different, as `rule` found."""
-    return Verdict(outcome="equal" if same else "different", rule=rule)
-
-
 def _squeeze(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    """`text` without blanks, except that digits do not become one number."""
+    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", re.sub(r"\s+", " ", text))
 
 
-_BASE = re.compile(r"([+-]?[\dA-Za-z]*\d[\dA-Za-z]*)\s*_\s*\{(\d{1,3})\}")
-_DIGITS = re.compile(r"[+-]?[\dA-Za-z]*\d[\dA-Za-z]*")
+_NUMERAL = r"[+-]?[\dA-Za-z]*\d[\dA-Za-z]*"
+_BASE = re.compile(rf"({_NUMERAL}|[A-Fa-f]{{2,}}(?=\s*_\s*\{{1[1-6]\}}))\s*_\s*\{{(\d{{1,3}})\}}")
 
 
 def _by_base(gold: str, prediction: str) -> Verdict | None:
     """Numerals with a base: digits and base both count; a base that is left out is understood."""
     left, right = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
     if not left:
-        return verdict_of(False, "base") if right and _number(gold) else None
+        if not right or not read_number(gold):
+            return None
+        return verdict_of(right.groups() == (gold, "10"), "base")
     if right:
         same = left[1].lower().lstrip("+0") == right[1].lower().lstrip("+0")
         return verdict_of(same and left[2] == right[2], "base")
-    if _DIGITS.fullmatch(prediction):
+    if left[1].lower() == prediction.lower() or re.fullmatch(_NUMERAL, prediction):
         return verdict_of(left[1].lower() == prediction.lower(), "base_understood")
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Number:
-    value: Fraction
-    decimals: int | None  # digits after the point where written as a decimal
-    significant: int
-    percent: bool
-
-
-_PLAIN = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
-_DECIMAL = re.compile(rf"([+-]?)\s*({_PLAIN})")
-_QUOTIENT = re.compile(
-    rf"([+-]?)\s*(?:\\frac\{{\s*([+-]?)\s*({_PLAIN})\s*\}}\{{\s*([+-]?)\s*({_PLAIN})\s*\}}"
-    rf"|\(?([+-]?)\s*({_PLAIN})\)?\s*/\s*\(?([+-]?)\s*({_PLAIN})\)?)"
-)
-_SCIENTIFIC = re.compile(
-    rf"([+-]?)\s*({_PLAIN})\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{{?\s*([+-]?\d{{1,3}})\s*\}}?"
-)
-_EXPONENT = re.compile(rf"([+-]?)({_PLAIN})[eE]([+-]?\d{{1,3}})")
-
-
-def _number(text: str) -> _Number | None:
-    """The rational number that `text` spells, or none."""
-    percent = text.endswith(r"\%")
-    body = text.removesuffix(r"\%").strip()
-    body = body[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", body) else body
-    if match := _DECIMAL.fullmatch(body):
-        digits = match[2].partition(".")[2]
-        return _Number(
-            value=_sign(match[1]) * Fraction("0" + match[2].rstrip(".")),
-            decimals=len(digits) if "." in match[2] else None,
-            significant=len(match[2].replace(".", "").lstrip("0")),
-            percent=percent,
-        )
-    value = _quotient(body)
-    if value is None and (match := _SCIENTIFIC.fullmatch(body) or _EXPONENT.fullmatch(body)):
-        value = (
-            _sign(match[1]) * Fraction("0" + match[2].rstrip(".")) * Fraction(10) ** int(match[3])
-        )
-    return value if value is None else _exact(value, percent)
-
-
-def _exact(value: Fraction, percent: bool) -> _Number:
-    return _Number(value=value, decimals=None, significant=0, percent=percent)
-
-
-def _quotient(body: str) -> Fraction | None:
-    match = _QUOTIENT.fullmatch(body)
-    if not match:
-        return None
-    sign, *parts = match.groups()
-    top_sign, top, bottom_sign, bottom = parts[:4] if parts[1] else parts[4:]
-    below = Fraction("0" + bottom.rstrip("."))
-    if not below:
-        return None
-    signs = _sign(sign) * _sign(top_sign) * _sign(bottom_sign)
-    return signs * Fraction("0" + top.rstrip(".")) / below
-
-
-def _sign(text: str | None) -> int:
-    return -1 if text == "-" else 1
-
-
 def _by_number(gold: str, prediction: str) -> Verdict | None:
-    left, right = _number(gold), _number(prediction)
-    if left and left.decimals and right is None:
-        right = _number(_with_point(prediction))
+    left, right = read_number(gold), read_number(prediction)
+    if left and right is None:
+        right = read_number(_with_point(prediction))
     if right and right.decimals and left is None:
-        left = _number(_with_point(gold))
+        left = read_number(_with_point(gold))
     if left is None or right is None:
         return None
-    same = _same_number(left, right)
-    if left.percent != right.percent:
-        # 5 % of something is asked for as 5 or as 0.05; both are right, 500 is not
-        same = same or _same_number(_as_ratio(left), _as_ratio(right))
-    return verdict_of(same, "number")
+    return verdict_of(same_number(left, right), "number")
 
 
 def _with_point(text: str) -> str:
@@ -221,60 +240,33 @@ def _with_point(text: str) -> str:
     return re.sub(r"^(-?\d+),(\d{1,2}|\d{4,})$", r"\1.\2", text)
 
 
-def _as_ratio(number: _Number) -> _Number:
-    if not number.percent:
-        return number
-    decimals = None if number.decimals is None else number.decimals + 2
-    return _Number(
-        value=number.value / 100,
-        decimals=decimals,
-        significant=number.significant,
-        percent=False,
-    )
-
-
-def _same_number(left: _Number, right: _Number) -> bool:
-    if left.value == right.value:
-        return True
-    if left.decimals is None and right.decimals is None:
-        return False
-    coarse, fine = sorted((left, right), key=lambda n: (n.decimals is None, n.decimals or 0))
-    return _rounds_to(coarse, fine.value)
-
-
-def _rounds_to(decimal: _Number, exact: Fraction) -> bool:
-    """A decimal of at least six significant digits stands for what rounds, or is cut, to it."""
-    if decimal.decimals is None or decimal.significant < 6 or exact.denominator == 1:
-        return _almost(decimal, exact)
-    unit = Fraction(1, 10**decimal.decimals)
-    error = abs(exact) - abs(decimal.value)
-    same_sign = (exact < 0) == (decimal.value < 0)
-    return same_sign and (abs(error) <= unit / 2 or 0 <= error < unit or _almost(decimal, exact))
-
-
-def _almost(decimal: _Number, exact: Fraction) -> bool:
-    """The noise of floating point: twelve digits right."""
-    return abs(decimal.value - exact) <= abs(exact) / 10**12
-
-
 _WORDS = re.compile(r"[A-Za-z][A-Za-z \-']*")
 
 
+_NOTHING = re.compile(
+    r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\(?:emptyset|varnothing)|"
+    r"\\\{\s*\\\}",
+    re.IGNORECASE,
+)
+
+
 def _by_text(gold: str, prediction: str) -> Verdict | None:
-    """Choices and words: case and punctuation do not count."""
+    """Choices and words: case, punctuation and articles do not count."""
+    if _NOTHING.fullmatch(gold) and _NOTHING.fullmatch(prediction):
+        return verdict_of(True, "empty_set")
+    if not _is_prose(gold):
+        return None
     left, right = _words(gold), _words(prediction)
     if left and left == right:
         return verdict_of(True, "text")
-    if not left or not _is_prose(gold):
-        return None
-    if right or _number(prediction):
+    if (choice := _LETTER.fullmatch(gold)) and choice[1] not in prediction:
         return verdict_of(False, "text")
-    return None
+    return verdict_of(False, "text") if left and (right or read_number(prediction)) else None
 
 
 def _words(text: str) -> str | None:
     bare = re.sub(r"[()\[\]{}.,:;\"'!?]", " ", text)
-    bare = re.sub(r"\s+", " ", bare).strip()
+    bare = re.sub(r"^(?:an?|the) (?=[A-Za-z])", "", re.sub(r"\s+", " ", bare).strip())
     if _WORDS.fullmatch(bare):
         return bare.casefold()
     # 4:30 p.m. and the like: figures with words, without mathematics
@@ -285,61 +277,107 @@ def _words(text: str) -> str | None:
 
 def _is_prose(text: str) -> bool:
     """Words and not a product of variables: a run of letters that has a vowel and some length."""
-    return bool(re.search(r"(?<!\\)\b(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}\b", text)) or bool(
-        re.fullmatch(r"\(?[A-H]\)?", text)
+    return bool(
+        re.search(r"(?<!\\)\b(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}\b", text)
+        or re.fullmatch(r"\(?[A-H]\)?|[Nn]o", text)
+        or re.search(r"\d\s*[aApP]\.?\s?[mM]\b", text)
     )
 
 
-# --- structures --------------------------------------------------------------------------------
-
-_BRACKETS = {"(": ")", "[": "]", "{": "}"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Elements:
-    opening: str  # "" where there is no bracket
-    closing: str
-    parts: tuple[str, ...]
-
-    @property
-    def ordered(self) -> bool:
-        return self.opening in {"(", "["}
-
-
-_MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}", re.DOTALL)
-
-
-def _matrix(text: str) -> list[list[str]] | None:
-    """The entries of a matrix by row; none of anything else."""
-    found = _MATRIX.fullmatch(text)
-    if not found:
+def _by_chain(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
+    """`2^3 = 8` where 8 is asked for: the last side counts, and no other may be another value."""
+    sides = [side.strip() for side in prediction.split("=")]
+    if len(sides) == 1 or not all(sides) or re.search(r"[=<>,]|\\[lg]e\b|\\in\b", gold):
         return None
-    rows = [row.strip() for row in found[1].split(r"\\")]
-    return [[entry.strip() for entry in row.split("&")] for row in rows if row]
+    if re.search(r"[<>,]|\\(?:[lgn]e|in|equiv|approx)\b", prediction):
+        return None
+    closed = [side for side in sides[:-1] if not _has_letters(side)]
+    verdicts = [_decide(gold, side, leaf) for side in (*closed, sides[-1])]
+    if any(verdict and verdict.outcome == "different" for verdict in verdicts):
+        return verdict_of(False, "chain")
+    undecided = any(verdict is None for verdict in verdicts)
+    last = verdicts[-1]
+    return None if undecided or not (last and last.correct) else verdict_of(True, "chain")
+
+
+def _has_letters(text: str) -> bool:
+    return bool(re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text)))
+
+
+# --- answers of several parts ------------------------------------------------------------------
+
+
+def _by_union(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
+    """Unions of intervals and finite sets: by their parts, or by where they end on the line."""
+    left, right = split_union(gold), split_union(prediction)
+    if len(left) == len(right) == 1:
+        return None
+    verdict = _in_any_order(left, right, leaf) if len(left) == len(right) else None
+    if verdict and verdict.correct:
+        return verdict_of(True, "union")
+    a, b = _extent(left), _extent(right)
+    return verdict_of(False, "union") if a and b and _ends_differ(a, b) else None
+
+
+# Start and end on the real line, and whether each belongs to it.
+_Interval = tuple[float, bool, float, bool]
+
+
+def _extent(parts: Sequence[str]) -> list[_Interval] | None:
+    """The union of intervals and finite sets of numbers, merged and in order."""
+    pieces: list[_Interval] = []
+    for part in parts:
+        series = read_series(part)
+        if series is None or not (series.is_interval or series.opening == "{"):
+            return None
+        ends = [_real(end) for end in series.parts]
+        if any(math.isnan(end) for end in ends):
+            return None
+        if series.is_interval:
+            pieces.append((ends[0], series.opening == "[", ends[1], series.closing == "]"))
+        else:
+            pieces += [(end, True, end, True) for end in ends]
+    merged: list[_Interval] = []
+    for piece in sorted(pieces, key=lambda piece: (piece[0], not piece[1])):
+        if merged and _touch(merged[-1], piece):
+            last = merged.pop()
+            end, closed = max((last[2], last[3]), (piece[2], piece[3]))
+            piece = (last[0], last[1], end, closed)
+        merged.append(piece)
+    return merged
+
+
+def _real(text: str) -> float:
+    """The number that `text` is, infinity too; not a number where it is none."""
+    if match := re.fullmatch(r"([+-]?)\s*\\infty", text.strip()):
+        return -math.inf if match[1] == "-" else math.inf
+    value = value_at_a_point(text)
+    return value.real if value is not None and not value.imag else math.nan
+
+
+def _touch(left: _Interval, right: _Interval) -> bool:
+    return right[0] < left[2] or (right[0] == left[2] and (left[3] or right[1]))
+
+
+def _ends_differ(left: Sequence[_Interval], right: Sequence[_Interval]) -> bool:
+    if len(left) != len(right):
+        return True
+    return any(
+        (a[1], a[3]) != (b[1], b[3])
+        or not math.isclose(a[0], b[0], rel_tol=1e-4, abs_tol=1e-9)
+        or not math.isclose(a[2], b[2], rel_tol=1e-4, abs_tol=1e-9)
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 def _by_entries(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     """Matrices by shape and entry."""
-    left, right = _matrix(gold), _matrix(prediction)
+    left, right = read_matrix(gold), read_matrix(prediction)
     if left is None or right is None:
         return None
     if [len(row) for row in left] != [len(row) for row in right]:
         return verdict_of(False, "shape")
     return _by_position([*chain(*left)], [*chain(*right)], leaf)
-
-
-def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
-    """A column vector against a tuple is a tuple: the same point, written otherwise."""
-    left, right = _matrix(gold), _matrix(prediction)
-    if left and prediction.startswith("(") and all(len(row) == 1 for row in left):
-        return _tuple_of(left), prediction
-    if right and gold.startswith("(") and all(len(row) == 1 for row in right):
-        return gold, _tuple_of(right)
-    return gold, prediction
-
-
-def _tuple_of(column: list[list[str]]) -> str:
-    return f"({', '.join(row[0] for row in column)})"
 
 
 # Comparing lists in any order takes up to this squared many symbolic comparisons.
@@ -348,33 +386,45 @@ _MAX_SYMBOLIC_LIST = 12
 
 def _by_elements(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     """Tuples and intervals by position, lists and sets in any order."""
-    left, right = _elements(gold), _elements(prediction)
+    left, right = _spread(read_series(gold)), _spread(read_series(prediction))
     if left is None or right is None:
         return None
+    if left.is_singleton != right.is_singleton:  # the set of one thing for the thing
+        pair = (left.parts[0], prediction) if left.is_singleton else (gold, right.parts[0])
+        return _decide(*pair, leaf)
     if max(len(left.parts), len(right.parts)) == 1:
         return None
     if len(left.parts) != len(right.parts):
-        return _counts_differ(left, right)
+        known = all(map(_is_value, (*left.parts, *right.parts)))
+        return verdict_of(False, "count") if known else None
     if left.ordered and right.ordered:
-        if (left.opening, left.closing) != (right.opening, right.closing):
-            return verdict_of(False, "interval_ends") if len(left.parts) == 2 else None
+        ends = (left.opening, left.closing) == (right.opening, right.closing)
+        if left.is_interval and not ends:
+            return verdict_of(False, "interval_ends")
         return _by_position(left.parts, right.parts, leaf)
-    if left.ordered:
-        # a tuple whose brackets were left out; a set never is a tuple
-        return None if right.opening else _by_position(left.parts, right.parts, leaf)
-    if right.ordered:
-        return None
+    if left.ordered or right.ordered:
+        if "{" in (left.opening, right.opening):
+            return verdict_of(False, "set_and_tuple")
+        # a tuple whose brackets were left out
+        return _by_position(left.parts, right.parts, leaf)
     return _in_any_order(left.parts, right.parts, leaf)
 
 
-def _counts_differ(left: _Elements, right: _Elements) -> Verdict | None:
-    atoms = all(_number(part) for part in (*left.parts, *right.parts))
-    # one comma between digits may be a decimal comma
-    lonely = min(len(left.parts), len(right.parts)) == 1 and len(left.parts + right.parts) == 3
-    return verdict_of(False, "count") if atoms and not lonely else None
+def _spread(series: Series | None) -> Series | None:
+    if series is None or series.ordered:
+        return series
+    return Series(opening=series.opening, closing=series.closing, parts=both_signs(series.parts))
 
 
-def _by_position(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
+def _is_value(part: str) -> bool:
+    return (
+        read_number(part) is not None
+        or value_at_a_point(part) is not None
+        or not math.isnan(_real(part))
+    )
+
+
+def _by_position(left: Iterable[str], right: Iterable[str], leaf: Leaf) -> Verdict | None:
     verdicts = [_decide(a, b, leaf) for a, b in zip(left, right, strict=True)]
     if any(v is not None and v.outcome == "different" for v in verdicts):
         return verdict_of(False, "elements")
@@ -385,7 +435,7 @@ def _by_position(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdi
 def _in_any_order(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
     if Counter(map(_squeeze, left)) == Counter(map(_squeeze, right)):
         return verdict_of(True, "list")
-    if not all(_number(part) for part in (*left, *right)) and len(left) > _MAX_SYMBOLIC_LIST:
+    if not all(read_number(p) for p in (*left, *right)) and len(left) > _MAX_SYMBOLIC_LIST:
         return None
     rest = list(right)
     for part in left:
@@ -396,165 +446,3 @@ def _in_any_order(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verd
             return verdict_of(False, "list") if decided else None
         del rest[match]
     return verdict_of(True, "list")
-
-
-def _elements(text: str) -> _Elements | None:
-    """`text` as a bracketed or bare series, a single thing as one of one; none if unbalanced."""
-    body, opening, closing = text.strip(), "", ""
-    if body.startswith(r"\{") and body.endswith(r"\}"):
-        body, opening, closing = body[2:-2], "{", "}"
-    elif body[:1] in {"(", "["} and body[-1:] in {")", "]"} and _one_group(body):
-        body, opening, closing = body[1:-1], body[0], body[-1]
-    parts = _split(body)
-    return None if parts is None else _Elements(opening=opening, closing=closing, parts=parts)
-
-
-def _one_group(text: str) -> bool:
-    """Whether the first bracket closes only at the end."""
-    depth = 0
-    for position, sign in enumerate(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if depth == 0:
-            return position == len(text) - 1
-    return False
-
-
-def _split(text: str) -> tuple[str, ...] | None:
-    parts, depth, start = [], 0, 0
-    for position, sign in enumerate(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if depth < 0:
-            return None
-        if depth == 0 and sign in ",;":
-            parts.append(text[start:position].strip())
-            start = position + 1
-    parts.append(text[start:].strip())
-    return None if depth or not all(parts) else tuple(parts)
-
-
-# --- names of what is answered -----------------------------------------------------------------
-
-_NAME = r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?"
-_NAMED = re.compile(
-    rf"({_NAME}|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\))\s*(?:=|\\in(?![a-zA-Z]))\s*([^=<>]+)"
-)
-
-
-def _without_names(gold: str, prediction: str) -> tuple[str, str]:
-    """Drop `x =`, `f(x) =`, `(x, y) =`, `x \\in`; two variables that differ keep their names."""
-    left, right = _named(gold), _named(prediction)
-    if left[0] and right[0] and _contradict(left[0], right[0]):
-        return gold, prediction
-    if left[0] != right[0] and len(left[0]) > 1 and sorted(left[0]) == sorted(right[0]):
-        return left[1], _in_order(right, left[0])
-    return left[1], right[1]
-
-
-def _contradict(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
-    return left != right and all(re.fullmatch("[a-zA-Z]", name) for name in (*left, *right))
-
-
-def _in_order(named: tuple[tuple[str, ...], str], names: tuple[str, ...]) -> str:
-    """The values of `named`, a bracketed series, in the order of `names`."""
-    values = _split(named[1][1:-1])
-    if values is None or len(values) != len(names):
-        return named[1]
-    by_name = dict(zip(named[0], values, strict=True))
-    return f"({', '.join(by_name[name] for name in names)})"
-
-
-def _named(text: str) -> tuple[tuple[str, ...], str]:
-    parts = _split(text)
-    if parts is None:
-        return (), text
-    matches = [_NAMED.fullmatch(part) for part in parts]
-    if not matches[0]:
-        return (), text
-    names = tuple(match[1] if match else "" for match in matches)
-    values = [
-        match[2].strip() if match else part for match, part in zip(matches, parts, strict=True)
-    ]
-    if len(parts) > 1 and all(matches):
-        # p = 5, q = 2, p = 7, q = 2 are two pairs
-        distinct = tuple(dict.fromkeys(names))
-        width = len(distinct)
-        if width > 1 and names == distinct * (len(names) // width):
-            groups = [values[start : start + width] for start in range(0, len(values), width)]
-            return distinct, ", ".join(f"({', '.join(group)})" for group in groups)
-    return tuple(dict.fromkeys(filter(None, names))), ", ".join(values)
-
-
-# --- symbolic ----------------------------------------------------------------------------------
-
-
-def symbolic(gold: str, prediction: str) -> Verdict:
-    """Decide by math-verify, both sides in a math environment. May hang: run it to be killed."""
-    silence()
-    left, right = _without_names(normalize(gold), normalize(prediction))
-    verdict = _decide(left, right, _leaf) or _by_math_verify(left, right)
-    if verdict.outcome == "unparsable" and "=" in right and not re.search("[=<>]", left):
-        # 2^3 = 8 where 8 is asked for
-        last = right.rpartition("=")[2].strip()
-        return _decide(left, last, _leaf) or verdict
-    return verdict
-
-
-def _leaf(gold: str, prediction: str) -> Verdict | None:
-    verdict = _by_value(gold, prediction) or _by_math_verify(gold, prediction)
-    return None if verdict.outcome == "unparsable" else verdict
-
-
-def _by_math_verify(gold: str, prediction: str) -> Verdict:
-    try:
-        parsed_gold, parsed = _parse(gold), _parse(prediction)
-        if parsed_gold is None:
-            return Verdict(outcome="unparsable", rule="gold")
-        if parsed is None:
-            return Verdict(outcome="unparsable", rule="prediction")
-        return verdict_of(_verify(parsed_gold, parsed), "math_verify")
-    except (MemoryError, RecursionError):
-        raise
-    except Exception as error:
-        # sympy raises nearly anything on nearly-mathematics; the name of it is the rule
-        return Verdict(outcome="unparsable", rule=type(error).__name__)
-
-
-def silence() -> None:
-    """math-verify and its parser log every answer that they cannot read."""
-    for name in ("math_verify", "latex2sympy2_extended", "sympy"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _parse(text: str) -> Any | None:
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    # units=False: stripping them there eats variables (m, c); `normalize` has done it already
-    spelling = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
-    )
-    found = parse(
-        f"${text}$",
-        extraction_config=[LatexExtractionConfig(normalization_config=spelling)],
-        fallback_mode="no_fallback",
-        parsing_timeout=None,
-    )
-    return found[0] if found else None
-
-
-def _verify(gold: Any, prediction: Any) -> bool:
-    from math_verify import verify
-
-    same = verify(gold, prediction, timeout_seconds=None, allow_set_relation_comp=True)
-    return bool(same) and not _far_apart(gold, prediction)
-
-
-def _far_apart(gold: Any, prediction: Any) -> bool:
-    """Whether tiny numbers differ relatively: math-verify rounds all of them to zero."""
-    if not (getattr(gold, "is_number", False) and getattr(prediction, "is_number", False)):
-        return False
-    left, right = gold.evalf(30), prediction.evalf(30)
-    size = max(abs(left), abs(right))
-    if not getattr(size, "is_comparable", False) or size > 1e-3:
-        return False
-    return bool(abs(left - right) > size * 1e-6)

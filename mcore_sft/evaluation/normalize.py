@@ -8,6 +8,7 @@ is for `equivalence`, this is about spelling alone.
 
 import re
 import unicodedata
+from fractions import Fraction
 
 _UNICODE = {
     "\N{MINUS SIGN}": "-",
@@ -60,12 +61,13 @@ _UNITS = (
     "met(?:er|re)s?|inch(?:es)?|feet|foot|ft|yards?|yds?|miles?|mi|cm|mm|km|kg|mg|grams?|"
     "kilograms?|pounds?|lbs?|ounces?|oz|lit(?:er|re)s?|ml|gallons?|seconds?|secs?|minutes?|mins?|"
     "hours?|hrs?|days?|weeks?|months?|years?|yrs?|mph|kph|dollars?|cents?|usd|degrees?|deg|"
-    "radians?|per|an|a|of|the|people|students?|ways?|points?|times|coins?|marbles?|apples?"
+    "radians?|per|an|a|of|the|people|students?|ways?|points?|times|coins?|marbles?|apples?|in|"
+    "(?:[kcm]?m|mi|ft)/(?:s|h|hr|sec|min)"
 )  # fmt: skip
 _UNIT_TAIL = re.compile(
     rf"(?:[\s/.\-]*\b(?:{_UNITS})\b\.?(?:\s*\^\s*(?:\{{\s*\d\s*\}}|\d))?)+\s*$", re.IGNORECASE
 )
-_NUMERIC = re.compile(r"(?:\\(?:frac|sqrt|pi|times|cdot|pm)\b|[\d\s.,/^{}()+\-])*\d[\d\s{}().]*"
+_NUMERIC = re.compile(r"(?:\\(?:frac|sqrt|pi|times|cdot|pm)\b|[\d\s.,/^{}()+\-])*\d[\d\s{}().!]*"
                       r"(?:\\pi\s*)?")  # fmt: skip
 _TEXT = re.compile(
     r"\\(text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|bf|rm|"
@@ -76,13 +78,17 @@ _LETTER_UNIT = re.compile(
     r"(?<=\d)\s*\\(?:text|textrm|mbox|mathrm|rm)\s*\{\s*[msghLlNJWVAK](?:\s*/\s*[a-z]+)?\s*\}"
     r"(?:\s*\^\s*\{?\d\}?)?\s*$"
 )
+_ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?\.?", re.IGNORECASE)
 _FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|gcd|lcm")
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
 _MARKUP = (
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|!)(?![a-zA-Z])", ""),
     (r"\\(?:left|right)(?=[a-zA-Z\\|(\[.])", ""),
     (r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])", r"\\frac"),
+    (r"\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),
     (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
     (r"\\leq(?:slant)?(?![a-zA-Z])", r"\\le "),
@@ -100,6 +106,7 @@ _GROUPS = (
 _SPACES = (
     (r"\\(?:quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\})(?![a-zA-Z])", " "),
     (r"(?<!\\)\\[,;:> ]|(?<!\\)~", " "),
+    (r"\\phantom\s*(?:\{[^{}]*\}|.)", " "),
     (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # \\[2mm], a line break with its height
 )
 _PLAIN = (
@@ -113,13 +120,20 @@ _PLAIN = (
     (r"(?<=[\w)}])\s*\*\*\s*\(([^()]*)\)", r"^{\1}"),
     (r"(?<=[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])", r"^{\1}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"\^\s*-\s*(\d+|[a-zA-Z])", r"^{-\1}"),
     (r"\s*\*\s*(?=\\sqrt|\\pi|\\frac)", " "),
     (r"\*", r"\\cdot "),
-    (r"(?<=\d)\s*(?=\(\d+\)$)", r" \\cdot "),
+    (r"(?<=\d)\s*(?=\(\d+\)$|\(\\frac)", r" \\cdot "),
+    # intervals and vectors as they are written elsewhere: ]0, 1[ and <1, 2>
+    (r"(?<![\w)\]}])\]([^][]+[,;][^][]+)\[", r"(\1)"),
+    (r"(?<![\w)\]}])\]([^][]+[,;][^][]+)\]", r"(\1]"),
+    (r"\[([^][]+[,;][^][]+)\[", r"[\1)"),
+    (r"^<([^<>]+,[^<>]+)>$", r"(\1)"),
+    (r"^\\\{\s*([a-zA-Z])\s*(?::|\||\\mid)\s*(.*\1.*)\\\}$", r"\2"),  # \{x : 0 < x < 1\}
     (r"(?<=\d)\s*\\cdot\s*(?=i(?![a-zA-Z]))", ""),
     (r"(?<=[\])])\s*U\s*(?=[\[(])", r" \\cup "),
     (r"(?<=[\da-zA-Z])\s+base\s+(\d+)$", r"_{\1}"),
-    (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\\pi|\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\\frac\1{\2}"),
     (r"\\frac\s+\{", r"\\frac{"),
@@ -129,8 +143,11 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def normalize(answer: str) -> str:
-    """The canonical spelling of `answer`; equal results mean the same answer."""
+def normalize(answer: str, *, thousands: bool = True) -> str:
+    """The canonical spelling of `answer`; equal results mean the same answer.
+
+    Without `thousands`, commas between digits part the elements of a list.
+    """
     text = _from_unicode(answer)
     text = _without_wrapping(text)
     if r"\begin" not in text:
@@ -143,12 +160,13 @@ def normalize(answer: str) -> str:
     text = _unwrap_text(text)
     text = _without_degrees(text)
     text = _apply(_PLAIN, text)
-    text = _without_units(text)
-    text = _join_thousands(text)
+    text = _without_units(_scaled(text))
+    text = _join_thousands(text) if thousands else text
     text = _mixed_numbers(text)
     text = re.sub(r"\s*,\s*(?:,\s*)+|\s+,\s*", ", ", _join_conjunctions(text))
     text = _without_approximation(text)
-    return re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(" .;:,'\"\\")
+    text = re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(' .;:,"\\')
+    return re.sub(r"(?<=\d)\s*'$", "", text)
 
 
 def _apply(rules: tuple[tuple[str, object], ...], text: str) -> str:
@@ -214,7 +232,7 @@ def _plain_words(match: re.Match[str]) -> str:
 
 
 def _without_degrees(text: str) -> str:
-    r"""Degrees are dropped, except within a function, where `\sin 30^\circ` is not `\sin 30`."""
+    r"""Degrees are dropped, except beside a function, where `\sin 30^\circ` is not `\sin 30`."""
     text = re.sub(r"\s*(?<![\\a-zA-Z])deg(?:rees?)?\b", r"^\\circ", text)
     if _TRIGONOMETRIC.search(text):
         return text
@@ -222,12 +240,42 @@ def _without_degrees(text: str) -> str:
     return re.sub(r"\\?%|(?<=\d)\s*\b(?:pct|percent)\b\.?", r"\\%", text)
 
 
+def without_degrees(text: str) -> str:
+    r"""`\sin 30^\circ` -> `\sin 30`."""
+    return _ANGLE.sub(r"\1", text)
+
+
+def in_radians(text: str) -> str:
+    r"""`\sin 30^\circ` -> `\sin (\frac{30 \pi}{180})`."""
+    return _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
+
+
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(
+    rf"(?<![\d.,}}])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(_SCALES)})(?![a-zA-Z])", re.IGNORECASE
+)
+
+
+def _scaled(text: str) -> str:
+    """`2.5 million` -> `2500000`, where no digit is left behind the point."""
+
+    def whole(match: re.Match[str]) -> str:
+        value = Fraction(match[1].replace(",", "")) * 10 ** _SCALES[match[2].lower()]
+        return str(value.numerator) if value.denominator == 1 else match[0]
+
+    return _SCALED.sub(whole, text)
+
+
 def _without_units(text: str) -> str:
     """Drop words of measure at the end, where what they measure is a number and nothing else."""
+    if ordinal := _ORDINAL.fullmatch(text.strip()):
+        return ordinal[1]
     tail = _UNIT_TAIL.search(text)
     if tail and _NUMERIC.fullmatch(text[: tail.start()].strip()):
         return text[: tail.start()]
-    words = re.fullmatch(r"(.*?\d\)?)((?:\s+[a-zA-Z]{3,})+)(?:\s*\^\s*\{?\d\}?)?\.?\s*", text)
+    words = re.fullmatch(
+        r"(.*?\d\)?)((?:\s+(?:of|in|to|at|on|[a-zA-Z]{3,}))+)(?:\s*\^\s*\{?\d\}?)?\.?\s*", text
+    )
     if words and _NUMERIC.fullmatch(words[1].strip()) and not _joins(words[2]):
         return words[1]
     return text
@@ -236,7 +284,7 @@ def _without_units(text: str) -> str:
 _CHANGES_VALUE = re.compile(
     r"\b(?:and|or|mod|base|than|hundreds?|thousands?|[mb]illions?|trillions?|dozens?|halves|half|"
     r"thirds?|quarters?|\w+ths?|plus|minus|times|over|squared|cubed|factorial|negative|sqrt|root|"
-    r"less|more|not|divided|by)\b",
+    r"less|more|least|most|greater|fewer|not|divided|by)\b",
     re.IGNORECASE,
 )
 
@@ -247,14 +295,19 @@ def _joins(words: str) -> bool:
 
 
 def _join_thousands(text: str) -> str:
-    """`1,234,567` -> `1234567`, where no bracket makes the commas separate elements."""
+    """`1,234` and `1 234` -> `1234`, where no bracket makes the commas separate elements."""
 
     def joined(match: re.Match[str]) -> str:
         before = text[: match.start()]
         depth = sum(before.count(b) for b in "([") - sum(before.count(b) for b in ")]")
         return match[0] if depth > 0 else match[0].replace(",", "")
 
-    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", joined, text)
+    text = re.sub(
+        r"(?<![\d.,] )(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,]|\s*[\d/\\])",
+        lambda m: m[0].replace(" ", ""),
+        text,
+    )
+    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\s*\d)", joined, text)
 
 
 _MIXED = (
@@ -287,6 +340,6 @@ def _join_conjunctions(text: str) -> str:
 def _without_approximation(text: str) -> str:
     r"""`a \approx b` -> `a`, the exact one, where `a` is more than a name."""
     left, sign, right = text.partition(r"\approx")
-    if not sign or not left.strip():
+    if not sign:
         return text
-    return right if re.fullmatch(r"\s*[a-zA-Z]\s*", left) else left
+    return right if re.fullmatch(r"\s*[a-zA-Z]?\s*", left) else left

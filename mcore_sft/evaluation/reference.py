@@ -5,7 +5,8 @@ Both may hang or use all memory on a hostile answer: call them in a process that
 
 from typing import Any
 
-from mcore_sft.evaluation.equivalence import Verdict, silence, verdict_of
+from mcore_sft.evaluation.equivalence import Verdict, verdict_of
+from mcore_sft.evaluation.symbolic import silence
 
 
 def math_verify(gold: str, prediction: str) -> Verdict:

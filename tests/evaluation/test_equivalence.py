@@ -26,6 +26,35 @@ EQUAL_EXACTLY = [
     ("2", "x = 2"),
     ("[-2,7]", r"x \in [-2,7]"),
     ("90", "90^{\\circ}"),
+    (r"\frac{7}{15}", r"0.4\overline{6}"),
+    (r"0.\bar{3}", "1/3"),
+    ("10", "ten"),
+    ("5000000", "5 million"),
+    ("7", r"7^\text{th}"),
+    ("12", "12 m/s"),
+    ("12!", "12! ways"),
+    ("3", "3=x"),
+    ("5", "AB=CD=5"),
+    ("8", "8=8"),
+    ("C", r"\text{(C) } 5"),
+    ("12", r"\textbf{(B)}\ 12"),
+    ("(1,2,3)", "x=1, z=3, y=2"),
+    ("(a,b)=(1,2)", "b=2, a=1"),
+    ("m=2, b=3", "2,3"),
+    ("100, 200", "200,100"),
+    ("144,169", "144, 169"),
+    ("1 000 000", "1000000"),
+    ("12_{10}", "12"),
+    ("12", "12_{10}"),
+    ("BC_{16}", "bc_{16}"),
+    ("(0,1)", "]0,1["),
+    (r"(-\infty,2)\cup(3,\infty)", r"]3,\infty[ \cup ]-\infty,2["),
+    ("(3,5)", r"\langle 3,5 \rangle"),
+    (r"\{(1,2)\}", "(1,2)"),
+    (r"\text{no solution}", r"\emptyset"),
+    (r"\text{ellipse}", "an ellipse"),
+    (r"\cos 58^\circ", r"\cos 58"),
+    (r"\pm 3", "3, -3"),
 ]
 
 DIFFERENT_EXACTLY = [
@@ -43,6 +72,25 @@ DIFFERENT_EXACTLY = [
     ("3, 5, 7", "3, 5"),
     (r"\text{east}", r"\text{west}"),
     (r"\text{odd}", "4"),
+    ("5", "6=5"),
+    ("5", "AB=6=5"),
+    ("8", "3^2=8"),
+    ("2", "2,2"),
+    ("1, 1", "1"),
+    ("x", "x, x"),
+    (r"\{1,2\}", "(1,2)"),
+    ("1,2", "(2,1)"),
+    ("(1,2,3)", "a=1, c=2, b=3"),
+    ("(a,b)=(1,2)", "b=1, a=2"),
+    ("(2,5)", "y=2, x=5"),
+    ("12", "(C) 13"),
+    ("B", "(C) 12"),
+    ("B", "(x+1)^2 = 7"),
+    ("5", "5 million"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2]\cup[3,\infty)"),
+    (r"(0,1)\cup(2,3)", r"(0,1)\cup(2,4)"),
+    (r"(2,\infty)", "[1,2,3]"),
+    (r"\pm 3", "3"),
 ]
 
 EQUAL_SYMBOLICALLY = [
@@ -54,6 +102,22 @@ EQUAL_SYMBOLICALLY = [
     (r"1 \pm \sqrt{19}", r"1 + \sqrt{19}, 1 - \sqrt{19}"),
     ("y = 2x + 3", "y=3+2x"),
     (r"(-\infty, 1) \cup (1, \infty)", r"(-\infty,1)\cup(1,\infty)"),
+    (r"(0,1)\cup[1,2)", "(0,2)"),
+    ("y=2x+3", "2x-y+3=0"),
+    ("2x-y+3=0", "y=2x+3"),
+    ("x^2+y^2=4", "y^2+x^2-4=0"),
+    ("8", "2^3=8"),
+    ("5", "(2+i)(2-i)"),
+    ("-1", "i^2"),
+    (r"\frac12", r"\sin 30^\circ"),
+    (r"\frac{1\pm\sqrt5}{2}", r"\frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}"),
+    ("1", r"2(\frac12)"),
+    ("0.5", "2^-1"),
+    ("-2", r"\sqrt[3]{-8}"),
+    ("9", "(-27)^{2/3}"),
+    (r"\sqrt[3]{5-2x}", r"-\sqrt[3]{2x-5}"),
+    (r"2\ln(x-3)", r"\ln((x-3)^2)"),
+    (r"\frac{\sqrt{x-3}}{\sqrt{x-4}}", r"\sqrt{\frac{x-3}{x-4}}"),
 ]
 
 DIFFERENT_SYMBOLICALLY = [
@@ -65,6 +129,21 @@ DIFFERENT_SYMBOLICALLY = [
     (r"2\sqrt{5}", r"2\sqrt{6}"),
     (r"8-i", "8+i"),
     ("163", "x > 163"),
+    ("5", "5 at least"),
+    ("x", "x!"),
+    ("x", "x'"),
+    ("N", "n"),
+    ("62", "6'2''"),
+    ("f(x)", "f x"),
+    ("2^{-50}", "2^{-50}+2^{-70}"),
+    (r"\sqrt{2}", r"\frac{1414213562}{1000000000}"),
+    ("10^{100}", "10^{100}+1"),
+    ("x", r"\sqrt{x^2}"),
+    (r"\sqrt{x}", r"\sqrt{x}+10^{-20}"),
+    (r"\ln(x+1)", r"\ln(x)+1"),
+    ("y=2x+3", "2x+y+3=0"),
+    (r"\frac12", r"\sin 30"),
+    ("123", "12 3"),
 ]
 
 
@@ -92,6 +171,11 @@ def test_different_by_mathematics(gold: str, prediction: str) -> None:
     assert judge(gold, prediction).outcome == "different"
 
 
+def test_powers_side_by_side_are_no_tower() -> None:
+    verdict = judge_exactly(r"\frac{2^{50}}{3^{50}}", r"\frac{2^{50}}{3^{50}}+10^{-20}")
+    assert verdict is None or verdict.outcome != "unsafe"
+
+
 def test_what_cannot_be_read_is_no_wrong_answer() -> None:
     assert judge("5", r"\frac{}{").outcome == "unparsable"
 
@@ -101,6 +185,8 @@ def test_what_cannot_be_read_is_no_wrong_answer() -> None:
     [
         ("9^{9^{9^9}}", "tower"),
         ("10^{10^{10}}", "tower"),
+        (r"\left(10^{1000}\right)^{1000}", "tower"),
+        ("{{2} ^ {9}} ^ {9 ^ 9}", "tower"),
         ("1000000000^{1000000000}", "exponent"),
         ("1000000000!", "factorial"),
         ("(" * 200 + "1" + ")" * 200, "nesting"),

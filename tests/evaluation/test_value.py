@@ -1,6 +1,6 @@
 import pytest
 
-from mcore_sft.evaluation.value import differ
+from mcore_sft.evaluation.value import agree, differ
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,8 @@ from mcore_sft.evaluation.value import differ
         ("1/2", "1/3"),
         ("2^{10}", "2^{11}"),
         (r"-\frac{13}{2}", r"\frac{13}{2}"),
+        # defined near zero alone
+        ("2", r"\frac{2A}{\sqrt{1-4A^2}}"),
     ],
 )
 def test_other_values_differ(left: str, right: str) -> None:
@@ -67,3 +69,36 @@ def test_other_values_differ(left: str, right: str) -> None:
 def test_what_may_be_equal_is_not_told_apart(left: str, right: str) -> None:
     assert not differ(left, right)
     assert not differ(right, left)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (r"\ln x^2", r"2\ln x"),
+        (r"\sqrt{ab}", r"\sqrt{a}\sqrt{b}"),
+        ("(a-b)^{1/3}", "-(b-a)^{1/3}"),
+        (r"\sqrt[3]{-2}", r"-\sqrt[3]{2}"),
+        (r"(-8)^{\frac{2}{3}}", "4"),
+    ],
+)
+def test_real_functions_agree_where_both_are_defined(left: str, right: str) -> None:
+    assert agree(left, right)
+    assert agree(right, left)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (r"\sqrt{x^2}", "x"),
+        (r"\sqrt{x}", r"\sqrt{x}+2^{-60}"),
+        (r"\sqrt{x}", r"\sqrt{x}(1+10^{-20})"),
+        (r"\sqrt{x}", r"\sqrt{x+1}"),
+        (r"\sqrt{x}\sqrt{-x}", "0"),  # defined nowhere
+        (r"\sqrt{2}", r"\sqrt{2}"),  # nothing that sympy does not know
+        ("x+1", "1+x"),
+        ("i", r"\sqrt{-1}"),
+        (r"\sqrt[3]{2}", "1.259921049894873"),
+    ],
+)
+def test_what_may_differ_does_not_agree(left: str, right: str) -> None:
+    assert not agree(left, right)

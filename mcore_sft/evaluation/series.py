@@ -1,0 +1,216 @@
+r"""Answers of several parts taken apart: tuples, sets, lists, intervals, matrices, unions, names.
+
+"(1, 2)"  ->  ordered, "1" and "2"        "x = 1 or x = 2"  ->  of x, "1, 2"
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The parts of an answer and the brackets around them, "" where there are none."""
+
+    opening: str
+    closing: str
+    parts: tuple[str, ...]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the place of a part means something."""
+        return self.opening in {"(", "["}
+
+    @property
+    def is_singleton(self) -> bool:
+        """Whether it is a set of one element."""
+        return self.opening == "{" and len(self.parts) == 1
+
+    @property
+    def is_interval(self) -> bool:
+        """Whether the brackets may be those of an interval."""
+        return self.ordered and len(self.parts) == 2
+
+
+def read_series(text: str) -> Series | None:
+    """`text` as a bracketed or bare series, a single thing as one of one; none if unbalanced."""
+    body, opening, closing = text.strip(), "", ""
+    if body.startswith(r"\{") and body.endswith(r"\}") and _one_group(body.replace("\\", "")):
+        body, opening, closing = body[2:-2], "{", "}"
+    elif body[:1] in {"(", "["} and body[-1:] in {")", "]"} and _one_group(body):
+        body, opening, closing = body[1:-1], body[0], body[-1]
+    parts = split(body)
+    return None if parts is None else Series(opening=opening, closing=closing, parts=parts)
+
+
+def split(text: str, separators: str = ",;") -> tuple[str, ...] | None:
+    """`text` at the separators outside of all brackets; none if unbalanced or a part is empty."""
+    parts, depth, start = [], 0, 0
+    for position, sign in enumerate(text):
+        depth += (sign in _OPENING) - (sign in _CLOSING)
+        if depth < 0:
+            return None
+        if depth == 0 and sign in separators:
+            parts.append(text[start:position].strip())
+            start = position + 1
+    parts.append(text[start:].strip())
+    return None if depth or not all(parts) else tuple(parts)
+
+
+def split_union(text: str) -> tuple[str, ...]:
+    r"""`text` at each `\cup`."""
+    return tuple(part.strip() for part in re.split(r"\\cup(?![a-zA-Z])", text))
+
+
+def _one_group(text: str) -> bool:
+    """Whether the first bracket closes only at the end."""
+    depth = 0
+    for position, sign in enumerate(text):
+        depth += (sign in _OPENING) - (sign in _CLOSING)
+        if depth == 0:
+            return position == len(text) - 1
+    return False
+
+
+_MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}", re.DOTALL)
+
+
+def read_matrix(text: str) -> list[list[str]] | None:
+    """The entries of a matrix by row; none of anything else."""
+    found = _MATRIX.fullmatch(text)
+    if not found:
+        return None
+    rows = [row.strip() for row in found[1].split(r"\\")]
+    return [[entry.strip() for entry in row.split("&")] for row in rows if row]
+
+
+def columns_as_tuples(gold: str, prediction: str) -> tuple[str, str]:
+    """A column vector against a tuple is a tuple: the same point, written otherwise."""
+    left, right = read_matrix(gold), read_matrix(prediction)
+    if left and prediction.startswith("(") and all(len(row) == 1 for row in left):
+        return _tuple([row[0] for row in left]), prediction
+    if right and gold.startswith("(") and all(len(row) == 1 for row in right):
+        return gold, _tuple([row[0] for row in right])
+    return gold, prediction
+
+
+def _tuple(parts: list[str]) -> str:
+    return f"({', '.join(parts)})"
+
+
+def both_signs(parts: tuple[str, ...]) -> tuple[str, ...]:
+    r"""`a \pm b` is two parts, `a + b` and `a - b`."""
+    spread: list[str] = []
+    for part in parts:
+        if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", part):
+            spread += [_with_sign(part, plus="+", minus="-"), _with_sign(part, plus="-", minus="+")]
+        else:
+            spread.append(part)
+    return tuple(spread)
+
+
+def _with_sign(part: str, *, plus: str, minus: str) -> str:
+    signed = re.sub(r"\\pm(?![a-zA-Z])", plus, part)
+    return re.sub(r"^\s*\+\s*", "", re.sub(r"\\mp(?![a-zA-Z])", minus, signed))
+
+
+# --- names of what is answered -----------------------------------------------------------------
+
+_NAME = (
+    r"(?:\\?[A-Za-z]+'*(?:_\{?\w+\}?)?(?:\s*\(\s*(?:\d+|[A-Za-z](?:\s*,\s*[A-Za-z])*)\s*\))?"
+    r"|\\frac\s*\{d[a-z]?\}\s*\{d[a-z]\})"
+)
+_NAMED = re.compile(
+    rf"({_NAME}|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\))\s*(?:=|\\in(?![a-zA-Z]))\s*([^=<>]+)"
+)
+_NAMED_BEHIND = re.compile(rf"([^=<>]+?)\s*=\s*({_NAME})")
+_LETTERS = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    names: tuple[str, ...]
+    values: str
+    series: bool = False
+    """One value for each of several names: a tuple, or a list of such tuples."""
+
+
+def without_names(gold: str, prediction: str) -> tuple[str, str]:
+    r"""Drop `x =`, `f(x) =`, `(x, y) =`, `x \in`, values being in the order of their names.
+
+    Two variables that are not the same keep their names. Against values without names, those of
+    neighbouring letters (x, y, z) are meant in the order of the alphabet.
+    """
+    left, right = _named(gold), _named(prediction)
+    if left.series and right.series and sorted(left.names) == sorted(right.names):
+        return left.values, _in_order(right, left.names)
+    if _is_equation_in(prediction, left.names) or _is_equation_in(gold, right.names):
+        return gold, prediction
+    if left.names and right.names and _contradict(left.names, right.names):
+        return gold, prediction
+    if left.series and not right.names:
+        return _in_order(left, _alphabetical(left.names)), right.values
+    if right.series and not left.names:
+        return left.values, _in_order(right, _alphabetical(right.names))
+    return left.values, right.values
+
+
+def _is_equation_in(text: str, names: tuple[str, ...]) -> bool:
+    """Whether `text` is an equation of the named variable that is not solved for a name."""
+    left, sign, right = text.partition("=")
+    if not sign or "=" in right or len(names) != 1 or re.fullmatch(_NAME, left.strip()):
+        return False
+    return bool(re.fullmatch("[a-zA-Z]", names[0])) and names[0] in left
+
+
+def _contradict(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
+    return left != right and all(re.fullmatch("[a-zA-Z]", name) for name in (*left, *right))
+
+
+def _alphabetical(names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names` in order where they are neighbouring letters; as they are where they are not."""
+    if any(len(name) > 1 for name in names):
+        return names
+    ordered = sorted(names)
+    neighbours = all(ord(b) - ord(a) == 1 for a, b in pairwise(ordered))
+    return tuple(ordered) if neighbours else names
+
+
+def _in_order(named: _Named, names: tuple[str, ...]) -> str:
+    """The values of `named` with those of each tuple in the order of `names`."""
+    ordered = []
+    for text in split(named.values) or ():
+        series = read_series(text)
+        if series is None or len(series.parts) != len(names):
+            return named.values
+        by_name = dict(zip(named.names, series.parts, strict=True))
+        ordered.append(_tuple([by_name[name] for name in names]))
+    return ", ".join(ordered)
+
+
+def _named(text: str) -> _Named:
+    parts = split(text)
+    if parts is None:
+        return _Named(names=(), values=text)
+    matches = [_NAMED.fullmatch(part) for part in parts]
+    if not matches[0]:
+        behind = _NAMED_BEHIND.fullmatch(text) if len(parts) == 1 else None
+        if behind and not re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", behind[1])):
+            return _Named(names=(behind[2],), values=behind[1].strip())  # 3 = x
+        return _Named(names=(), values=text)
+    names = tuple(match[1] if match else "" for match in matches)
+    values = [
+        match[2].strip() if match else part for match, part in zip(matches, parts, strict=True)
+    ]
+    if len(parts) == 1 and (letters := _LETTERS.fullmatch(names[0])):
+        return _Named(names=tuple(re.split(r"\s*,\s*", letters[1])), values=values[0], series=True)
+    if len(parts) > 1 and all(matches):
+        # p = 5, q = 2, p = 7, q = 2 are two pairs
+        distinct = tuple(dict.fromkeys(names))
+        width = len(distinct)
+        if width > 1 and names == distinct * (len(names) // width):
+            groups = [values[start : start + width] for start in range(0, len(values), width)]
+            return _Named(names=distinct, values=", ".join(map(_tuple, groups)), series=True)
+    return _Named(names=tuple(dict.fromkeys(filter(None, names))), values=", ".join(values))

@@ -1,0 +1,119 @@
+r"""Two answers in canonical spelling in, whether sympy finds them the same out.
+
+math-verify reads and compares; what it is known to get wrong is decided here: equations written
+otherwise, i as a number, tiny numbers that it rounds to zero, primes that its reader drops. Any of
+this may take forever or all memory on a hostile answer: call it where it can be killed.
+"""
+
+import logging
+import re
+from typing import Any
+
+# Numbers without a decimal in them are the same only if they agree in this part of the larger.
+_EXACT = 1e-30
+# A decimal stands for a tiny number as math-verify takes it for a larger one.
+_ROUNDED = 1e-6
+_DIGITS = 40
+
+
+class Unreadable(Exception):
+    """An answer that sympy's reader makes nothing of; says which of both."""
+
+
+def silence() -> None:
+    """math-verify and its parser log every answer that they cannot read."""
+    for name in ("math_verify", "latex2sympy2_extended", "sympy"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def same_meaning(gold: str, prediction: str) -> bool:
+    """Whether math-verify, corrected, takes both for the same; raises `Unreadable`."""
+    left, right = _parse(gold), _parse(prediction)
+    if left is None:
+        raise Unreadable("gold")
+    if right is None:
+        raise Unreadable("prediction")
+    if _marks(gold) != _marks(prediction):
+        return False
+    if _is_equation(left) and _is_equation(right):
+        return _same_equation(left, right)
+    if _verify(left, right):
+        return not _far_apart(left, right, exact="." not in gold + prediction)
+    return _has_i(left, right) and _verify(*_with_imaginary_unit(left, right))
+
+
+def _parse(text: str) -> Any | None:
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    # units=False: stripping them there eats variables (m, c); `normalize` has done it already
+    spelling = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
+    found = parse(
+        f"${text}$",
+        extraction_config=[LatexExtractionConfig(normalization_config=spelling)],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+    )
+    return found[0] if found else None
+
+
+def _verify(gold: Any, prediction: Any) -> bool:
+    from math_verify import verify
+
+    return bool(verify(gold, prediction, timeout_seconds=None, allow_set_relation_comp=True))
+
+
+def _marks(text: str) -> list[str]:
+    """Primes and stars: `x'` is not `x`."""
+    return re.findall(r"(?<=[a-zA-Z\d])(?:'+|\^\s*\{?\s*(?:\\prime|\\ast|\\star)\s*\}?)", text)
+
+
+def _far_apart(gold: Any, prediction: Any, *, exact: bool) -> bool:
+    """Whether numbers, or functions at a point, differ by less than math-verify looks at."""
+    from sympy import Expr, Rational
+
+    if not (isinstance(gold, Expr) and isinstance(prediction, Expr)):
+        return False
+    names = sorted(gold.free_symbols | prediction.free_symbols, key=str)
+    if names and not exact:
+        return False
+    point = {name: Rational(7 + 2 * place, 5 + place) for place, name in enumerate(names)}
+    left, right = (each.subs(point).evalf(_DIGITS) for each in (gold, prediction))
+    size = max(abs(left), abs(right))
+    if not getattr(size, "is_comparable", False):
+        return False
+    if exact:
+        return bool(abs(left - right) > size * _EXACT)
+    return bool(size <= 1e-3 and abs(left - right) > size * _ROUNDED)
+
+
+def _is_equation(parsed: Any) -> bool:
+    from sympy import Eq
+
+    return isinstance(parsed, Eq)
+
+
+def _same_equation(gold: Any, prediction: Any) -> bool:
+    """Whether one equation is the other times a number."""
+    from sympy import cancel
+
+    left, right = gold.lhs - gold.rhs, prediction.lhs - prediction.rhs
+    if left.free_symbols != right.free_symbols:
+        return _verify(gold, prediction)
+    ratio = cancel(left / right)
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0) or _verify(gold, prediction)
+
+
+def _has_i(*parsed: Any) -> bool:
+    return any("i" in map(str, getattr(each, "free_symbols", ())) for each in parsed)
+
+
+def _with_imaginary_unit(*parsed: Any) -> list[Any]:
+    from sympy import I
+
+    return [
+        each.subs({s: I for s in getattr(each, "free_symbols", ()) if str(s) == "i"})
+        for each in parsed
+    ]
