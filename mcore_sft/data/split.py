@@ -48,6 +48,7 @@ _BEFORE_PROMPT = (BAD, *FilterConfig.model_fields, CONTAMINATED)
 _BEHIND_PROMPT = (UNTRAINED, TOO_LONG, DUPLICATE, NOT_SAMPLED, WEIGHED_OUT)
 
 _AT_ONCE = 8192  # rows gathered at a time
+_GROWTH = 2**16  # rows that a column grows by
 
 
 def by_rule(reasons: Iterable[str]) -> list[str]:
@@ -77,7 +78,7 @@ class Collector:
         self._num_repeats = 0
         self._seen = Seen() if deduplicate else None
         self._out: BinaryIO = file.open("wb")
-        self._parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _COLUMNS}
+        self._columns = {name: _Column(nothing) for name, nothing in _COLUMNS.items()}
 
     def __enter__(self) -> "Collector":
         return self
@@ -102,7 +103,7 @@ class Collector:
             "sources": np.full(len(made), encoded.source, np.int16),
         }
         for name, column in columns.items():
-            self._parts[name].append(column)
+            self._columns[name].append(column)
         self.places.add(encoded.name, columns["positions"], encoded.numbers)
         for found in encoded.findings:  # the first row of a problem, whichever process saw it
             self.findings.setdefault((found.problem, found.benchmark_problem), found)
@@ -129,9 +130,7 @@ class Collector:
         """Everything that was added; nothing can be added after it."""
         self._out.close()
         self._seen = None
-        columns = {}
-        for name, nothing in _COLUMNS.items():  # one by one, so that no two are there twice
-            columns[name] = np.concatenate([nothing, *self._parts.pop(name)])
+        columns = {name: column.taken() for name, column in self._columns.items()}
         origins = Origins(**{name: columns.pop(name) for name in _OF_ORIGINS})
         everything = Collected(file=self.file, dtype=self.dtype, **columns)
         repeats = (self._shown(repeat, everything, origins) for repeat in self._repeats)
@@ -143,6 +142,29 @@ class Collector:
         same = everything.find(repeat, np.flatnonzero(origins.problems == repeat.problem))
         same_as = "" if same is None else self.places.where(int(origins.positions[same]))
         return Sample(repeat.where, "", same_as=same_as, tokens=repeat.tokens.tolist())
+
+
+class _Column:
+    """Rows that are appended to one array, which grows in place: pieces leave memory in pieces."""
+
+    def __init__(self, nothing: npt.NDArray[Any]) -> None:
+        self._array = nothing.copy()
+        self._count = 0
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        end = self._count + len(rows)
+        if end > len(self._array):
+            self._resize(max(end, len(self._array) + _GROWTH))
+        self._array[self._count : end] = rows
+        self._count = end
+
+    def taken(self) -> npt.NDArray[Any]:
+        """All that was appended; nothing can be appended after it."""
+        self._resize(self._count)
+        return self._array
+
+    def _resize(self, count: int) -> None:
+        self._array.resize((count, *self._array.shape[1:]), refcheck=False)
 
 
 _COLUMNS: dict[str, npt.NDArray[Any]] = {
