@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mcore_sft import command
 from mcore_sft.evaluation import comparison
-from mcore_sft.evaluation.answers import write_text
+from mcore_sft.evaluation.answers import check_writable, write_text
 from mcore_sft.evaluation.comparison import Comparison, Row
 from mcore_sft.evaluation.report import interval_line
 from mcore_sft.evaluation.report_page import page
@@ -24,6 +24,8 @@ from mcore_sft.evaluation.summary import share
 def main() -> None:
     """Compare the folders of the command line."""
     arguments = _arguments()
+    if arguments.html:
+        check_writable(arguments.html)
     a, b = comparison.read(arguments.a), comparison.read(arguments.b)
     found = comparison.compare(a, b)
     console = Console(highlight=False)

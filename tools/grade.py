@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from mcore_sft import command
 from mcore_sft.config import Policy
-from mcore_sft.evaluation.answers import write_lines
+from mcore_sft.evaluation.answers import check_writable, write_lines
 from mcore_sft.evaluation.equivalence import Verdict
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.extract import Extraction
@@ -45,6 +45,8 @@ class Row:
 def main() -> None:
     """Grade the file of the command line."""
     arguments = _arguments()
+    if arguments.output:
+        check_writable(arguments.output)
     rows = list(_read(arguments.input))
     with Grader(
         timeout=arguments.timeout, policy=arguments.policy, processes=arguments.processes
@@ -70,23 +72,31 @@ def _arguments() -> argparse.Namespace:
         help="which part of a response counts as its answer (default: last_box)",
     )
     parser.add_argument(
-        "--timeout", type=_positive, default=10.0, metavar="SECONDS", help="for one answer"
+        "--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="for one answer"
     )
     parser.add_argument("--processes", type=_count, default=0, metavar="N", help="0: one per core")
     return parser.parse_args()
 
 
-def _positive(text: str) -> float:
-    value = float(text)
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
     if not 0 < value < 86400:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, given {text}")
+        raise argparse.ArgumentTypeError(
+            f"expected seconds, above 0 and below 86400, such as 10 or 0.5; given {text!r}"
+        )
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, given {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more; given {text!r}")
     return value
 
 

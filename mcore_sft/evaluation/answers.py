@@ -7,6 +7,7 @@ batch it was in; a last line that was cut short is taken off before the next is 
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: cannot be read ({error}); evaluate again") from None
 
 
@@ -111,7 +112,45 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file; it is there complete or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8", errors="replace")
-    beside.replace(path)
+    """Write a whole file; it is there complete or not at all.
+
+    A link is followed to its target. What is no regular file (a device, a pipe), or is this
+    process's own output, is written straight into.
+    """
+    content = text.encode("utf-8", "replace")
+    try:
+        if _is_standard_output(path):
+            sys.stdout.flush()
+            with open(sys.stdout.fileno(), "wb", closefd=False) as output:
+                output.write(content)
+        elif path.exists() and not path.is_file():
+            path.write_bytes(content)
+        else:
+            target = Path(os.path.realpath(path))
+            beside = target.with_name(f".{target.name}.tmp")
+            beside.write_bytes(content)
+            beside.replace(target)
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot be written ({error.strerror}); give another file, or make room there"
+        ) from None
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        return False
+
+
+def check_writable(path: Path) -> None:
+    """Raise `EvaluationError`, before any work is done, where `path` could not be written."""
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir():
+        raise EvaluationError(f"{path}: it is a folder; name a file in it")
+    if not folder.is_dir():
+        raise EvaluationError(
+            f"{path}: there is no folder {folder}; make it (mkdir -p), or name another file"
+        )
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise EvaluationError(f"{path}: writing is not permitted there; name another file")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from mcore_sft.evaluation.answers import read_rows
@@ -42,28 +43,70 @@ class Comparison:
     """Answers (of A, of B) to problems that B alone had right."""
 
 
+_Fields = Mapping[str, type | UnionType]
+# What is read of a report and of a row of verdicts, and what it has to be.
+_REPORT: Mapping[str, _Fields] = {
+    "benchmark": {"name": str, "problems": int},
+    "evaluation": {"policy": str},
+    "model": {"folder": str},
+    "score": {"symbolic_correct": dict},
+}
+_ROW: _Fields = {
+    "id": str, "sample": int, "problem": str, "expected_answer": str, "response": str,
+    "extracted": str | None, "verdict": str, "rule": str,
+}  # fmt: skip
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """The report.json of an evaluation."""
     path = folder / REPORT
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        form = content.get("format")
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         raise EvaluationError(
             f"{folder}: no {REPORT} that can be read; give a folder that tools/evaluate.py wrote"
         ) from None
+    _require(content, {}, str(path))
+    form = content.get("format")
     if form != FORMAT:
         raise EvaluationError(
             f"{path}: its format is {form}, expected {FORMAT}; evaluate again with this version: "
             "what is answered is not asked again"
         )
-    return content
+    for name, fields in _REPORT.items():
+        _require(content, {name: dict}, str(path))
+        _require(content[name], fields, f"{path}, {name}")
+    for name, figure in content["score"].items():
+        _require(figure, {"percent": int | float}, f"{path}, score, {name}")
+        interval = "interval95" if "interval95" in figure else "wilson95"
+        _require(figure, {interval: list}, f"{path}, score, {name}")
+    return dict(content)
 
 
 def read(folder: Path) -> Result:
     """The evaluation in `folder`."""
     report = read_report(folder)
-    return Result(folder=folder, report=report, rows=read_rows(folder / VERDICTS))
+    path = folder / VERDICTS
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        _require(row, _ROW, f"{path}, row {number}")
+    return Result(folder=folder, report=report, rows=rows)
+
+
+def _require(content: Any, fields: _Fields, where: str) -> None:
+    """Raise `EvaluationError` where `content` is no object that holds `fields`."""
+    if not isinstance(content, dict):
+        raise EvaluationError(
+            f"{where}: expected a JSON object, given {type(content).__name__}; evaluate again"
+        )
+    for name, kind in fields.items():
+        if name not in content:
+            raise EvaluationError(f"{where}: there is no {name}; evaluate again")
+        if not isinstance(content[name], kind):
+            raise EvaluationError(
+                f"{where}: {name} is {type(content[name]).__name__}, expected "
+                f"{kind.__name__ if isinstance(kind, type) else kind}; evaluate again"
+            )
 
 
 def compare(a: Result, b: Result) -> Comparison:

@@ -10,12 +10,15 @@ is told apart, since each cause has another mend.
   closed is passed over.
 - `nemo_skills`: as NeMo-Skills extracts: the last `\boxed`, and no answer if it is not closed.
 - `nemo_rl`: the whole response, from which math-verify takes what it likes, as NeMo RL grades.
-- `gsm8k`: the number after the last `####`, without thousands separators.
+- `gsm8k`: the first number after the last `####`, without `$`, thousands separators and what is
+  counted: where lm-eval's `#### (\-?[0-9\.\,]+)` finds one, the same, but with its fraction, and
+  found behind words and `$` too. A line without a number is the answer as it stands.
 - `final_answer`: for models that do not box: the last "the answer is ..." or box, whichever comes
-  later; else `####`; else the last formula or number of a response that ends in a whole sentence.
+  later, but a box wins over an announcement without mathematics of more than three words; else
+  `####`; else the last formula or number of a response that ends in a whole sentence.
 
 A gold answer, or a prediction that somebody else has extracted, is not a response: `stated` reads
-it leniently, for there is an answer in it by definition.
+it leniently, for there is an answer in it by definition, but drops no word that changes it.
 """
 
 import re
@@ -67,19 +70,20 @@ def differing_boxes(text: str) -> bool:
 def stated(answer: str) -> str:
     r"""What a gold answer or an extracted prediction says, without the words around it.
 
-    `The answer is 4` -> `4`; two boxes with "and" between them are both of the answer. A text
-    without box, announcement or formula after prose is the answer itself.
+    `The answer is 4` -> `4`; two boxes with "and" between them are both of the answer, and so are
+    formulas that stand apart in one sentence. A text without box, announcement or formula after
+    prose is the answer itself, and so is one whose words change the formula: `not \boxed{3}`.
     """
     boxes, _ = _boxes(answer)
     if boxes:
-        return ", ".join(box.content for box in _last_run(answer, boxes))
+        return _said(answer, boxes)
     if announced := _announced(answer):
         return announced
     if len(answer) > _ANSWER_LENGTH:
         return answer
     formulas = [_Span(m.start(), m.end(), _inside(m[0])) for m in _FORMULA.finditer(answer)]
     if formulas and _PROSE_BEFORE.search(answer[: _last_run(answer, formulas)[0].start]):
-        return ", ".join(formula.content for formula in _last_run(answer, formulas))
+        return _said(answer, formulas)
     return answer
 
 
@@ -106,7 +110,10 @@ def _by_nemo_skills(response: str) -> Extraction:
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
             answer = response[content : brace.start()]
-            return Extraction(answer=answer, differing=differing_boxes(response))
+            differing = differing_boxes(response)
+            if not answer.strip():
+                return Extraction(answer=None, missing="empty", differing=differing)
+            return Extraction(answer=answer, differing=differing)
         if depth < 0:
             break
     return Extraction(answer=None, missing="unbalanced")
@@ -117,13 +124,20 @@ def _by_nemo_rl(response: str) -> Extraction:
 
 
 _MARKED = re.compile(r"####[ \t]*([^\n]*)")
+_MARKED_NUMBER = re.compile(
+    r"(?:^-\s*|(?<!\w)-)?(?:\\[dt]?frac\s*\{\d+\}\s*\{\d+\}|(?:\d+\s+)?\d+\s*/\s*\d+"
+    r"|\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
+)
 
 
 def _by_gsm8k(response: str) -> Extraction:
     marked = _MARKED.findall(response)
     if not marked:
         return Extraction(answer=None, missing="no_marker")
-    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\$", "", marked[-1]).strip().removesuffix(".")
+    plain = marked[-1].replace("\N{MINUS SIGN}", "-")
+    line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\\?\$", "", plain).strip().removesuffix(".")
+    number = _MARKED_NUMBER.search(line)
+    answer = number[0] if number else line
     return Extraction(answer=answer) if answer else Extraction(answer=None, missing="empty")
 
 
@@ -131,7 +145,8 @@ def _by_final_answer(response: str) -> Extraction:
     boxes, _ = _boxes(response)
     announcements = [match.end() for match in _ANNOUNCEMENT.finditer(response)]
     boxed_last = boxes and boxes[-1].end > max(announcements, default=0)
-    finders = (last_box, _announced) if boxed_last else (_announced, last_box)
+    box_wins = boxed_last or not _is_answer(_announced(response) or "")
+    finders = (last_box, _announced) if box_wins else (_announced, last_box)
     for find in (*finders, _last_marked, _last_of_sentence):
         if answer := find(response):
             return Extraction(answer=answer, differing=_differ(boxes))
@@ -212,16 +227,103 @@ def _last_run(text: str, spans: list[_Span]) -> list[_Span]:
 
 
 def _connects(between: str) -> bool:
-    if len(between) > 100:
-        return False
-    return bool(_BETWEEN.fullmatch(_DRESS.sub(lambda m: m[1] or " ", between)))
+    undressed = _DRESS.sub(lambda m: m[1] or " ", between[: _NEAR + 1])
+    return len(between) <= _NEAR and bool(_BETWEEN.fullmatch(undressed))
+
+
+# --- what may be dropped -----------------------------------------------------------------------
+
+# As far from a formula as words are looked at.
+_NEAR = 100
+_SENTENCE_END = re.compile(r"\n|(?<!\\)[.!?](?=(?:\$|\\[)\]])*(?:\s|$))")
+_THAN = r"(?:more|less|fewer|greater|larger|smaller)\s+than"
+_CHANGES_BEFORE = re.compile(
+    r"(?:\b(?:not|never|cannot|nor|[a-z]+n['\u2019]t)"
+    r"(?:\s+(?:true|that|it|the|answer|is|are|be|equals?|to|have|get|gives?|[a-z]\s*=))*"
+    r"|\b(?:minus|negative|plus|times|twice)"
+    r"|\\(?:cdot|times|pm|mp|neq?|sqrt)|[+/^]|(?:\d\s*|[\w)}])\*|(?:[\d)}]|\b[a-z])\s*-|-(?=\$*$)|\d)"
+    r"\s*(?:\$\$?|\\[(\[])?$",
+    re.IGNORECASE,
+)
+# At the beginning of an answer; within a solution they are its prose.
+_BEGINS = re.compile(
+    rf"\W*(?:at\s+(?:least|most)|{_THAN}|up\s+to|above|below|under|over|half|except)[\s$\\(\[]*",
+    re.IGNORECASE,
+)
+_CHANGES_AFTER = re.compile(
+    r"(?:[\s,({\]}$]|\\[)\],;:! ]|\\text\w*\s*\{)*"
+    r"(?:(?:(?:or|and)\s+(?:more|less|fewer|greater|higher|lower|above|below|over|under|up|a\s+half)"
+    rf"|at\s+(?:least|most)|{_THAN}\s+[\d$\\]|(?:is|was)\s+(?:wrong|incorrect|false)"
+    r"|(?:is|was)(?:\s+not|n['\u2019]t)\s+(?:the|it|right|correct|possible)"
+    r"|hundreds?|thousands?|[mbtr]+illions?|dozens?|hal(?:f|ves)|thirds?|plus|minus|factorial"
+    r"|(?:squared|cubed)(?!\s+[a-z]))\b"
+    r"|(?:(?:and|or|to|times|plus|minus|over)\s+)?-?\d+(?!\w|-[a-z])|:\d"
+    r"|[+/]|\*(?=[\w\\$(]|\s+[\d\\$(])|\^(?!\s*\{?\s*\\circ)|-\s*[\d$\\]|\\(?:cdot|times|pm|mp)(?![a-z]))",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"(?:\$|\\[)\]]|\s)*(?:is|are|was|be|equals?|must|should|can)\b", re.IGNORECASE)
+_NAMING = re.compile(
+    r"\b(?:of|for|in|on|at|with|as|from|if|when|where|since|because)[\s$\\(\[]*$", re.IGNORECASE
+)
+_THEREFORE = re.compile(
+    r"\b(?:so|thus|hence|therefore|then|gives?|follows|means|because|since)\b|^[\s$]*=[\s$]*$",
+    re.IGNORECASE,
+)
+
+
+def _said(text: str, spans: list[_Span]) -> str:
+    """The last of `spans` and what stands beside it; with the words behind, or with all words,
+    where those change it."""
+    run = _last_run(text, spans)
+    first, last = run[0], run[-1]
+    before = _SENTENCE_END.split(text[max(0, first.start - _NEAR) : first.start])[-1]
+    if _CHANGES_BEFORE.search(before) or _BEGINS.fullmatch(text, 0, first.start):
+        return text
+    together = [*_apart(text, spans[: -len(run)], first), *run]
+    kept = ", ".join(dict.fromkeys(span.content for span in together))
+    ended = _SENTENCE_END.search(text, last.end - 3, last.end + 1)  # within the formula
+    behind = "" if ended else _rest_of_sentence(text, last.end)
+    return kept + re.sub(r"\$|\\[)\]]", "", behind) if _CHANGES_AFTER.match(behind) else kept
+
+
+def _apart(text: str, spans: list[_Span], following: _Span) -> list[_Span]:
+    """Those of `spans` in the sentence of `following` that are neither named nor reasons."""
+    found: list[_Span] = []
+    for span in reversed(spans):
+        between = text[span.end : following.start]
+        ended = _SENTENCE_END.search(text, span.end - 3, following.start)
+        if len(between) > _NEAR or ended or _THEREFORE.search(between):
+            break
+        named = _NAMED.match(text, span.end) or _NAMING.search(
+            text[max(0, span.start - _NEAR) : span.start]
+        )
+        if not named and span.content != following.content:
+            found.append(span)
+        following = span
+    return found[::-1]
+
+
+def _rest_of_sentence(text: str, start: int) -> str:
+    return _SENTENCE_END.split(text[start : start + _ANSWER_LENGTH], maxsplit=1)[0]
 
 
 # --- announcements -----------------------------------------------------------------------------
 
-_ANNOUNCEMENT = re.compile(
-    r"\b(?:(?:answer|result)\s+is\b\s*:?|answer\s*:|answer(?=\s*(?:\$|\\[(\[])))\s*", re.IGNORECASE
+# "The answer is as above" points elsewhere, and "is right" judges.
+_ELSEWHERE = (
+    r"(?![\s:*]*(?:(?:as|in|the|boxed|box|shown|given|stated|found|above|below|here|before|earlier|"
+    r"correct|right|wrong|incorrect|clear|obvious|not)\b\s*)+(?:[.,!?;]|$))"
 )
+_ANNOUNCEMENT = re.compile(
+    rf"\b(?:(?:answer|result)\s+is\b{_ELSEWHERE}\s*:?|answer\s*:|answer(?=\s*(?:\$|\\[(\[])))\s*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LEADING = re.compile(
+    r"(?:(?:therefore|thus|hence|then|so|simply|just|clearly|exactly|equal\s+to|given\s+by"
+    r"|the\s+(?:number|value)(?=[\s,:]+[\d$\\]))[\s,:]+)+",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r"(?<=\S)(?:[\s,(]+(?:because|since|which|where)|,\s*as)\b.*", re.DOTALL)
 _PLEASANTRY = re.compile(r"\s*I hope (?:it|this) is correct.*", re.DOTALL)
 _FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?:\\.|[^$\\])+\$|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]", re.DOTALL
@@ -240,24 +342,30 @@ def _announced(text: str) -> str | None:
     if not ends:
         return None
     rest = _PLEASANTRY.sub("", text[ends[-1] : ends[-1] + _ANSWER_LENGTH])
-    return _first_thing(re.sub(r"^(?:\s|\\?[\"']|\*)+", "", rest))
+    rest = re.sub(r"^(?:\s|\\?[\"']|[*}])+", "", rest)
+    return _first_thing(rest[leading.end() :] if (leading := _LEADING.match(rest)) else rest)
 
 
 def _first_thing(text: str) -> str | None:
-    """The boxes or formulas that `text` begins with, else its first sentence."""
-    sentence = re.split(r"\n|(?<!\\)[.!?](?=\s|$)", text, maxsplit=1)[0]
-    boxes, _ = _boxes(sentence)
-    if boxes:
-        return ", ".join(box.content for box in _last_run(sentence, boxes))
+    """The formulas that `text` begins with, else its first sentence, without reasons."""
     formulas = list(_FORMULA.finditer(text))
-    if formulas and formulas[0].start() == 0:
-        kept = [formulas[0]]
-        for formula in formulas[1:]:
-            if not _connects(text[kept[-1].end() : formula.start()]):
-                break
-            kept.append(formula)
-        return ", ".join(_inside(formula[0]) for formula in kept)
-    return sentence.strip(" *_\"'") or None
+    if not formulas or formulas[0].start() > 0:
+        sentence = _REASON.sub("", _SENTENCE_END.split(text, maxsplit=1)[0])
+        return sentence.strip(" *_\"'") or None
+    kept = [formulas[0]]
+    for formula in formulas[1:]:
+        if not _connects(text[kept[-1].end() : formula.start()]):
+            break
+        kept.append(formula)
+    behind = _rest_of_sentence(text, kept[-1].end())
+    if _CHANGES_AFTER.match(behind):
+        return (text[: kept[-1].end()] + behind).strip()
+    return ", ".join(_inside(formula[0]) for formula in kept)
+
+
+def _is_answer(announced: str) -> bool:
+    """Whether it holds mathematics or is short: a choice, yes, no solution."""
+    return bool(re.search(r"[\d$\\=+^<>]", announced)) or 0 < len(announced.split()) <= 3
 
 
 def _last_of_sentence(response: str) -> str | None:

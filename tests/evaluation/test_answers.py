@@ -1,9 +1,21 @@
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mcore_sft.evaluation.answers import Answer, AnswerFile, read, read_rows, write_lines
+from mcore_sft.evaluation.answers import (
+    Answer,
+    AnswerFile,
+    check_writable,
+    read,
+    read_rows,
+    write_lines,
+    write_text,
+)
 from mcore_sft.evaluation.errors import EvaluationError
 
 
@@ -64,3 +76,74 @@ def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with AnswerFile(path), pytest.raises(EvaluationError, match="another run"):
         AnswerFile(path)
+
+
+def test_a_link_is_followed_to_its_target(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder/target", tmp_path / "link"
+    for content in ("first", "second"):
+        link.unlink(missing_ok=True)
+        link.symlink_to("folder/target")
+        write_text(link, content)
+        assert link.is_symlink()
+        assert target.read_text() == content
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_pipe_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write_text(pipe, "5\n")
+    reader.join(timeout=60)
+    assert got == ["5\n"]
+    assert pipe.is_fifo()
+
+
+def test_a_device_stays_one() -> None:
+    # a terminal: nothing can take its place, whoever runs this, as it could that of /dev/null
+    master, terminal = os.openpty()
+    try:
+        write_text(Path(os.ttyname(terminal)), "5\n")
+        assert os.read(master, 10).split() == [b"5"]
+        assert Path(os.ttyname(terminal)).is_char_device()
+    finally:
+        os.close(master)
+        os.close(terminal)
+
+
+def test_standard_output_that_is_a_file_is_added_to(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path; from mcore_sft.evaluation.answers import write_text; "
+        "print('before'); write_text(Path('/dev/stdout'), 'rows\\n'); print('after')"
+    )
+    with (tmp_path / "out").open("w") as output:
+        subprocess.run([sys.executable, "-c", program], stdout=output, check=True, timeout=60)
+    assert (tmp_path / "out").read_text() == "before\nrows\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("none/there.jsonl", "there is no folder"),
+        ("link", "there is no folder"),
+        ("folder", "it is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_be_written_is_said(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("none/there.jsonl")
+    with pytest.raises(EvaluationError, match=said):
+        check_writable(tmp_path / name)
+    with pytest.raises(EvaluationError, match="cannot be written"):
+        write_text(tmp_path / name, "5")
+
+
+@pytest.mark.parametrize("name", ["new", "there", "pipe", "/dev/stdout", os.devnull])
+def test_what_can_be_written_passes(tmp_path: Path, name: str) -> None:
+    (tmp_path / "there").touch()
+    os.mkfifo(tmp_path / "pipe")
+    check_writable(tmp_path / name)
+    assert not (tmp_path / "new").exists()

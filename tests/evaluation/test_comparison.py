@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from mcore_sft.evaluation.comparison import Result, compare, read_report
+from mcore_sft.evaluation.comparison import Result, compare, read, read_report
 from mcore_sft.evaluation.errors import EvaluationError
+from tests.tools.runs import write_run
 
 
 def row(name: str, right: bool, **more: Any) -> dict[str, Any]:
@@ -52,3 +53,45 @@ def test_reports_of_another_format_are_named(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(EvaluationError, match="its format is 1, expected 2; evaluate again"):
         read_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ([], "report.json: expected a JSON object, given list; evaluate again"),
+        ({"benchmark": None}, "report.json: benchmark is NoneType, expected dict"),
+        ({"benchmark": {"name": "mine"}}, "report.json, benchmark: there is no problems"),
+        ({"evaluation": {}}, "report.json, evaluation: there is no policy"),
+        ({"score": {}}, "report.json, score: there is no symbolic_correct"),
+        ({"score": {"symbolic_correct": {}}}, "score, symbolic_correct: there is no percent"),
+        ({"score": {"symbolic_correct": {"percent": 5}}}, "there is no wilson95"),
+        ({"score": {"symbolic_correct": {"percent": "5"}}}, "percent is str, expected int | float"),
+    ],
+)
+def test_a_report_without_what_is_read_is_named(tmp_path: Path, change: Any, said: str) -> None:
+    folder = write_run(tmp_path / "a", [True])
+    path = folder / "report.json"
+    report = json.loads(path.read_text()) | change if isinstance(change, dict) else change
+    path.write_text(json.dumps(report))
+    with pytest.raises(EvaluationError) as error:
+        read_report(folder)
+    assert str(error.value).startswith(f"{path}")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([1], "row 2: expected a JSON object, given list; evaluate again"),
+        ({}, "row 2: there is no id; evaluate again"),
+        ({"id": [1]}, "row 2: id is list, expected str"),
+        ({"id": "p", "sample": 0}, "row 2: there is no problem"),
+    ],
+)
+def test_a_row_without_what_is_read_is_named(tmp_path: Path, row: Any, said: str) -> None:
+    folder = write_run(tmp_path / "a", [True])
+    with (folder / "verdicts.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(EvaluationError) as error:
+        read(folder)
+    assert f"{folder / 'verdicts.jsonl'}, {said}" in str(error.value)

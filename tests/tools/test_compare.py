@@ -36,3 +36,22 @@ def test_other_problems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     a, b = write_run(tmp_path / "a", [True] * 2), write_run(tmp_path / "b", [True] * 3)
     with pytest.raises(EvaluationError, match="not asked the same: 1 problems differ, p2 first"):
         call(monkeypatch, a, b)
+
+
+def test_a_folder_that_is_not_there_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write_run(tmp_path / "a", [True]), write_run(tmp_path / "b", [True])
+    with pytest.raises(EvaluationError, match="there is no folder"):
+        call(monkeypatch, a, b, "--html", tmp_path / "none/b.html")
+    assert not capsys.readouterr().out
+
+
+def test_what_is_no_evaluation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write_run(tmp_path / "a", [True]), write_run(tmp_path / "b", [True])
+    (b / "verdicts.jsonl").write_text("[1]\n")
+    with pytest.raises(EvaluationError, match=r"b/verdicts\.jsonl, row 1: expected a JSON object"):
+        call(monkeypatch, a, b)
+    (b / "report.json").write_text("[]")
+    with pytest.raises(EvaluationError, match=r"b/report\.json: expected a JSON object"):
+        call(monkeypatch, a, b)

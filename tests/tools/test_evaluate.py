@@ -1,11 +1,15 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import evaluate
 import pytest
 
 from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.errors import UserError
 from mcore_sft.evaluation.errors import EvaluationError
+from tests.evaluation.stand_in import make_python
 from tests.tiny import make_model
 
 TOKENIZER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
@@ -103,3 +107,127 @@ def test_samples_are_named_with_the_benchmark(
     assert len((out / "verdicts.jsonl").read_text().splitlines()) == 6
     with pytest.raises(EvaluationError, match="expected NAME or NAME:SAMPLES, such as math:8"):
         call(monkeypatch, *where, "--benchmark", "gsm8k:x")
+
+
+def asked(data: Path, *names: str) -> str:
+    """An override that names `data` as so many benchmarks."""
+    return f"evaluation.benchmarks={json.dumps([{'name': n, 'path': str(data)} for n in names])}"
+
+
+def test_several_benchmarks_are_one_run(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    where = ("--model", model, "--output", out, "--limit", 1, asked(data, "a", "b", "c"), *SHORT)
+    call(monkeypatch, *where, "--benchmark", "c", "--benchmark", "a:1", *MARKUP)
+    assert [path.name for path in sorted(out.iterdir())] == ["a", "c"]
+    printed = capsys.readouterr().out
+    assert 0 < printed.index(" c ---") < printed.index(str(out / "c" / "report.html"))
+    assert printed.index(str(out / "c" / "report.html")) < printed.index(" a ---")
+    samples = [json.loads((out / n / "report.json").read_text())["benchmark"] for n in "ac"]
+    assert [row["samples"] for row in samples] == [1, 0]
+    call(monkeypatch, *where, *MARKUP)
+    assert [path.name for path in sorted(out.iterdir())] == ["a", "b", "c"]
+
+
+def test_a_benchmark_is_named_once(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ("--model", model, "--output", tmp_path / "out", *SHORT, *MARKUP)
+    for twice in (
+        (asked(data, "a"), "--benchmark", "a", "--benchmark", "a:2"),
+        (asked(data, "a", "b", "a"),),
+    ):
+        with pytest.raises(EvaluationError, match="benchmark a is named 2 times"):
+            call(monkeypatch, *where, *twice)
+    with pytest.raises(EvaluationError, match="--data holds one benchmark"):
+        call(monkeypatch, *where, "--benchmark", "a", "--benchmark", "b", "--data", data)
+
+
+Damage = Callable[[Path], object]
+
+
+def without(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, size: int) -> Damage:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def written(name: str, text: str) -> Damage:
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (shutil.rmtree, r"no config\.json here; give --model a Hugging Face folder"),
+        (without("config.json"), r"no config\.json here; give --model a Hugging Face folder"),
+        (cut("config.json", 100), r"/config\.json: cannot be read .*export the model again"),
+        (written("config.json", "{}"), "`model_type` key .*mend its config.json"),
+        (without("model.safetensors"), "no weights here; .*copy them here"),
+        (cut("model.safetensors", 5000), r"/model\.safetensors: .*copy it here again"),
+        (cut("model.safetensors", 50), r"/model\.safetensors: .*copy it here again"),
+        (without("tokenizer.json"), "no tokenizer here; .*copy those of the model's tokenizer"),
+        (cut("tokenizer.json", 500), r"/tokenizer\.json: not a tokenizer\.json"),
+        (written("mcore_sft.json", "{"), r"/mcore_sft\.json: .* cannot be read .*give prompt"),
+        (written("mcore_sft.json", "{}"), r"/mcore_sft\.json: .* cannot be read .*give prompt"),
+    ],
+)
+def test_a_damaged_folder_is_said(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Damage,
+    said: str,
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(model, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=said):
+        call(monkeypatch, "--model", folder, asked(data, "a"), *SHORT, *MARKUP)
+
+
+def test_a_home_folder_is_found_wherever_a_path_begins_with_it(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "model").symlink_to(model)
+    shutil.copy(data, home / "asked.jsonl")
+    make_python(home)
+    (home / "shots.yaml").write_text(
+        "{prefix: See., template: '', suffix: '', examples: [{problem: p, solution: s}]}"
+    )
+    engine = ("evaluation.engine=vllm", "evaluation.vllm.python=~/python")
+    paths = (
+        asked(Path("~/asked.jsonl"), "a"),
+        *engine,
+        "evaluation.few_shot=1",
+        "evaluation.few_shot_examples=~/shots.yaml",
+    )
+    call(monkeypatch, "--model=~/model", "--output=~/out", *paths, *SHORT, *MARKUP)
+    report = json.loads((home / "out" / "report.json").read_text())
+    assert report["model"]["folder"] == str(home / "model")
+    assert report["evaluation"]["vllm"]["python"] == str(home / "python")
+    assert report["prompt"]["few_shot"] == "See."
+    assert report["engine"]["vllm"] == "9.9"
+    # and in an experiment file, whose data.root may begin so too
+    (home / "run.yaml").write_text(
+        "name: home\nmodel: {path: '~/model'}\ndata: {root: '~'}\n"
+        "prompt: {template: llama3-instruct, instruction: null}\n"
+        "evaluation: {engine: vllm, vllm: {python: '~/python'}, precision: fp32,\n"
+        "  max_new_tokens: 4, benchmarks: [{name: a, path: asked.jsonl}]}\n"
+    )
+    call(monkeypatch, "--model=~/model", "--output=~/two", "--config", home / "run.yaml")
+    assert json.loads((home / "two" / "report.json").read_text())["engine"]["vllm"] == "9.9"
+    where = ("--model=~/model", "--data=~/asked.jsonl", "--output=~/three")
+    call(monkeypatch, *where, "--benchmark", "b", *engine, *SHORT, *MARKUP)
+    assert (home / "three" / "report.json").exists()

@@ -89,6 +89,37 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, complaint: str) -> None:
     assert not verdicts
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--timeout", "abc"], "--timeout: expected seconds, above 0 and below 86400"),
+        (["--timeout", "0"], "such as 10 or 0.5; given '0'"),
+        (["--timeout", "nan"], "given 'nan'"),
+        (["--processes", "x"], "--processes: expected a whole number, 0 or more; given 'x'"),
+        (["--processes", "-1"], "given '-1'"),
+        (["--output", "none/there.jsonl"], "there is no folder"),
+        (["--output", "."], "it is a folder"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_any_work(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    # the rows would be complained of when they are read
+    ran, verdicts = grade(tmp_path, ["no JSON"], *arguments)
+    assert ran.returncode == 2
+    assert said in ran.stderr
+    assert "_" not in ran.stderr.rpartition("error: ")[2].replace(str(tmp_path), "")
+    assert not verdicts
+
+
+def test_verdicts_go_straight_into_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "pipe").symlink_to("/dev/stdout")
+    line = json.dumps({"gold": "5", "prediction": "6"})
+    ran, _ = grade(tmp_path, [line], "--output", "pipe")
+    assert json.loads(ran.stdout.splitlines()[0])["verdict"] == "different"
+    assert (tmp_path / "pipe").is_symlink()
+
+
 HOSTILE = [
     "__import__('pathlib').Path('MARKER').touch()",
     r"\boxed{__import__('pathlib').Path('MARKER').touch()}",

@@ -36,3 +36,12 @@ def test_nothing_found_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         call(monkeypatch, tmp_path)
     with pytest.raises(EvaluationError, match="none: no such folder"):
         call(monkeypatch, tmp_path / "none")
+
+
+def test_a_report_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "a", [True])
+    (folder / "report.json").write_text("[]")
+    with pytest.raises(
+        EvaluationError, match=r"a/report\.json: expected a JSON object, given list"
+    ):
+        call(monkeypatch, tmp_path)
