@@ -2,11 +2,13 @@
 
 python tools/evaluate.py --model DIR --benchmark math            one greedy answer a problem
 python tools/evaluate.py --model DIR --benchmark math:8          and 8 sampled ones
+python tools/evaluate.py --model DIR --benchmark math --benchmark gsm8k
 python tools/evaluate.py --model DIR --config configs/X.yaml evaluation.max_new_tokens=512
 """
 
 import argparse
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PromptConfig, Se
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.evaluation import benchmarks
+from mcore_sft.evaluation.engine import model_shape
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import PAGE, Evaluation, evaluate
 
@@ -52,72 +55,113 @@ def main() -> None:
     arguments = _arguments()
     plan = _plan(arguments)
     asked = _benchmarks(arguments, plan)
-    loaded = [(benchmarks.load(entry, plan.root), entry.samples) for entry in asked]
-    tokenizer = load_tokenizer(arguments.model)
+    model_shape(arguments.model)  # a folder that holds no model is said before anything is loaded
+    tokenizer = load_tokenizer(arguments.model, option="copy those of the model's tokenizer there")
     prompt = _prompt(arguments.model, plan.prompt, tokenizer)
-    for benchmark, samples in loaded:
-        output = _output(arguments, benchmark.name, len(loaded))
-        report = evaluate(
-            Evaluation(
-                model=arguments.model,
-                benchmark=benchmark,
-                prompt=prompt,
-                tokenizer=tokenizer,
-                config=plan.evaluation,
-                output=output,
-                samples=samples,
-            )
+    evaluations = [
+        Evaluation(
+            model=arguments.model,
+            benchmark=benchmarks.load(entry, plan.root),
+            prompt=prompt,
+            tokenizer=tokenizer,
+            config=plan.evaluation,
+            output=_output(arguments, entry.name, len(asked)),
+            samples=entry.samples,
         )
-        print(report["text"])
-        print(f"answers, verdicts and report are in {output}; look at {output / PAGE}")
+        for entry in asked
+    ]
+    evaluate(evaluations, _tell)
+
+
+def _tell(evaluation: Evaluation, report: dict[str, Any]) -> None:
+    output = evaluation.output
+    print(report["text"])
+    print(f"answers, verdicts and report are in {output}; look at {output / PAGE}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = command.parser("Grade a Hugging Face folder.", config_required=False)
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="what is graded")
+    parser.add_argument("--model", required=True, type=_path, metavar="DIR", help="what is graded")
     parser.add_argument(
-        "--benchmark", metavar="NAME", help="math, math-500, gsm8k, ...; math:8 for 8 samples"
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="math, math-500, gsm8k, ...; math:8 for 8 samples; may be given several times",
     )
-    parser.add_argument("--data", metavar="FILE", help="JSON lines that hold the benchmark")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default MODEL/evaluation/NAME")
+    parser.add_argument(
+        "--data", type=_path, metavar="FILE", help="JSON lines that hold the benchmark"
+    )
+    parser.add_argument(
+        "--output",
+        type=_path,
+        metavar="DIR",
+        help="default MODEL/evaluation/NAME; where several are asked, DIR/NAME",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N problems only")
     return parser.parse_intermixed_args()
+
+
+def _path(said: str | Path) -> Path:
+    return Path(_expanded(said))
+
+
+def _expanded(said: Any) -> Any:
+    """What was said, with the home folder for `~` wherever a path begins so."""
+    if isinstance(said, dict):
+        return {name: _expanded(part) for name, part in said.items()}
+    if isinstance(said, list | tuple):
+        return [_expanded(part) for part in said]
+    return os.path.expanduser(said) if isinstance(said, str | Path) else said
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.config:
         run = command.experiment(arguments)
-        prompt = PromptChange(**run.prompt.model_dump())
-        return Plan(evaluation=run.evaluation, prompt=prompt, root=run.data.root)
-    alone = configuration.parse_section(Alone, {}, arguments.overrides)
-    assert isinstance(alone, Alone)
-    if arguments.print_config:
-        print(configuration.dump(alone), end="")
-        raise SystemExit(0)
-    return Plan(evaluation=alone.evaluation, prompt=alone.prompt, root=Path("."))
+        said = {"evaluation": run.evaluation.model_dump(), "prompt": run.prompt.model_dump()}
+        root = _path(run.data.root)
+    else:
+        given = configuration.parse_section(Alone, {}, arguments.overrides)
+        if arguments.print_config:
+            print(configuration.dump(given), end="")
+            raise SystemExit(0)
+        said, root = given.model_dump(exclude_unset=True), Path(".")
+    alone = Alone.model_validate(_expanded(said))
+    return Plan(evaluation=alone.evaluation, prompt=alone.prompt, root=root)
 
 
 def _benchmarks(arguments: argparse.Namespace, plan: Plan) -> tuple[BenchmarkConfig, ...]:
     configured = plan.evaluation.benchmarks
     if arguments.benchmark:
-        name, samples = _named(arguments.benchmark)
-        same = [entry for entry in configured if entry.name == name]
-        entry = same[0] if same else BenchmarkConfig(name=name)
-        configured = (entry if samples is None else entry.model_copy(update={"samples": samples}),)
+        configured = tuple(_entry(named, configured) for named in arguments.benchmark)
     if not configured:
         known = ", ".join(benchmarks.shipped())
         raise EvaluationError(f"no benchmark is named; give --benchmark NAME, such as {known}")
+    names = [entry.name for entry in configured]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise EvaluationError(
+            f"benchmark {twice} is named {names.count(twice)} times, and its answers have one "
+            f"folder; name it once (--benchmark {twice}:8), or give other problems another name"
+        )
     changes: dict[str, str | int] = {}
     if arguments.data:
         if len(configured) > 1:
             raise EvaluationError("--data holds one benchmark; say which with --benchmark NAME")
         # relative to where the command runs, as every path on a command line is
-        changes["path"] = str(Path(arguments.data).absolute())
+        changes["path"] = str(arguments.data.absolute())
     if arguments.limit is not None:
         if arguments.limit < 1:
             raise EvaluationError(f"--limit {arguments.limit}: expected at least 1")
         changes["limit"] = arguments.limit
     return tuple(entry.model_copy(update=changes) for entry in configured)
+
+
+def _entry(named: str, configured: tuple[BenchmarkConfig, ...]) -> BenchmarkConfig:
+    """What the configuration says of the benchmark that --benchmark names."""
+    name, samples = _named(named)
+    entry = next((entry for entry in configured if entry.name == name), BenchmarkConfig(name=name))
+    return entry if samples is None else entry.model_copy(update={"samples": samples})
 
 
 def _named(benchmark: str) -> tuple[str, int | None]:
@@ -137,7 +181,7 @@ def _prompt(model: Path, given: PromptChange | None, tokenizer: Tokenizer) -> Pr
     record = model / _RECORD
     trained: dict[str, Any] = {}
     if record.is_file():
-        trained = json.loads(record.read_text(encoding="utf-8"))["prompt"]
+        trained = _trained(record)
     if given is None and trained:
         return Prompt.restore(trained, tokenizer)
     if given is not None and (given.template or trained):
@@ -152,6 +196,17 @@ def _prompt(model: Path, given: PromptChange | None, tokenizer: Tokenizer) -> Pr
         f"{model}: nothing says how to ask this model (no {_RECORD}); give --config FILE, or "
         f"{hint} and prompt.instruction=generic/math (or =null for the bare problem)"
     )
+
+
+def _trained(record: Path) -> dict[str, Any]:
+    try:
+        prompt = json.loads(record.read_text(encoding="utf-8"))["prompt"]
+        return {name: prompt[name] for name in ("template", "instruction")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise EvaluationError(
+            f"{record}: the prompt of training cannot be read ({error!r}); export the model again, "
+            "or take the file away and give prompt.template and prompt.instruction"
+        ) from None
 
 
 def _load(said: dict[str, Any], tokenizer: Tokenizer) -> Prompt:

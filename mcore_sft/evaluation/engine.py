@@ -71,7 +71,10 @@ class Engine(ABC):
         return
 
     def check(self, requests: Sequence[Request]) -> None:
-        """`EvaluationError` for what cannot be answered, before any time is spent."""
+        """`EvaluationError` for what cannot be answered, before any time is spent.
+
+        Room is made for what has been checked, so all that is to come is best checked at once.
+        """
         check_fits(
             requests,
             self._folder,
@@ -136,7 +139,13 @@ def eos_ids(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             eos = _json(folder / name).get("eos_token_id")
-            return frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
+            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+            if not all(isinstance(each, int) for each in ids):
+                raise EvaluationError(
+                    f"{folder / name}: eos_token_id is {eos!r}, expected an id or a list of ids; "
+                    "mend it, or export the model again"
+                )
+            return frozenset(ids)
     return frozenset()
 
 
@@ -147,7 +156,58 @@ def model_shape(folder: Path) -> Mapping[str, Any]:
             f"{folder}: no config.json here; give --model a Hugging Face folder, "
             "such as one that tools/to_hf.py wrote"
         )
-    return _json(folder / "config.json")
+    shape = _json(folder / "config.json")
+    for name in ("max_position_embeddings", "vocab_size"):
+        if not isinstance(shape.get(name), int | None):
+            raise EvaluationError(
+                f"{folder / 'config.json'}: {name} is {shape[name]!r}, expected a number; "
+                "mend it, or export the model again"
+            )
+    return shape
+
+
+def check_weights(folder: Path) -> None:
+    """`EvaluationError` where weights are absent or cut short; no tensor is read."""
+    index = folder / "model.safetensors.index.json"
+    files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
+    if index.is_file():
+        shards = _json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise EvaluationError(f"{index}: it has no weight_map; export the model again")
+        files |= {folder / str(name) for name in shards.values()}
+    if not files:
+        raise EvaluationError(
+            f"{folder}: no weights here; expected model.safetensors, or shards and their index; "
+            "copy them here, or export the model again"
+        )
+    for file in sorted(files):
+        if not file.is_file():
+            raise EvaluationError(
+                f"{file}: it belongs to the model and is not there; copy it here, "
+                "or export the model again"
+            )
+        if file.suffix == ".safetensors":
+            _check_whole(file)
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a file of safetensors that is longer or shorter than its header says."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            start = 8 + int.from_bytes(content.read(8), "little")
+            if start > size:
+                raise ValueError(f"its {size} bytes end within the header")
+            header = json.loads(content.read(start - 8))
+        header.pop("__metadata__", None)
+        expected = start + max((each["data_offsets"][1] for each in header.values()), default=0)
+        if size != expected:
+            raise ValueError(f"it has {size} bytes where its header says {expected}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise EvaluationError(
+            f"{file}: no safetensors that can be read ({error}); copy it here again, "
+            "or export the model again"
+        ) from None
 
 
 def check_fits(
@@ -203,6 +263,8 @@ def completion(
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: cannot be read ({error}); export the model again") from None
-    return content if isinstance(content, dict) else {}
+    return content

@@ -10,10 +10,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
+from mcore_sft.evaluation.inequalities import as_intervals, bounded_letters
 from mcore_sft.evaluation.normalize import in_radians, normalize, without_degrees
 from mcore_sft.evaluation.number import read_number, same_number
 from mcore_sft.evaluation.series import (
@@ -22,6 +23,7 @@ from mcore_sft.evaluation.series import (
     columns_as_tuples,
     read_matrix,
     read_series,
+    split,
     split_union,
     without_names,
 )
@@ -117,7 +119,8 @@ def _explosion(prediction: str) -> str | None:
 # --- two texts that can be compared ------------------------------------------------------------
 
 _LETTER = re.compile(r"\(?([A-H])[).]?")
-_LETTERED = re.compile(r"(?:\(([A-H])\)|([A-H])[).])\s+(?![-+*/^=,])(\S.*)")
+_LETTERED = re.compile(r"(?:\(([A-H])\)|([A-H])[).:])\s+(?![-+*/^=,])(\S.*)")
+_OPTION = re.compile(r"(?:option|choice)\s+(?=\(?[A-H]\b)", re.IGNORECASE)
 
 
 def _comparable(gold: str, prediction: str) -> tuple[str, str]:
@@ -126,24 +129,66 @@ def _comparable(gold: str, prediction: str) -> tuple[str, str]:
     # 200,100 is a list where the other is one
     if "," in left and "," in prediction and "," not in right:
         right = _as_list(prediction, right, like=left)
-    elif "," in right and "," in gold and "," not in left:
+    elif right.count(",") > 1 and "," in gold and "," not in left:
         left = _as_list(gold, left, like=right)
-    if _squeeze(without_degrees(left)) != _squeeze(without_degrees(right)):
+    if _bare_angles(left) != _bare_angles(right):
         left, right = in_radians(left), in_radians(right)
     else:  # many leave the degrees of an angle out
-        left, right = without_degrees(left), without_degrees(right)
-    return without_names(*_without_choices(left, right))
+        left = right = without_degrees(left)
+    left, right = without_names(*_without_choices(left, right))
+    if _is_region(left) or _is_region(right):
+        letters = bounded_letters(left), bounded_letters(right)
+        if not (letters[0] and letters[1]) or letters[0] == letters[1]:
+            left, right = as_intervals(left) or left, as_intervals(right) or right
+    return _without_set(*_points(left, right))
+
+
+def _without_set(gold: str, prediction: str) -> tuple[str, str]:
+    """The set of one thing that is no set stands for the thing."""
+    left, right = read_series(gold), read_series(prediction)
+    if left and right and left.is_singleton != right.is_singleton:
+        inner = (left if left.is_singleton else right).parts[0]
+        other = right if left.is_singleton else left
+        if "\\{" not in inner and r"\emptyset" not in inner and other.opening != "{":
+            return (inner, prediction) if left.is_singleton else (gold, inner)
+    return gold, prediction
+
+
+def _bare_angles(text: str) -> str:
+    bare = _squeeze(without_degrees(text))
+    return re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc))\((\d+)\)", r"\1\2", bare)
+
+
+def _is_region(text: str) -> bool:
+    """Whether `text` is an interval, a union, or inequalities that only a union can be."""
+    series = read_series(text)
+    interval = bool(series and series.is_interval)
+    return interval or "\\cup" in text or bool(re.search(r"[<>]|\\[lgn]e\b|\\mathbb", text))
+
+
+_POINT = re.compile(r"(?:the )?(?:point )?(?:[A-Z]\s*)?(\([^()]*,[^()]*\))")
+
+
+def _points(gold: str, prediction: str) -> tuple[str, str]:
+    """`P(1, 2)` and `the point (1, 2)` are (1, 2) where a tuple stands on the other side."""
+    left, right = _POINT.fullmatch(gold), _POINT.fullmatch(prediction)
+    if left and right and (left[0] == left[1] or right[0] == right[1]):
+        return left[1], right[1]
+    return gold, prediction
 
 
 def _as_list(answer: str, number: str, *, like: str) -> str:
     """`answer` with commas that part elements, if those are as many as in `like`; else `number`."""
     listed = normalize(answer, thousands=False)
     parts, wanted = read_series(listed), read_series(like)
-    return listed if parts and wanted and len(parts.parts) == len(wanted.parts) else number
+    if not parts or not wanted or len(parts.parts) != len(wanted.parts):
+        return number
+    return number if any(re.match(r"0\d", part) for part in parts.parts) else listed
 
 
 def _without_choices(gold: str, prediction: str) -> tuple[str, str]:
     """`(C) 5` is C where a letter is asked for, and 5 where it is not."""
+    prediction = _OPTION.sub("", prediction, count=1)
     left, right = _LETTERED.fullmatch(gold), _LETTERED.fullmatch(prediction)
     if left and not right:
         gold = (left[1] or left[2]) if _LETTER.fullmatch(prediction) else left[3]
@@ -193,6 +238,7 @@ def _decide(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
             return verdict
     return (
         _by_chain(gold, prediction, leaf)
+        or _by_ratio(gold, prediction, leaf)
         or _by_union(gold, prediction, leaf)
         or _by_entries(gold, prediction, leaf)
         or _by_elements(*columns_as_tuples(gold, prediction), leaf)
@@ -209,17 +255,26 @@ _NUMERAL = r"[+-]?[\dA-Za-z]*\d[\dA-Za-z]*"
 _BASE = re.compile(rf"({_NUMERAL}|[A-Fa-f]{{2,}}(?=\s*_\s*\{{1[1-6]\}}))\s*_\s*\{{(\d{{1,3}})\}}")
 
 
+def _numeral(text: str) -> re.Match[str] | None:
+    """A numeral with its base, whose digits are digits of that base."""
+    found = _BASE.fullmatch(text)
+    try:
+        return found if found and int(found[1], int(found[2])) is not None else None
+    except ValueError:
+        return None
+
+
 def _by_base(gold: str, prediction: str) -> Verdict | None:
     """Numerals with a base: digits and base both count; a base that is left out is understood."""
-    left, right = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
+    left, right = _numeral(gold), _BASE.fullmatch(prediction)
     if not left:
         if not right or not read_number(gold):
             return None
         return verdict_of(right.groups() == (gold, "10"), "base")
     if right:
-        same = left[1].lower().lstrip("+0") == right[1].lower().lstrip("+0")
+        same = left[1].casefold().lstrip("+0") == right[1].casefold().lstrip("+0")
         return verdict_of(same and left[2] == right[2], "base")
-    if left[1].lower() == prediction.lower() or re.fullmatch(_NUMERAL, prediction):
+    if left[1].lower() == prediction.lower() or read_number(prediction):
         return verdict_of(left[1].lower() == prediction.lower(), "base_understood")
     return None
 
@@ -228,7 +283,7 @@ def _by_number(gold: str, prediction: str) -> Verdict | None:
     left, right = read_number(gold), read_number(prediction)
     if left and right is None:
         right = read_number(_with_point(prediction))
-    if right and right.decimals and left is None:
+    if left is None and right and (right.decimals or 0) >= 2:
         left = read_number(_with_point(gold))
     if left is None or right is None:
         return None
@@ -240,12 +295,12 @@ def _with_point(text: str) -> str:
     return re.sub(r"^(-?\d+),(\d{1,2}|\d{4,})$", r"\1.\2", text)
 
 
-_WORDS = re.compile(r"[A-Za-z][A-Za-z \-']*")
+_WORDS = re.compile(r"[A-Za-z](?:[A-Za-z ']|(?<=[A-Za-z])-(?=[A-Za-z]))*")
 
 
 _NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\(?:emptyset|varnothing)|"
-    r"\\\{\s*\\\}",
+    r"\\\{\s*\\\}|none",
     re.IGNORECASE,
 )
 
@@ -259,9 +314,22 @@ def _by_text(gold: str, prediction: str) -> Verdict | None:
     left, right = _words(gold), _words(prediction)
     if left and left == right:
         return verdict_of(True, "text")
+    if _same_members(gold, prediction):
+        return verdict_of(True, "list")
+    if left and right and sorted(left) == sorted(right) and re.fullmatch("[a-z]{1,4}", left):
+        return None  # abc and cab may be products
     if (choice := _LETTER.fullmatch(gold)) and choice[1] not in prediction:
         return verdict_of(False, "text")
     return verdict_of(False, "text") if left and (right or read_number(prediction)) else None
+
+
+def _same_members(gold: str, prediction: str) -> bool:
+    """Whether both are lists of the same words, whatever their order."""
+    left, right = (
+        sorted(part.casefold() for part in re.split(r"\s*,\s*(?:and )?| and ", text))
+        for text in (gold, prediction)
+    )
+    return len(left) > 1 and left == right
 
 
 def _words(text: str) -> str | None:
@@ -270,7 +338,8 @@ def _words(text: str) -> str | None:
     if _WORDS.fullmatch(bare):
         return bare.casefold()
     # 4:30 p.m. and the like: figures with words, without mathematics
-    if re.fullmatch(r"[\w \-]+", bare) and re.search(r"[A-Za-z]{2,}|\b[ap] m\b", bare):
+    figures = re.fullmatch(r"[\w \-]+", bare) and re.search(r"\d", bare)
+    if figures and re.search(r"[A-Za-z]{2,}|\b[ap] m\b", bare):
         return bare.casefold().replace("p m", "pm").replace("a m", "am")
     return None
 
@@ -284,20 +353,55 @@ def _is_prose(text: str) -> bool:
     )
 
 
+_NO_CHAIN = re.compile(r"[<>,]|\\(?:[lgn]e|in|equiv|approx)\b|\bnot\b|n't\b")
+
+
+def _asks(side: str) -> bool:
+    """Whether `side` is an expression of one variable and not its name, so that it is to solve."""
+    if re.search(r"\\(?:sum|prod|int|lim|max|min)(?![a-zA-Z])|'|\^\{-1\}|\b[fghpq]\(", side):
+        return False
+    bare = re.sub(r"\\[a-zA-Z]+|_\{?\w+\}?", "", side)
+    return (
+        len(letters := re.findall("[a-z]", bare)) == 1
+        and bare.strip() != letters[0]
+        and (not re.search("[A-Z]", bare))
+    )
+
+
 def _by_chain(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     """`2^3 = 8` where 8 is asked for: the last side counts, and no other may be another value."""
-    sides = [side.strip() for side in prediction.split("=")]
-    if len(sides) == 1 or not all(sides) or re.search(r"[=<>,]|\\[lg]e\b|\\in\b", gold):
+    sides = split(prediction, "=")
+    if not sides or len(sides) == 1 or re.search(r"[=<>,]|\\[lg]e\b|\\in\b", gold):
         return None
-    if re.search(r"[<>,]|\\(?:[lgn]e|in|equiv|approx)\b", prediction):
+    if _NO_CHAIN.search(re.sub(r"\([^()]*\)", "", prediction)):
         return None
     closed = [side for side in sides[:-1] if not _has_letters(side)]
+    to_solve = any(map(_asks, sides[:-1])) or (
+        sides[-1] == "0" and any(re.search(r"[a-z]\s*[-+]|[-+]\s*\d*[a-z]", s) for s in sides)
+    )
+    if not _has_letters(gold) and to_solve:
+        return verdict_of(False, "chain")  # says what x is by another number: 2x = 5, x - 5 = 0
     verdicts = [_decide(gold, side, leaf) for side in (*closed, sides[-1])]
     if any(verdict and verdict.outcome == "different" for verdict in verdicts):
         return verdict_of(False, "chain")
     undecided = any(verdict is None for verdict in verdicts)
     last = verdicts[-1]
     return None if undecided or not (last and last.correct) else verdict_of(True, "chain")
+
+
+def _by_ratio(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
+    """`2:4:6` is `1:2:3`."""
+    left, right = gold.split(":"), prediction.split(":")
+    if max(len(left), len(right)) < 3:
+        return None
+    if len(left) != len(right):
+        known = all(map(read_number, (*left, *right)))
+        return verdict_of(False, "ratio") if known else None
+    a, b = [read_number(part.strip()) for part in left], [read_number(p.strip()) for p in right]
+    if not all((*a, *b)) or not (a[0] and b[0] and a[0].value and b[0].value):
+        return _by_position(left, right, leaf)
+    same = [x.value / a[0].value for x in a if x] == [y.value / b[0].value for y in b if y]
+    return verdict_of(same, "ratio")
 
 
 def _has_letters(text: str) -> bool:
@@ -312,6 +416,9 @@ def _by_union(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     left, right = split_union(gold), split_union(prediction)
     if len(left) == len(right) == 1:
         return None
+    # intervals with "or" between them
+    left = left if len(left) > 1 else split(gold) or left
+    right = right if len(right) > 1 else split(prediction) or right
     verdict = _in_any_order(left, right, leaf) if len(left) == len(right) else None
     if verdict and verdict.correct:
         return verdict_of(True, "union")
@@ -382,18 +489,17 @@ def _by_entries(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
 
 # Comparing lists in any order takes up to this squared many symbolic comparisons.
 _MAX_SYMBOLIC_LIST = 12
+_MAX_LIST = 100
 
 
 def _by_elements(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     """Tuples and intervals by position, lists and sets in any order."""
-    left, right = _spread(read_series(gold)), _spread(read_series(prediction))
+    left, right = _spread(gold), _spread(prediction)
     if left is None or right is None:
         return None
-    if left.is_singleton != right.is_singleton:  # the set of one thing for the thing
-        pair = (left.parts[0], prediction) if left.is_singleton else (gold, right.parts[0])
-        return _decide(*pair, leaf)
     if max(len(left.parts), len(right.parts)) == 1:
-        return None
+        a_set = (left.opening == "{", right.opening == "{")  # {1} is not 1 within a set
+        return verdict_of(False, "set_and_element") if any(a_set) and not all(a_set) else None
     if len(left.parts) != len(right.parts):
         known = all(map(_is_value, (*left.parts, *right.parts)))
         return verdict_of(False, "count") if known else None
@@ -410,10 +516,12 @@ def _by_elements(gold: str, prediction: str, leaf: Leaf) -> Verdict | None:
     return _in_any_order(left.parts, right.parts, leaf)
 
 
-def _spread(series: Series | None) -> Series | None:
-    if series is None or series.ordered:
-        return series
-    return Series(opening=series.opening, closing=series.closing, parts=both_signs(series.parts))
+def _spread(text: str) -> Series | None:
+    series = read_series(text)
+    if series is None or not series.ordered:
+        return series and replace(series, parts=both_signs(series.parts))
+    points = both_signs((text,))
+    return series if len(points) == 1 else Series(opening="", closing="", parts=points)
 
 
 def _is_value(part: str) -> bool:
@@ -435,7 +543,8 @@ def _by_position(left: Iterable[str], right: Iterable[str], leaf: Leaf) -> Verdi
 def _in_any_order(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> Verdict | None:
     if Counter(map(_squeeze, left)) == Counter(map(_squeeze, right)):
         return verdict_of(True, "list")
-    if not all(read_number(p) for p in (*left, *right)) and len(left) > _MAX_SYMBOLIC_LIST:
+    numbers = all(map(read_number, (*left, *right)))
+    if len(left) > (_MAX_LIST if numbers else _MAX_SYMBOLIC_LIST):
         return None
     rest = list(right)
     for part in left:

@@ -10,6 +10,7 @@ from platform import python_version
 
 from mcore_sft import __version__
 from mcore_sft.config import EvaluationConfig
+from mcore_sft.evaluation.errors import EvaluationError
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _WHOLE_BYTES = 2 * 1024**3
@@ -31,8 +32,19 @@ def model_files(folder: Path) -> dict[str, str]:
     """SHA-256 of each file that decides what a model says.
 
     Weights of more than 2 GB together are hashed by evenly spread blocks and their size, which the
-    hash says: an export with other weights shows all the same, and 16 GB take a second.
+    hash says: an export with other weights shows all the same, and 16 GB take a second. Raises
+    `EvaluationError` for a file that cannot be read.
     """
+    try:
+        return _hashes(folder)
+    except OSError as error:
+        raise EvaluationError(
+            f"{error.filename or folder}: cannot be read ({error.strerror}); copy it there again, "
+            "or export the model again"
+        ) from None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
     found = {
         path.name: _sha256(path)
         for name in ("config.json", "generation_config.json", "model.safetensors.index.json")

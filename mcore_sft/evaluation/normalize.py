@@ -8,13 +8,17 @@ is for `equivalence`, this is about spelling alone.
 
 import re
 import unicodedata
-from fractions import Fraction
+
+from mcore_sft.evaluation.units import scaled, without_units
 
 _UNICODE = {
     "\N{MINUS SIGN}": "-",
     "\N{EN DASH}": "-",
     "\N{EM DASH}": "-",
     "\N{HYPHEN}": "-",
+    "\N{NON-BREAKING HYPHEN}": "-",
+    "\N{CUBE ROOT}": r"\sqrt[3] ",
+    "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
     "\N{MULTIPLICATION SIGN}": r"\times ",
     "\N{DIVISION SIGN}": "/",
     "\N{DOT OPERATOR}": r"\cdot ",
@@ -43,6 +47,10 @@ _UNICODE = {
     "\N{VULGAR FRACTION THREE QUARTERS}": " 3/4",
     "\N{VULGAR FRACTION ONE THIRD}": " 1/3",
     "\N{VULGAR FRACTION TWO THIRDS}": " 2/3",
+    **{
+        sign: f" {top}/{bottom}"
+        for sign, top, bottom in zip("⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1234151357", "5555668888", strict=True)
+    },
     "\N{EURO SIGN}": "",
     "\N{POUND SIGN}": "",
     "\N{RIGHT SINGLE QUOTATION MARK}": "'",
@@ -56,19 +64,6 @@ _RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u2
 _SUPERSCRIPTS = str.maketrans(_RAISED, "0123456789-n")
 _SUBSCRIPTS = {0x2080 + digit: str(digit) for digit in range(10)}
 
-_UNITS = (
-    "units?|square|cubic|sq|cu|centimet(?:er|re)s?|millimet(?:er|re)s?|kilomet(?:er|re)s?|"
-    "met(?:er|re)s?|inch(?:es)?|feet|foot|ft|yards?|yds?|miles?|mi|cm|mm|km|kg|mg|grams?|"
-    "kilograms?|pounds?|lbs?|ounces?|oz|lit(?:er|re)s?|ml|gallons?|seconds?|secs?|minutes?|mins?|"
-    "hours?|hrs?|days?|weeks?|months?|years?|yrs?|mph|kph|dollars?|cents?|usd|degrees?|deg|"
-    "radians?|per|an|a|of|the|people|students?|ways?|points?|times|coins?|marbles?|apples?|in|"
-    "(?:[kcm]?m|mi|ft)/(?:s|h|hr|sec|min)"
-)  # fmt: skip
-_UNIT_TAIL = re.compile(
-    rf"(?:[\s/.\-]*\b(?:{_UNITS})\b\.?(?:\s*\^\s*(?:\{{\s*\d\s*\}}|\d))?)+\s*$", re.IGNORECASE
-)
-_NUMERIC = re.compile(r"(?:\\(?:frac|sqrt|pi|times|cdot|pm)\b|[\d\s.,/^{}()+\-])*\d[\d\s{}().!]*"
-                      r"(?:\\pi\s*)?")  # fmt: skip
 _TEXT = re.compile(
     r"\\(text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|bf|rm|"
     r"operatorname)\s*\*?\s*\{([^{}]*)\}"
@@ -78,7 +73,6 @@ _LETTER_UNIT = re.compile(
     r"(?<=\d)\s*\\(?:text|textrm|mbox|mathrm|rm)\s*\{\s*[msghLlNJWVAK](?:\s*/\s*[a-z]+)?\s*\}"
     r"(?:\s*\^\s*\{?\d\}?)?\s*$"
 )
-_ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?\.?", re.IGNORECASE)
 _FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|gcd|lcm")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
@@ -93,10 +87,22 @@ _MARKUP = (
     (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
     (r"\\leq(?:slant)?(?![a-zA-Z])", r"\\le "),
     (r"\\geq(?:slant)?(?![a-zA-Z])", r"\\ge "),
-    (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+    (r"\\neq(?![a-zA-Z])|(?<!\d)!=|\\not\s*=", r"\\ne "),
+    (r"\\(?:text|math)?color(?:box)?\s*\{[a-zA-Z]+\}", ""),
+    (r"\\(?:boldsymbol|bm|underline)\s*\{([^{}]*)\}", r"\1"),
+    (r"\{\s*\\(?:bf|rm|it|boldmath)(?![a-zA-Z])([^{}]*)\}", r"\1"),
+    (r"\\(?:checkmark|blacksquare|square|qed|Box)(?![a-zA-Z])", ""),
+    (r"\\(?:vee|lor)(?![a-zA-Z])", ", "),
+    (r"\+\s*/\s*-", r"\\pm "),
+    (r"\\(?:ldots|dots|cdots|dotsc)(?![a-zA-Z])|\.\.\.", r"\\ldots "),
+    (r"(\d*\.\d*?)(\d)\2{2,}\s*\\ldots\s*$", r"\1\\overline{\2}"),  # 0.333...
+    (r"(\d*\.\d*?)(\d)\s+(?:repeating|recurring)\s*$", r"\1\\overline{\2}"),
+    (r"(\d*\.\d*)\((\d+)\)\s*$", r"\1\\overline{\2}"),
+    (r"\\dot\s*\{(\d)\}", r"\\overline{\1}"),
+    (r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
     (r"(?<![<>=])>=|=>", r"\\ge "),
     (r"<=", r"\\le "),
-    (r"\\(?:begin|end)\s*\{[bBvp]?matrix\}", lambda m: re.sub(r"[bBvp]?matrix", "pmatrix", m[0])),
+    (r"\\(?:begin|end)\s*\{[bBp]?matrix\}", lambda m: re.sub(r"[bBp]?matrix", "pmatrix", m[0])),
 )  # fmt: skip
 _GROUPS = (
     (r"(?<=\d)\s*\{,\}\s*(?=\d{3}(?!\d))", ","),
@@ -115,6 +121,8 @@ _PLAIN = (
     (r"\\sqrt\s*(\d+)(?!\d)", r"\\sqrt{\1}"),
     (r"\\sqrt\s+([a-zA-Z])", r"\\sqrt{\1}"),
     (r"\\sqrt\s+\{", r"\\sqrt{"),
+    (r"\\sqrt\s*(\[\d+\])\s*(\d+|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt\1{\2}"),
+    (r"\\log\s*_\s*\{?e\}?(?![a-zA-Z])", r"\\ln "),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<![\\a-zA-Z])(?:inf|infty|infinity)(?![a-zA-Z])", r"\\infty "),
     (r"(?<=[\w)}])\s*\*\*\s*\(([^()]*)\)", r"^{\1}"),
@@ -123,16 +131,23 @@ _PLAIN = (
     (r"\^\s*-\s*(\d+|[a-zA-Z])", r"^{-\1}"),
     (r"\s*\*\s*(?=\\sqrt|\\pi|\\frac)", " "),
     (r"\*", r"\\cdot "),
-    (r"(?<=\d)\s*(?=\(\d+\)$|\(\\frac)", r" \\cdot "),
+    (r"(?<![_\d])(?<!_\{)(\d+)\s*(?=\(\d+\)$|\(\\frac)", r"\1 \\cdot "),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times "),
+    (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|ln|log)(?![a-zA-Z])", r"\\\1 "),
+    (r"^(\d+)\s+(?:out\s+of|in)\s+(\d+)$", r"\\frac{\1}{\2}"),
+    (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
+    (r"^=\s*", ""),
     # intervals and vectors as they are written elsewhere: ]0, 1[ and <1, 2>
-    (r"(?<![\w)\]}])\]([^][]+[,;][^][]+)\[", r"(\1)"),
-    (r"(?<![\w)\]}])\]([^][]+[,;][^][]+)\]", r"(\1]"),
-    (r"\[([^][]+[,;][^][]+)\[", r"[\1)"),
+    (r"(?<![\w)\]}])\]([^][()]{1,80}[,;][^][()]{1,80})\[", r"(\1)"),
+    (r"(?<![\w)\]}])\]([^][()]{1,80}[,;][^][()]{1,80})\]", r"(\1]"),
+    (r"\[([^][()]{1,80}[,;][^][()]{1,80})\[", r"[\1)"),
     (r"^<([^<>]+,[^<>]+)>$", r"(\1)"),
+    (r"\\in\s*\\mathbb\s*\{?R\}?\s*(?=:|\||\\mid)", ""),
     (r"^\\\{\s*([a-zA-Z])\s*(?::|\||\\mid)\s*(.*\1.*)\\\}$", r"\2"),  # \{x : 0 < x < 1\}
     (r"(?<=\d)\s*\\cdot\s*(?=i(?![a-zA-Z]))", ""),
     (r"(?<=[\])])\s*U\s*(?=[\[(])", r" \\cup "),
-    (r"(?<=[\da-zA-Z])\s+base\s+(\d+)$", r"_{\1}"),
+    (r"(?<=[\da-zA-Z])\s+\(?(?:in\s+)?base\s+(\d+)\)?\s*$", r"_{\1}"),
+    (r"^\((\w+)\)\s*(?=_)", r"\1"),
     (r"\\frac\s*(\\pi|\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\\frac\1{\2}"),
@@ -152,21 +167,22 @@ def normalize(answer: str, *, thousands: bool = True) -> str:
     text = _without_wrapping(text)
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+        text = re.sub(r"\s*(?:\\\\|\\?&)\s*", ", ", text)
     text = _apply(_GROUPS, text)
     text = _apply(_MARKUP, text)
     text = _without_currency(text)
-    text = re.sub(r"\\text(?:normal)?\s*\{\s*(?:and|or)\s*\}", ", ", text)
+    text = re.sub(r"\\text(?:normal)?\s*\{\s*(and|or)\s*\}", r" \1 ", text)
     text = _LETTER_UNIT.sub("", _apply(_SPACES, text))
     text = _unwrap_text(text)
     text = _without_degrees(text)
     text = _apply(_PLAIN, text)
-    text = _without_units(_scaled(text))
+    text = without_units(scaled(text))
     text = _join_thousands(text) if thousands else text
     text = _mixed_numbers(text)
     text = re.sub(r"\s*,\s*(?:,\s*)+|\s+,\s*", ", ", _join_conjunctions(text))
     text = _without_approximation(text)
     text = re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(' .;:,"\\')
-    return re.sub(r"(?<=\d)\s*'$", "", text)
+    return re.sub(r"^([\d.]+)\s*'$", r"\1", text)
 
 
 def _apply(rules: tuple[tuple[str, object], ...], text: str) -> str:
@@ -196,7 +212,7 @@ _WRAPPERS = (
 def _without_wrapping(text: str) -> str:
     """Take markdown, mathematics delimiters, quotes and outer boxes off, in whatever order."""
     while True:
-        inner = re.sub(r"(?<!\\)[.\s]+$", "", text.strip())
+        inner = re.sub(r"(?<![\\.])\.$", "", text.strip()).strip()
         for wrapper in _WRAPPERS:
             match = wrapper.fullmatch(inner)
             if match and not inner.endswith(r"\$"):
@@ -207,7 +223,7 @@ def _without_wrapping(text: str) -> str:
 
 
 def _without_currency(text: str) -> str:
-    return re.sub(r"\\?\$|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])", "", text)
+    return re.sub(r"\\?\$|\\(?:pounds|euro)(?![a-zA-Z])|[¥¢₹]|^Rs\.?(?=\s*\d)", "", text)
 
 
 def _unwrap_text(text: str) -> str:
@@ -250,50 +266,6 @@ def in_radians(text: str) -> str:
     return _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
 
 
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(
-    rf"(?<![\d.,}}])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(_SCALES)})(?![a-zA-Z])", re.IGNORECASE
-)
-
-
-def _scaled(text: str) -> str:
-    """`2.5 million` -> `2500000`, where no digit is left behind the point."""
-
-    def whole(match: re.Match[str]) -> str:
-        value = Fraction(match[1].replace(",", "")) * 10 ** _SCALES[match[2].lower()]
-        return str(value.numerator) if value.denominator == 1 else match[0]
-
-    return _SCALED.sub(whole, text)
-
-
-def _without_units(text: str) -> str:
-    """Drop words of measure at the end, where what they measure is a number and nothing else."""
-    if ordinal := _ORDINAL.fullmatch(text.strip()):
-        return ordinal[1]
-    tail = _UNIT_TAIL.search(text)
-    if tail and _NUMERIC.fullmatch(text[: tail.start()].strip()):
-        return text[: tail.start()]
-    words = re.fullmatch(
-        r"(.*?\d\)?)((?:\s+(?:of|in|to|at|on|[a-zA-Z]{3,}))+)(?:\s*\^\s*\{?\d\}?)?\.?\s*", text
-    )
-    if words and _NUMERIC.fullmatch(words[1].strip()) and not _joins(words[2]):
-        return words[1]
-    return text
-
-
-_CHANGES_VALUE = re.compile(
-    r"\b(?:and|or|mod|base|than|hundreds?|thousands?|[mb]illions?|trillions?|dozens?|halves|half|"
-    r"thirds?|quarters?|\w+ths?|plus|minus|times|over|squared|cubed|factorial|negative|sqrt|root|"
-    r"less|more|least|most|greater|fewer|not|divided|by)\b",
-    re.IGNORECASE,
-)
-
-
-def _joins(words: str) -> bool:
-    """Whether `words` say more of a number than what it counts: a scale, a fraction, a sum."""
-    return bool(_CHANGES_VALUE.search(words))
-
-
 def _join_thousands(text: str) -> str:
     """`1,234` and `1 234` -> `1234`, where no bracket makes the commas separate elements."""
 
@@ -332,8 +304,10 @@ def _improper(match: re.Match[str]) -> str:
 
 def _join_conjunctions(text: str) -> str:
     """`3 and 5`, `3 or 5`, `3, 5, and 7` -> elements with commas between."""
-    if not re.search(r"[\d}=)]\s*,?\s*(?:and|or)\b", text):
+    if not re.search(r"(?:[\d}=)]|\b[A-Z])\s*,?\s*(?:and|or)\b", text):
         return text
+    if re.search(r"[<>]|\\[lg]e(?![a-zA-Z])", text):
+        text = re.sub(r"\s*,?\s*(?<![a-zA-Z\\])and(?=[\s\d\-\\(])\s*", r" \\land ", text)
     return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?=[\s\d\-\\(a-zA-Z])\s*", ", ", text)
 
 

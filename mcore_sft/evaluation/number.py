@@ -34,16 +34,45 @@ _REPEATING = re.compile(
 )
 
 
-_IN_WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six"),
-    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+_ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    "nineteen",
 )
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
+
+
+def _in_words(text: str) -> Fraction | None:
+    """`minus twenty-five`, `one hundred`, `three quarters`; none of anything longer or other."""
+    words = re.split(r"[\s\-]+", text.lower()) if len(text) < 40 else []
+    if words and words[0] in {"negative", "minus"}:
+        value = _in_words(" ".join(words[1:]))
+        return None if value is None else -value
+    match words:
+        case [digits] if digits.isdecimal():
+            return Fraction(digits)
+        case [one] if one in _ONES:
+            return Fraction(_ONES.index(one))
+        case [tens] if tens in _TENS:
+            return Fraction(10 * _TENS.index(tens) + 20)
+        case [tens, one] if tens in _TENS and one in _ONES[1:10]:
+            return Fraction(10 * _TENS.index(tens) + 20 + _ONES.index(one))
+        case [*few, scale] if few and scale in _SCALES:
+            value = _in_words(" ".join(few))
+            return None if value is None else value * _SCALES[scale]
+        case [*few, part] if few and (part in _PARTS or part.removesuffix("s") in _PARTS):
+            value = _in_words(" ".join(few))
+            size = _PARTS.get(part) or _PARTS[part.removesuffix("s")]
+            return None if value is None else value / size
+    return None
 
 
 def read_number(text: str) -> Number | None:
     """The rational number that `text` spells, or none."""
-    if text.lower() in _IN_WORDS:
-        return Number(value=Fraction(_IN_WORDS.index(text.lower())), percent=False)
+    if text[:1].isalpha() and (spelt := _in_words(text)) is not None:
+        return Number(value=spelt, percent=False)
     percent = text.endswith(r"\%")
     body = text.removesuffix(r"\%").strip()
     body = body[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", body) else body
@@ -131,5 +160,5 @@ def _rounds_to(decimal: Number, exact: Fraction) -> bool:
 
 
 def _almost(decimal: Number, exact: Fraction) -> bool:
-    """The noise of floating point: twelve digits right."""
-    return abs(decimal.value - exact) <= abs(exact) / 10**12
+    """The noise of floating point: twelve digits right, and no more than a thousandth."""
+    return abs(decimal.value - exact) <= min(abs(exact) / 10**12, Fraction(1, 1000))

@@ -1,4 +1,4 @@
-"""A model folder and a benchmark in, a score out, in three stages that meet only on disk.
+"""A model folder and benchmarks in, scores out, in three stages that meet only on disk.
 
     answers.jsonl (generate)  ->  verdicts.jsonl (grade)  ->  report.json, .txt, .html (report)
 
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -33,7 +33,7 @@ from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.evaluation import answers, few_shot, identity, report, summary
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
-from mcore_sft.evaluation.engine import Completion, Request, open_engine, seed_of
+from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine, seed_of
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.grade import Graded, Grader
 from mcore_sft.evaluation.report_page import page
@@ -151,41 +151,58 @@ class Asked:
         )
 
 
-def evaluate(evaluation: Evaluation) -> dict[str, Any]:
-    """All three stages; the report that is also in report.json."""
-    generate(evaluation)
-    grade(evaluation)
-    return summarize(evaluation)
+def evaluate(
+    evaluations: Sequence[Evaluation], tell: Callable[[Evaluation, dict[str, Any]], None]
+) -> None:
+    """All three stages of each evaluation in turn; `tell` gets each with what its report.json says.
+
+    They differ in benchmark, samples and output alone: one engine answers for all, and is opened
+    for the first question that has no answer yet. Answers are on disk as they come.
+    """
+    assert len({each.configuration for each in evaluations}) == 1
+    with ExitStack() as stack:
+        files = [stack.enter_context(AnswerFile(each.output / ANSWERS)) for each in evaluations]
+        left = [_unanswered(*each) for each in zip(evaluations, files, strict=True)]
+        engine: Engine | None = None
+        for evaluation, file, questions in zip(evaluations, files, left, strict=True):
+            if questions:
+                if engine is None:
+                    engine = stack.enter_context(_engine_for(evaluation))
+                    engine.check([asked.request(0) for some in left for asked in some])
+                _ask(engine, evaluation, questions, file)
+            grade(evaluation)
+            tell(evaluation, summarize(evaluation))
 
 
-def generate(evaluation: Evaluation) -> None:
-    """Ask the model what has not been answered yet; answers are on disk as they come."""
-    with AnswerFile(evaluation.output / ANSWERS) as file:
-        open_questions = [asked for asked in evaluation.asked if asked.key not in file.done]
-        done = len(evaluation.asked) - len(open_questions)
-        if done:
-            print(f"{file.path}: {done} of {len(evaluation.asked)} are answered", file=sys.stderr)
-        if open_questions:
-            _ask(evaluation, open_questions, file)
+def _unanswered(evaluation: Evaluation, file: AnswerFile) -> list[Asked]:
+    questions = [asked for asked in evaluation.asked if asked.key not in file.done]
+    done = len(evaluation.asked) - len(questions)
+    if done:
+        print(f"{file.path}: {done} of {len(evaluation.asked)} are answered", file=sys.stderr)
+    return questions
 
 
-def _ask(evaluation: Evaluation, questions: Sequence[Asked], file: AnswerFile) -> None:
-    requests = [asked.request(index) for index, asked in enumerate(questions)]
-    with open_engine(
+def _engine_for(evaluation: Evaluation) -> Engine:
+    return open_engine(
         evaluation.config,
         evaluation.model,
         stop_ids=evaluation.prompt.stop_ids,
         decode=lambda ids: evaluation.tokenizer.decode(ids, skip_special=True),
         log=evaluation.output / ENGINE_LOG,
-    ) as engine:
-        engine.check(requests)
-        with _progress(f"answering {evaluation.benchmark.name}", len(requests)) as advance:
-            for batch in engine.generate(requests):
-                file.add(questions[each.index].answer(each) for each in batch)
-                advance(len(batch), sum(len(each.tokens) for each in batch))
-        # only the run that asked knows what answered
-        described = json.dumps(engine.describe(), indent=2) + "\n"
-        answers.write_text(evaluation.output / ENGINE, described)
+    )
+
+
+def _ask(
+    engine: Engine, evaluation: Evaluation, questions: Sequence[Asked], file: AnswerFile
+) -> None:
+    requests = [asked.request(index) for index, asked in enumerate(questions)]
+    with _progress(f"answering {evaluation.benchmark.name}", len(requests)) as advance:
+        for batch in engine.generate(requests):
+            file.add(questions[each.index].answer(each) for each in batch)
+            advance(len(batch), sum(len(each.tokens) for each in batch))
+    # only the run that asked knows what answered
+    described = json.dumps(engine.describe(), indent=2) + "\n"
+    answers.write_text(evaluation.output / ENGINE, described)
 
 
 def grade(evaluation: Evaluation) -> None:
@@ -224,7 +241,7 @@ def _grade(evaluation: Evaluation, given: Sequence[Answer], grader: Grader) -> l
 
 def _classes(evaluation: Evaluation, graded: Sequence[Graded], grader: Grader) -> list[int | None]:
     """The class of each sampled answer among those of its problem, for majority votes."""
-    if evaluation.samples < 2:
+    if not evaluation.samples:
         return [None] * len(graded)
     made: list[int | None] = []
     pairs = zip(evaluation.asked, graded, strict=True)

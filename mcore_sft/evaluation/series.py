@@ -104,7 +104,7 @@ def both_signs(parts: tuple[str, ...]) -> tuple[str, ...]:
     r"""`a \pm b` is two parts, `a + b` and `a - b`."""
     spread: list[str] = []
     for part in parts:
-        if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", part):
+        if len(re.findall(r"\\(?:pm|mp)(?![a-zA-Z])", part)) == 1:
             spread += [_with_sign(part, plus="+", minus="-"), _with_sign(part, plus="-", minus="+")]
         else:
             spread.append(part)
@@ -119,7 +119,9 @@ def _with_sign(part: str, *, plus: str, minus: str) -> str:
 # --- names of what is answered -----------------------------------------------------------------
 
 _NAME = (
-    r"(?:\\?[A-Za-z]+'*(?:_\{?\w+\}?)?(?:\s*\(\s*(?:\d+|[A-Za-z](?:\s*,\s*[A-Za-z])*)\s*\))?"
+    # a letter, a segment, a word, a command; xy is a product
+    r"(?:(?:[A-Za-z]|[A-Z]{2,}|[A-Za-z]{4,}|\\[A-Za-z]+(?:\s*\{?[A-Z]{2,}\}?)?)'*(?:\^\{-1\})?(?:_\{?\w+\}?)?(?:\s*\(\s*(?:\d+|[A-Za-z](?:\s*,\s*[A-Za-z])*)\s*\))?"
+    r"|[fghpqFGHPQ]\s*\([^()=]*\)"
     r"|\\frac\s*\{d[a-z]?\}\s*\{d[a-z]\})"
 )
 _NAMED = re.compile(
@@ -165,8 +167,28 @@ def _is_equation_in(text: str, names: tuple[str, ...]) -> bool:
     return bool(re.fullmatch("[a-zA-Z]", names[0])) and names[0] in left
 
 
+_VARIABLE = re.compile(
+    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?)?|(?:\\[a-z]+\s*\{?)?[A-Z]{2,}\}?|[A-Za-z]\s*\(\s*(?:\d+|[A-Z])\s*\)"
+)
+
+
 def _contradict(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
-    return left != right and all(re.fullmatch("[a-zA-Z]", name) for name in (*left, *right))
+    """Whether both name what they say, and not the same; x may be the x_1 of the other."""
+    if len(left) == len(right) == 1 and _MARKS.findall(left[0]) != _MARKS.findall(right[0]):
+        both = (left[0], right[0])
+        alike = all(name.startswith("\\frac") for name in both) or all("(" in n for n in both)
+        return alike and left[0][0] == right[0][0]
+    if [_letter(name) for name in left] == [_letter(name) for name in right]:
+        return bool(set(left) - set(right)) and all("_" in name for name in (*left, *right))
+    return all(_VARIABLE.fullmatch(name) for name in (*left, *right))
+
+
+# What makes another function of f: f', its inverse, dy/dx.
+_MARKS = re.compile(r"'+|\^\{-1\}|\{d[a-z]?\}")
+
+
+def _letter(name: str) -> str:
+    return name.partition("_")[0].strip()
 
 
 def _alphabetical(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -206,6 +228,8 @@ def _named(text: str) -> _Named:
     ]
     if len(parts) == 1 and (letters := _LETTERS.fullmatch(names[0])):
         return _Named(names=tuple(re.split(r"\s*,\s*", letters[1])), values=values[0], series=True)
+    if len(parts) > 1 and all(matches) and len({_letter(name) for name in names}) == 1:
+        return _Named(names=(_letter(names[0]),), values=", ".join(values))  # x_1 = 2, x_2 = 3
     if len(parts) > 1 and all(matches):
         # p = 5, q = 2, p = 7, q = 2 are two pairs
         distinct = tuple(dict.fromkeys(names))

@@ -20,6 +20,14 @@ class Unreadable(Exception):
     """An answer that sympy's reader makes nothing of; says which of both."""
 
 
+# Capitals side by side are the name of something, or what came up in a row, and not a product.
+_RUN = re.compile(r"(?<![a-zA-Z\\])[A-Z]{2,}(?![a-zA-Z])")
+
+
+# What sympy's reader leaves out and what says another thing.
+_SIGNS = (re.compile(r"\\ldots"), re.compile(r"\bnot\b|n't\b"))
+
+
 def silence() -> None:
     """math-verify and its parser log every answer that they cannot read."""
     for name in ("math_verify", "latex2sympy2_extended", "sympy"):
@@ -35,8 +43,17 @@ def same_meaning(gold: str, prediction: str) -> bool:
         raise Unreadable("prediction")
     if _marks(gold) != _marks(prediction):
         return False
+    if gold.casefold() == prediction.casefold() and gold != prediction:
+        return False  # N is not n; sympy's reader takes some for the same
+    if any(bool(sign.search(gold)) != bool(sign.search(prediction)) for sign in _SIGNS):
+        return False
+    if _is_equation(left) and not _is_equation(right) and _is_of_several(gold):
+        return False  # a curve, and no value with a name
     if _is_equation(left) and _is_equation(right):
         return _same_equation(left, right)
+    named = "=" in gold + prediction  # AB = 5 is 5
+    if not named and sorted(_RUN.findall(gold)) != sorted(_RUN.findall(prediction)):
+        return False
     if _verify(left, right):
         return not _far_apart(left, right, exact="." not in gold + prediction)
     return _has_i(left, right) and _verify(*_with_imaginary_unit(left, right))
@@ -67,7 +84,7 @@ def _verify(gold: Any, prediction: Any) -> bool:
 
 def _marks(text: str) -> list[str]:
     """Primes and stars: `x'` is not `x`."""
-    return re.findall(r"(?<=[a-zA-Z\d])(?:'+|\^\s*\{?\s*(?:\\prime|\\ast|\\star)\s*\}?)", text)
+    return re.findall(r"(?<=[a-zA-Z\d}])(?:'+|\^\s*\{?\s*(?:\\prime|\\ast|\\star)\s*\}?)", text)
 
 
 def _far_apart(gold: Any, prediction: Any, *, exact: bool) -> bool:
@@ -95,15 +112,21 @@ def _is_equation(parsed: Any) -> bool:
     return isinstance(parsed, Eq)
 
 
-def _same_equation(gold: Any, prediction: Any) -> bool:
-    """Whether one equation is the other times a number."""
-    from sympy import cancel
+def _is_of_several(equation: str) -> bool:
+    """Whether its left side has several variables."""
+    left = re.sub(r"\\[a-zA-Z]+|_\{?\w+\}?", "", equation.partition("=")[0])
+    return len(set(re.findall("[a-z]", left))) > 1
 
-    left, right = gold.lhs - gold.rhs, prediction.lhs - prediction.rhs
+
+def _same_equation(gold: Any, prediction: Any) -> bool:
+    """Whether one equation is the other times a number, denominators cleared."""
+    from sympy import cancel, fraction, together
+
+    left, right = (fraction(together(each.lhs - each.rhs))[0] for each in (gold, prediction))
     if left.free_symbols != right.free_symbols:
-        return _verify(gold, prediction)
+        return False
     ratio = cancel(left / right)
-    return bool(ratio.is_number and ratio.is_finite and ratio != 0) or _verify(gold, prediction)
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0)
 
 
 def _has_i(*parsed: Any) -> bool:

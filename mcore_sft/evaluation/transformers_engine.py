@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation.engine import Completion, Decode, Engine, Request, completion
+from mcore_sft.evaluation.engine import (
+    Completion,
+    Decode,
+    Engine,
+    Request,
+    check_weights,
+    completion,
+)
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.runtime.device import device
 
@@ -21,6 +28,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows that are done are taken out of the cache once they are this share of a batch: copying the
 # cache costs about as much as some ten steps of the rows that leave.
 _SHARE_DONE = 0.25
+_REASON_CHARACTERS = 500
 
 
 class TransformersEngine(Engine):
@@ -30,6 +38,7 @@ class TransformersEngine(Engine):
         self, folder: Path, config: EvaluationConfig, *, stop_ids: Collection[int], decode: Decode
     ) -> None:
         super().__init__(folder, config, stop_ids=stop_ids, decode=decode)
+        check_weights(folder)
         self._device = device()
         self._model = _load(folder, config).to(self._device).eval()
         self._shape = self._model.config.to_dict()  # with what config.json leaves unsaid
@@ -188,13 +197,24 @@ def _load(folder: Path, config: EvaluationConfig) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are said below, each by its name
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EvaluationError(f"{folder}: transformers cannot load this model: {reason}") from None
+    except Exception as error:  # what a damaged folder raises has no class in common
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EvaluationError(
+            f"{folder}: transformers cannot load this model ({reason[:_REASON_CHARACTERS]}); "
+            "mend its config.json, or export the model again"
+        ) from None
     missing = sorted(found.get("missing_keys", ()))
     if missing:
         raise EvaluationError(
             f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; export it again"
+        )
+    differing = sorted(found.get("mismatched_keys", ()))
+    if differing:
+        name, stored, expected = differing[0]
+        raise EvaluationError(
+            f"{folder}: {len(differing)} tensors have another shape than config.json says, {name} "
+            f"first: {list(stored)}, expected {list(expected)}; mend it, or export the model again"
         )
     return model

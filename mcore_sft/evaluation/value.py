@@ -111,7 +111,8 @@ class _Real:
         self._place = place
 
     def __call__(self, name: str) -> float:
-        return random.Random(f"{name} {self._place}").uniform(-20, 20)
+        reach = (2, 20, 200, 2000)[self._place % 4]
+        return random.Random(f"{name} {self._place}").uniform(-reach, reach)
 
 
 def _is_words(text: str) -> bool:
@@ -140,7 +141,7 @@ def _value(text: str, point: Point) -> _Value | None:
         if reader.token is not None or not cmath.isfinite(value):
             return None
         return _Value(value, reader.largest, reader.smallest, reader.odd_root)
-    except (_Ambiguous, ArithmeticError, ValueError):
+    except (_Ambiguous, ArithmeticError, ValueError, RecursionError):
         return None
 
 

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation.engine import Completion, Decode, Engine, Request, completion
+from mcore_sft.evaluation.engine import (
+    Completion,
+    Decode,
+    Engine,
+    Request,
+    check_weights,
+    completion,
+)
 from mcore_sft.evaluation.errors import EvaluationError
 
 _SCRIPT = Path(__file__).with_name("vllm_process.py")
@@ -58,7 +65,9 @@ class VllmEngine(Engine):
         log: Path | None = None,
     ) -> None:
         super().__init__(folder, config, stop_ids=stop_ids, decode=decode)
+        check_weights(folder)
         self._log = log
+        self._longest = 0
         self._python, self._versions = _interpreter(config.vllm.python)
         self._process: _Process | None = None
 
@@ -67,6 +76,12 @@ class VllmEngine(Engine):
         process, self._process = self._process, None
         if process is not None:
             process.end()
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """As every engine; the longest prompt that was checked decides vLLM's room."""
+        super().check(requests)
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        self._longest = max(self._longest, longest)
 
     def _limits(self) -> Mapping[str, int | None]:
         return {"evaluation.vllm.max_model_len": self._config.vllm.max_model_len}
@@ -80,7 +95,7 @@ class VllmEngine(Engine):
         self.check(requests)
         if not requests:
             return
-        process = self._started(max(len(request.prompt_ids) for request in requests))
+        process = self._started()
         waiting = len(requests)
         try:
             process.ask(requests)
@@ -92,9 +107,9 @@ class VllmEngine(Engine):
             if waiting:  # what is still being answered would be taken for the next call's
                 self.close()
 
-    def _started(self, longest: int) -> "_Process":
-        """The process, with room for prompts of `longest` tokens."""
-        room = self._config.vllm.max_model_len or longest + self._config.max_new_tokens
+    def _started(self) -> "_Process":
+        """The process, with room for the longest prompt and its answer."""
+        room = self._config.vllm.max_model_len or self._longest + self._config.max_new_tokens
         if self._process is not None and self._process.room < room:
             self.close()
         if self._process is None:

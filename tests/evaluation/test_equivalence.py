@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from mcore_sft.evaluation.equivalence import judge, judge_exactly
@@ -54,7 +56,31 @@ EQUAL_EXACTLY = [
     (r"\text{no solution}", r"\emptyset"),
     (r"\text{ellipse}", "an ellipse"),
     (r"\cos 58^\circ", r"\cos 58"),
+    (r"\cos 36^\circ", r"\cos(36)"),
     (r"\pm 3", "3, -3"),
+    (r"(\pm 1, 2)", "(1,2), (-1,2)"),
+    ("2,3", "x_1 = 3, x_2 = 2"),
+    ("10", r"x = 10 \text{ cm}"),
+    ("10", "f(-3) = 10"),
+    (r"\frac12", r"P(X > 3) = \frac12"),
+    (r"\frac13", "0.333..."),
+    ("-5", "negative five"),
+    ("25", "twenty-five"),
+    (r"\frac34", "three quarters"),
+    (r"\frac12", "1 out of 2"),
+    ("3:5", r"3 \text{ to } 5"),
+    ("2:4:6", "1:2:3"),
+    (r"\text{Alice and Bob}", "Bob and Alice"),
+    ("C", "option C"),
+    ("(1,2)", "the point P(1, 2)"),
+    ("(1,2)", r"\begin{cases}x=1\\y=2\end{cases}"),
+    ("2,3", r"x=2 \lor x=3"),
+    (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2"),
+    ("[2,3]", r"x \ge 2 \text{ and } x \le 3"),
+    ("1<x<2", "2>x>1"),
+    (r"(-\infty,1)\cup(1,\infty)", r"x \ne 1"),
+    (r"(-\infty,\infty)", r"\text{all real numbers}"),
+    (r"[0,1)\cup[2,3]", r"[2,3] \cup [0,1)"),
 ]
 
 DIFFERENT_EXACTLY = [
@@ -91,6 +117,19 @@ DIFFERENT_EXACTLY = [
     (r"(0,1)\cup(2,3)", r"(0,1)\cup(2,4)"),
     (r"(2,\infty)", "[1,2,3]"),
     (r"\pm 3", "3"),
+    ("5-a", "5"),
+    ("2/a", "2"),
+    ("2", "2x_{1}"),
+    ("10,000", "10, 0"),
+    ("10000000000000", "10000000000001.0"),
+    ("0.333", "0.333..."),
+    ("3:4:5", "3:5:4"),
+    ("0", "2x-6=0"),
+    ("0", "2x-y+3=0"),
+    ("5", "x-5=5"),
+    (r"x<1 \text{ or } x>2", r"x<1 \text{ and } x>2"),
+    (r"\{1,2\}", r"\{\{1\},\{2\}\}"),
+    (r"\text{C, D}", "D, E"),
 ]
 
 EQUAL_SYMBOLICALLY = [
@@ -107,7 +146,13 @@ EQUAL_SYMBOLICALLY = [
     ("2x-y+3=0", "y=2x+3"),
     ("x^2+y^2=4", "y^2+x^2-4=0"),
     ("8", "2^3=8"),
+    ("120", "5! = 120"),
+    ("xy=6", r"y=\frac{6}{x}"),
     ("5", "(2+i)(2-i)"),
+    ("3", r"\log_2(8)"),
+    ("abc", "cab"),
+    (r"\ln 2", "ln 2"),
+    (r"2\sin x", "2 sin(x)"),
     ("-1", "i^2"),
     (r"\frac12", r"\sin 30^\circ"),
     (r"\frac{1\pm\sqrt5}{2}", r"\frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}"),
@@ -130,6 +175,29 @@ DIFFERENT_SYMBOLICALLY = [
     (r"8-i", "8+i"),
     ("163", "x > 163"),
     ("5", "5 at least"),
+    ("12", "12 abc"),
+    ("2", "2 sin theta"),
+    ("5", "5 theta"),
+    ("AB=5", "CD=5"),
+    ("x_1=5", "x_2=5"),
+    ("f(2)=5", "f(3)=5"),
+    (r"\alpha=5", r"\beta=5"),
+    ("x=5", "X=5"),
+    ("f(x)=x^2", "f^{-1}(x)=x^2"),
+    ("f'(x)=2x", "f(x)=2x"),
+    ("xy=6", "x+y=6"),
+    ("xy=6", "6"),
+    (r"\frac{x}{y}=1", "xy=1"),
+    (r"\sin x = 5", r"\cos x = 5"),
+    ("2x+3y=6", "2x+3y=6.0000001"),
+    ("2", r"x \not= 2"),
+    ("HTH", "HHT"),
+    ("23", "2(3)"),
+    ("N!", "n!"),
+    (r"2\pi", r"2\Pi"),
+    ("1,2,3", "1,2,3,..."),
+    (r"25-x", r"\sqrt{(x-25)^2}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"),
     ("x", "x!"),
     ("x", "x'"),
     ("N", "n"),
@@ -168,7 +236,20 @@ def test_equal_by_mathematics(gold: str, prediction: str) -> None:
 
 @pytest.mark.parametrize(("gold", "prediction"), DIFFERENT_SYMBOLICALLY)
 def test_different_by_mathematics(gold: str, prediction: str) -> None:
-    assert judge(gold, prediction).outcome == "different"
+    assert judge(gold, prediction).outcome in {"different", "unparsable"}
+
+
+@pytest.mark.parametrize("repeated", ["A. ", "in. ", " ft.", "a.", "cm ", "a/", "of ", "1,1", "'"])
+def test_no_repetition_takes_long(repeated: str) -> None:
+    start = time.monotonic()
+    for text in (repeated * (400 // len(repeated)), "5" + repeated * 60 + " x"):
+        judge_exactly("5", text)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("deep", ["{" * 190 + "x" + "}" * 190, "(" * 300 + "1" + ")" * 300])
+def test_a_deep_gold_ends_nothing(deep: str) -> None:
+    assert judge_exactly(deep, "5") is None or not judge_exactly(deep, "5").correct
 
 
 def test_powers_side_by_side_are_no_tower() -> None:

@@ -1,4 +1,6 @@
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.evaluation import run
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
+from mcore_sft.evaluation.engine import Engine
 from mcore_sft.evaluation.errors import EvaluationError
+from mcore_sft.evaluation.transformers_engine import TransformersEngine
+from tests.evaluation.stand_in import FAIL, make_python
 
 
 class Letters:
@@ -29,11 +34,17 @@ class Letters:
 
 
 def evaluation(
-    model: Path, output: Path, *, problems: int = 6, samples: int = 0, **settings: Any
+    model: Path,
+    output: Path,
+    *,
+    problems: int = 6,
+    samples: int = 0,
+    letters: str = "abc",
+    **settings: Any,
 ) -> run.Evaluation:
-    letters: Any = Letters()
-    prompt: Prompt = letters
-    tokenizer: Tokenizer = letters
+    stand_in: Any = Letters()
+    prompt: Prompt = stand_in
+    tokenizer: Tokenizer = stand_in
     settings = {"precision": "fp32", "max_new_tokens": 5, "batch_size": 2, **settings}
     return run.Evaluation(
         model=model,
@@ -42,7 +53,7 @@ def evaluation(
             dataset_name="Mine",
             source="here",
             problems=tuple(
-                Problem(id=str(n), problem="abc" * (n + 1), answer="5", extra={})
+                Problem(id=str(n), problem=letters * (n + 1), answer="5", extra={})
                 for n in range(problems)
             ),
         ),
@@ -54,8 +65,16 @@ def evaluation(
     )
 
 
+def evaluate(*evaluations: run.Evaluation) -> dict[str, Any]:
+    """The last report."""
+    reports: list[dict[str, Any]] = []
+    run.evaluate(evaluations, lambda _, report: reports.append(report))
+    assert len(reports) == len(evaluations)
+    return reports[-1]
+
+
 def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
-    report = run.evaluate(evaluation(llama, tmp_path))
+    report = evaluate(evaluation(llama, tmp_path))
     assert report["verdicts"]["equal"] == report["score"]["symbolic_correct"]["hits"]
     assert sum(report["verdicts"].values()) == 6
     assert set(report["model"]["files"]) >= {"config.json", "model.safetensors"}
@@ -73,12 +92,12 @@ def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(llama: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    run.evaluate(evaluation(llama, whole))
+    evaluate(evaluation(llama, whole))
     lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / "answers.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    run.evaluate(evaluation(llama, torn, batch_size=3))
+    evaluate(evaluation(llama, torn, batch_size=3))
     resumed = (torn / "answers.jsonl").read_text().splitlines(keepends=True)
     assert resumed[:3] == lines[:3]
     assert sorted(resumed) == sorted(lines)
@@ -86,16 +105,16 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(llama: Path, tmp_path: Path
 
 
 def test_another_setting_is_asked_anew(llama: Path, tmp_path: Path) -> None:
-    run.evaluate(evaluation(llama, tmp_path))
-    run.evaluate(evaluation(llama, tmp_path, max_new_tokens=4))
+    evaluate(evaluation(llama, tmp_path))
+    evaluate(evaluation(llama, tmp_path, max_new_tokens=4))
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
-    run.evaluate(evaluation(llama, tmp_path, timeout=3.0))
+    evaluate(evaluation(llama, tmp_path, timeout=3.0))
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
 
 
 def test_more_problems_ask_only_the_new_ones(llama: Path, tmp_path: Path) -> None:
-    run.evaluate(evaluation(llama, tmp_path, problems=2))
-    run.evaluate(evaluation(llama, tmp_path, problems=5))
+    evaluate(evaluation(llama, tmp_path, problems=2))
+    evaluate(evaluation(llama, tmp_path, problems=5))
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 5
 
 
@@ -105,7 +124,7 @@ def test_grading_asks_for_answers_first(llama: Path, tmp_path: Path) -> None:
 
 
 def test_samples_beside_the_greedy_answer(llama: Path, tmp_path: Path) -> None:
-    report = run.evaluate(evaluation(llama, tmp_path, problems=3, samples=2))
+    report = evaluate(evaluation(llama, tmp_path, problems=3, samples=2))
     rows = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
     assert [(row["id"], row["sample"]) for row in rows] == [
         (str(problem), sample) for problem in range(3) for sample in range(3)
@@ -120,9 +139,15 @@ def test_samples_beside_the_greedy_answer(llama: Path, tmp_path: Path) -> None:
     ]
     assert "pass@1[2]       | 3" in report["text"]
     # more samples ask only for the new ones, and grading again asks nothing
-    run.evaluate(evaluation(llama, tmp_path, problems=3, samples=3))
-    run.evaluate(evaluation(llama, tmp_path, problems=3, samples=3, policy="final_answer"))
+    evaluate(evaluation(llama, tmp_path, problems=3, samples=3))
+    evaluate(evaluation(llama, tmp_path, problems=3, samples=3, policy="final_answer"))
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
+
+
+def test_one_sample(llama: Path, tmp_path: Path) -> None:
+    report = evaluate(evaluation(llama, tmp_path, problems=2, samples=1, greedy=False))
+    percents = {name: report["score"][name]["percent"] for name in ("majority@1", "pass@1[1]")}
+    assert percents["majority@1"] == percents["pass@1[1]"]
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.9}, {"top_p": 0.5}, {"seed": 1}])
@@ -135,12 +160,12 @@ def test_sampling_is_no_part_of_a_greedy_answer(
 
 
 def test_samples_alone(llama: Path, tmp_path: Path) -> None:
-    report = run.evaluate(evaluation(llama, tmp_path, problems=2, samples=2, greedy=False))
+    report = evaluate(evaluation(llama, tmp_path, problems=2, samples=2, greedy=False))
     assert "num_tests_per_prompt=2" in report["text"]
     assert "temperature=0.7 top_p=0.95" in report["text"]
     assert "greedy" not in report["text"]
     with pytest.raises(EvaluationError, match="nothing is asked; give --benchmark mine:N"):
-        run.evaluate(evaluation(llama, tmp_path, greedy=False))
+        evaluate(evaluation(llama, tmp_path, greedy=False))
 
 
 def test_examples_stand_before_the_problem(llama: Path, tmp_path: Path) -> None:
@@ -154,3 +179,144 @@ def test_examples_stand_before_the_problem(llama: Path, tmp_path: Path) -> None:
     asked = evaluation(llama, tmp_path, few_shot=1, few_shot_examples=str(shots)).asked[0]
     assert "".join(map(chr, asked.prompt_ids)) == "See. p1=s1; Now abc"
     assert asked.key != without.key
+
+
+class Engines:
+    """What `run.open_engine` opened, and how often engines were closed and asked."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.opened: list[Engine] = []
+        self.closed: list[Engine] = []
+        self.asked: list[int] = []
+        really, close, generate = (
+            run.open_engine,
+            TransformersEngine.close,
+            TransformersEngine.generate,
+        )
+
+        def opening(*arguments: Any, **named: Any) -> Engine:
+            self.opened.append(really(*arguments, **named))
+            return self.opened[-1]
+
+        def closing(engine: TransformersEngine) -> None:
+            self.closed.append(engine)
+            close(engine)
+
+        def generating(engine: TransformersEngine, requests: Any) -> Iterator[Any]:
+            self.asked.append(len(requests))
+            return generate(engine, requests)
+
+        patch.setattr(run, "open_engine", opening)
+        patch.setattr(TransformersEngine, "close", closing)
+        patch.setattr(TransformersEngine, "generate", generating)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    return Engines(monkeypatch)
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+def test_one_engine_answers_every_benchmark(llama: Path, tmp_path: Path, engines: Engines) -> None:
+    def both(**settings: Any) -> list[run.Evaluation]:
+        return [
+            evaluation(llama, tmp_path / "two", problems=2, **settings),
+            evaluation(llama, tmp_path / "three", problems=3, **settings),
+        ]
+
+    evaluate(*both())
+    assert engines.asked == [2, 3]
+    assert engines.opened == engines.closed
+    assert len(engines.opened) == 1
+    for name in ("two", "three"):
+        assert json.loads((tmp_path / name / "engine.json").read_text())["engine"] == "transformers"
+    # what is answered needs none
+    evaluate(*both())
+    evaluate(*both(policy="final_answer"))
+    assert len(engines.opened) == 1
+    # one is opened where the first question is open, and by what is open alone
+    answers = tmp_path / "three" / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:2]))
+    evaluate(*both())
+    assert engines.asked == [2, 3, 1]
+    assert engines.opened == engines.closed
+    assert len(engines.opened) == 2
+
+
+def test_each_report_is_told_before_the_next_is_asked(llama: Path, tmp_path: Path) -> None:
+    both = [evaluation(llama, tmp_path / name, problems=1) for name in "ab"]
+    told: list[tuple[Path, bool]] = []
+
+    def tell(done: run.Evaluation, report: dict[str, Any]) -> None:
+        assert report == json.loads((done.output / "report.json").read_text())
+        told.append((done.output, (tmp_path / "b" / "engine.json").exists()))
+
+    run.evaluate(both, tell)
+    assert told == [(tmp_path / "a", False), (tmp_path / "b", True)]
+
+
+def test_all_is_checked_before_anything_is_asked(
+    llama: Path, tmp_path: Path, engines: Engines
+) -> None:
+    long = evaluation(llama, tmp_path / "long", problems=1, letters="a" * 252)
+    with pytest.raises(EvaluationError, match="the longest prompt has 252 tokens"):
+        evaluate(evaluation(llama, tmp_path / "short"), long)
+    assert engines.asked == []
+    assert engines.opened == engines.closed
+    assert len(engines.opened) == 1
+    assert lines(tmp_path / "short" / "answers.jsonl") == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EvaluationError])
+@pytest.mark.parametrize("asking", [True, False])
+def test_the_engine_is_closed_whatever_ends_the_run(
+    llama: Path,
+    tmp_path: Path,
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    asking: bool,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    if asking:
+        monkeypatch.setattr(TransformersEngine, "_batch", fail)
+    with pytest.raises(error) as caught:
+        run.evaluate([evaluation(llama, tmp_path / name) for name in "ab"], fail)
+    assert engines.opened == engines.closed
+    assert len(engines.opened) == 1
+    # nor does a file stay locked, though the traceback still holds all that was there
+    assert caught.tb is not None
+    monkeypatch.undo()
+    evaluate(*(evaluation(llama, tmp_path / name) for name in "ab"))
+
+
+def test_vllm_is_started_once_with_room_for_the_longest(llama: Path, tmp_path: Path) -> None:
+    settings = {"engine": "vllm", "problems": 2, "vllm": {"python": make_python(tmp_path)}}
+    short = evaluation(llama, tmp_path / "short", **settings)
+    long = evaluation(llama, tmp_path / "long", letters="a" * 30, **settings)
+    evaluate(short, long)
+    log = (tmp_path / "short" / "engine.log").read_text()
+    assert re.findall(r"'max_model_len', (\d+)", log) == ["65"]
+    assert not (tmp_path / "long" / "engine.log").exists()
+    assert lines(tmp_path / "long" / "answers.jsonl") == 2
+
+
+def test_what_was_done_stays_where_the_engine_breaks(llama: Path, tmp_path: Path) -> None:
+    settings = {"engine": "vllm", "problems": 2, "vllm": {"python": make_python(tmp_path)}}
+    broken = evaluation(llama, tmp_path / "broken", letters=chr(FAIL), **settings)
+    with pytest.raises(EvaluationError, match="no memory is left"):
+        evaluate(evaluation(llama, tmp_path / "whole", **settings), broken)
+    assert (tmp_path / "whole" / "report.json").exists()
+    assert not (tmp_path / "broken" / "report.json").exists()
+
+
+def test_a_file_that_cannot_be_hashed_is_said(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "away")
+    with pytest.raises(EvaluationError, match=r"model\.safetensors: cannot be read \(No such file"):
+        evaluate(evaluation(tmp_path, tmp_path / "out"))

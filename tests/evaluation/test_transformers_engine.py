@@ -1,3 +1,5 @@
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,4 +94,34 @@ def test_what_does_not_fit_is_said_before_anything_runs(llama: Path) -> None:
 
 def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no config\.json here"):
+        answer(tmp_path, requests(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": None}, "cannot load this model .*`model_type` key in its config.json"),
+        ({"hidden_size": "x"}, "'hidden_size' expected int, got str .*mend its config.json"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError.*mend its config.json"),
+        ({"hidden_act": "x"}, "KeyError: 'x'"),
+        ({"num_hidden_layers": None}, "tensors are missing, model.layers.10"),
+        ({"vocab_size": None}, r"lm_head.weight first: \[301, 64\], expected \[32000, 64\]"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_said(
+    llama: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    """A key that is None here is lacking there."""
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    shape = json.loads((tmp_path / "config.json").read_text()) | changes
+    kept = {name: value for name, value in shape.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(EvaluationError, match=said):
+        answer(tmp_path, requests(1))
+
+
+def test_weights_that_no_library_reads_are_said(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(EvaluationError, match=r"transformers cannot load this model \(EOFError"):
         answer(tmp_path, requests(1))

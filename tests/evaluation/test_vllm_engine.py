@@ -94,6 +94,18 @@ def test_longer_prompts_get_more_room(llama: Path, python: Path, tmp_path: Path)
     assert re.findall(r"'max_model_len', (\d+)", log.read_text()) == ["5", "7"]
 
 
+def test_what_is_checked_together_gets_room_at_once(
+    llama: Path, python: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "vllm.log"
+    with opened(llama, python, log) as engine:
+        engine.check([])
+        engine.check(asked((1,), (1, 2, 3), (1, 2)))
+        for prompt in ((1,), (1, 2, 3), (1, 2)):
+            assert [len(many) for many in engine.generate(asked(prompt))] == [1]
+    assert re.findall(r"'max_model_len', (\d+)", log.read_text()) == ["7"]
+
+
 def test_an_error_there_is_shown_here(llama: Path, python: Path, family: Family) -> None:
     engine = opened(llama, python)
     with engine, pytest.raises(EvaluationError, match="no memory is left") as caught:
