@@ -90,7 +90,8 @@ class IndexedTokens:
         starts = self.offsets[indices] // self.dtype.itemsize
         ends = starts + self.lengths[indices]
         values, cuts = self.values, zip(starts.tolist(), ends.tolist(), strict=True)
-        return [values[start:end].astype(_INT32, copy=False) for start, end in cuts]
+        taken = [values[start:end] for start, end in cuts]
+        return taken if self.dtype == _INT32 else [each.astype(_INT32) for each in taken]
 
 
 def _read_header(index: Path, mend: str) -> tuple[int, int, int]:
