@@ -39,6 +39,15 @@ def experiment(arguments: argparse.Namespace) -> RunConfig:
     return loaded
 
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved: started again, it goes on (EX_TEMPFAIL).
+torchrun makes 1 of it, as of every failure."""
+
+
+class Stopped(Exception):
+    """The run was asked to end before its last step, and has saved; the message says by what."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came, which ends a command as Ctrl-C does: what is unfinished is cleaned away."""
 
@@ -47,14 +56,17 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command; an error meant for the user is one sentence on stderr and exit code 2.
 
     Every error meant for the user is a `UserError`; anything else is a defect of ours and keeps
-    its traceback. Ctrl-C is exit code 130, SIGTERM 143.
+    its traceback. Ctrl-C is exit code 130, SIGTERM 143, and a run that was asked to stop and has
+    saved (`Stopped`) is 75.
     """
     # Libraries warn about each other at import (no Apex, renamed functions): nothing that a user of
     # these commands could act on. What is asked for and absent is an error of our own.
     for library in ("megatron", "torch"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
     before = signal.getsignal(signal.SIGTERM)
-    if "RANK" not in os.environ:  # torchrun ends ranks that hang where no handler of ours would run
+    # torchrun ends ranks that hang where no handler of ours would run. Training hears SIGTERM by
+    # itself, from its first step on: what was learned is saved.
+    if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
@@ -65,6 +77,10 @@ def run(main: Callable[[], None]) -> NoReturn:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except Terminated:
         print("terminated", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGTERM)

@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -48,7 +47,19 @@ def test_signals_are_one_sentence(number, rank, ends):
 def test_handlers_are_as_they_were(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit) as stopped:
-        command.run(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
-    assert stopped.value.code == 143
+    with pytest.raises(SystemExit) as ended:
+        command.run(lambda: None)
+    assert ended.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "stopped: SIGTERM came\n"), ("1", "")])
+def test_a_run_that_was_asked_to_stop_has_an_exit_code_of_its_own(monkeypatch, capsys, rank, said):
+    def stops():
+        raise command.Stopped("SIGTERM came")
+
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        command.run(stops)
+    assert ended.value.code == command.STOPPED == 75
+    assert capsys.readouterr().err == said
