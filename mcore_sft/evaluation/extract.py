@@ -289,7 +289,8 @@ def _said(text: str, spans: list[_Span]) -> str:
 def _apart(text: str, spans: list[_Span], following: _Span) -> list[_Span]:
     """Those of `spans` in the sentence of `following` that are neither named nor reasons."""
     found: list[_Span] = []
-    for span in reversed(spans):
+    near = [span for span in spans if following.start - span.start < _ANSWER_LENGTH]
+    for span in reversed(near):
         between = text[span.end : following.start]
         ended = _SENTENCE_END.search(text, span.end - 3, following.start)
         if len(between) > _NEAR or ended or _THEREFORE.search(between):

@@ -247,8 +247,8 @@ def test_formulas_that_stand_apart(written: str, meant: str) -> None:
         ),
     ],
 )
-def test_a_megabyte_of_anything_takes_no_time(policy: Policy, piece: str) -> None:
-    response = piece * (1_000_000 // len(piece))
+def test_a_long_text_of_anything_takes_no_time(policy: Policy, piece: str) -> None:
+    response = piece * (300_000 // len(piece))
     start = time.monotonic()
     for text in {
         response,
