@@ -140,6 +140,7 @@ def _comparable(gold: str, prediction: str) -> tuple[str, str]:
         letters = bounded_letters(left), bounded_letters(right)
         if not (letters[0] and letters[1]) or letters[0] == letters[1]:
             left, right = as_intervals(left) or left, as_intervals(right) or right
+    left, right = (re.sub(r"\s*\\l(?:and|or)(?![a-zA-Z])", ",", text) for text in (left, right))
     return _without_set(*_points(left, right))
 
 
@@ -166,7 +167,7 @@ def _is_region(text: str) -> bool:
     return interval or "\\cup" in text or bool(re.search(r"[<>]|\\[lgn]e\b|\\mathbb", text))
 
 
-_POINT = re.compile(r"(?:the )?(?:point )?(?:[A-Z]\s*)?(\([^()]*,[^()]*\))")
+_POINT = re.compile(r"(?:[Tt]he )?(?:point )?(?:[A-Z]\s*)?(\([^()]*,[^()]*\))")
 
 
 def _points(gold: str, prediction: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ r"""Bounds of a letter in, the intervals that it may be in out, as a union.
 
 import re
 
-from mcore_sft.evaluation.series import read_series, split
+from mcore_sft.evaluation.series import read_series
 from mcore_sft.evaluation.value import value_at_a_point
 
 _SIDE = r"([^<>\\,]*(?:\\(?:frac|sqrt|pi|infty)[^<>\\,]*)*)"
@@ -23,22 +23,26 @@ def as_intervals(text: str) -> str | None:
     if _REALS.fullmatch(text.strip()):
         return r"(-\infty, \infty)"
     pieces, letters = [], set()
-    for part in split(text) or ("",):
-        bounds = [_bounds(bound.strip()) for bound in part.split(r"\land")]
+    for part in text.split(r"\lor"):
+        bounds = [_bounds(bound.strip()) for bound in re.split(r"\\land|,", part)]
         read = [bound for bound in bounds if bound]
-        piece = _both([interval for _, interval in read]) if len(read) == len(bounds) else None
-        if piece is None:
+        if len(read) < len(bounds):
             return None
         letters |= {letter for letter, _ in read}
-        pieces.append(piece)
-    if len(pieces) == 2 and (between := _both(pieces)) and _is_between(between):
-        pieces = [between]  # x > 1, x < 2
+        intervals = [interval for _, interval in read]
+        both = _both(intervals)
+        if "," in part and both and not _is_between(both):
+            pieces += intervals  # x < 1, x > 2
+        elif both:
+            pieces.append(both)
+        else:
+            return None
     return r" \cup ".join(pieces) if len(letters) == 1 else None
 
 
 def bounded_letters(text: str) -> set[str]:
     """The letters that the inequalities of `text` bound."""
-    read = [_bounds(bound.strip()) for bound in re.split(r",|\\land", text)]
+    read = [_bounds(bound.strip()) for bound in re.split(r",|\\land|\\lor", text)]
     return {bound[0] for bound in read if bound}
 
 

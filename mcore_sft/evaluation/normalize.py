@@ -96,6 +96,7 @@ _MARKUP = (
     (r"\+\s*/\s*-", r"\\pm "),
     (r"\\(?:ldots|dots|cdots|dotsc)(?![a-zA-Z])|\.\.\.", r"\\ldots "),
     (r"(\d*\.\d*?)(\d)\2{2,}\s*\\ldots\s*$", r"\1\\overline{\2}"),  # 0.333...
+    (r"(\d*\.\d*?)(\d{2,6}?)\2+\s*\\ldots\s*$", r"\1\\overline{\2}"),  # 0.1212...
     (r"(\d*\.\d*?)(\d)\s+(?:repeating|recurring)\s*$", r"\1\\overline{\2}"),
     (r"(\d*\.\d*)\((\d+)\)\s*$", r"\1\\overline{\2}"),
     (r"\\dot\s*\{(\d)\}", r"\\overline{\1}"),
@@ -133,7 +134,7 @@ _PLAIN = (
     (r"\*", r"\\cdot "),
     (r"(?<![_\d])(?<!_\{)(\d+)\s*(?=\(\d+\)$|\(\\frac)", r"\1 \\cdot "),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times "),
-    (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|ln|log)(?![a-zA-Z])", r"\\\1 "),
+    (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|cot|csc|exp|ln|log)(?![a-zA-Z])", r"\\\1 "),
     (r"^(\d+)\s+(?:out\s+of|in)\s+(\d+)$", r"\\frac{\1}{\2}"),
     (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
     (r"^=\s*", ""),
@@ -169,7 +170,7 @@ def normalize(answer: str, *, thousands: bool = True) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
         text = re.sub(r"\s*(?:\\\\|\\?&)\s*", ", ", text)
     text = _apply(_GROUPS, text)
-    text = _apply(_MARKUP, text)
+    text = _without_braces(_apply(_MARKUP, text).strip())
     text = _without_currency(text)
     text = re.sub(r"\\text(?:normal)?\s*\{\s*(and|or)\s*\}", r" \1 ", text)
     text = _LETTER_UNIT.sub("", _apply(_SPACES, text))
@@ -220,6 +221,18 @@ def _without_wrapping(text: str) -> str:
         if inner == text:
             return text
         text = inner
+
+
+def _without_braces(text: str) -> str:
+    """`{(1, 2)}` -> `(1, 2)`, as colours leave it."""
+    while re.fullmatch(r"\{.*(?<!\\)\}", text, re.DOTALL) and r"\choose" not in text:
+        depth = [0]
+        for sign in text[:-1]:
+            depth.append(depth[-1] + (sign == "{") - (sign == "}"))
+        if 0 in depth[1:]:
+            break
+        text = text[1:-1].strip()
+    return text
 
 
 def _without_currency(text: str) -> str:
@@ -304,10 +317,10 @@ def _improper(match: re.Match[str]) -> str:
 
 def _join_conjunctions(text: str) -> str:
     """`3 and 5`, `3 or 5`, `3, 5, and 7` -> elements with commas between."""
-    if not re.search(r"(?:[\d}=)]|\b[A-Z])\s*,?\s*(?:and|or)\b", text):
+    if not re.search(r"(?:[\d}=)]|\b[A-Z]|\b[a-z])\s*,?\s*(?:and|or)\b", text):
         return text
-    if re.search(r"[<>]|\\[lg]e(?![a-zA-Z])", text):
-        text = re.sub(r"\s*,?\s*(?<![a-zA-Z\\])and(?=[\s\d\-\\(])\s*", r" \\land ", text)
+    if re.search(r"[<>]|\\[lgn]e(?![a-zA-Z])", text):  # of inequalities, which one matters
+        return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(and|or)(?=[\s\d\-\\(])\s*", r" \\l\1 ", text)
     return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?=[\s\d\-\\(a-zA-Z])\s*", ", ", text)
 
 

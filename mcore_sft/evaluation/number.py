@@ -41,7 +41,8 @@ _ONES = (
 )
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
+_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6}
+_PARTS |= {"seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
 
 
 def _in_words(text: str) -> Fraction | None:
@@ -62,6 +63,9 @@ def _in_words(text: str) -> Fraction | None:
         case [*few, scale] if few and scale in _SCALES:
             value = _in_words(" ".join(few))
             return None if value is None else value * _SCALES[scale]
+        case [one, "hundred", *rest] if one in _ONES[1:10]:
+            value = _in_words(" ".join(rest[1:] if rest[0] == "and" else rest))
+            return None if value is None else 100 * _ONES.index(one) + value
         case [*few, part] if few and (part in _PARTS or part.removesuffix("s") in _PARTS):
             value = _in_words(" ".join(few))
             size = _PARTS.get(part) or _PARTS[part.removesuffix("s")]

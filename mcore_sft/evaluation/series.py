@@ -138,6 +138,19 @@ class _Named:
     series: bool = False
     """One value for each of several names: a tuple, or a list of such tuples."""
 
+    @property
+    def roots(self) -> bool:
+        """Whether the names are those of x_1, x_2 and so on, whose order means nothing."""
+        return len({_letter(name) for name in self.names}) == 1
+
+    @property
+    def alone(self) -> str:
+        """The values where the other side has no names."""
+        if self.roots:
+            series = read_series(self.values)
+            return ", ".join(series.parts) if series else self.values
+        return _in_order(self, _alphabetical(self.names))
+
 
 def without_names(gold: str, prediction: str) -> tuple[str, str]:
     r"""Drop `x =`, `f(x) =`, `(x, y) =`, `x \in`, values being in the order of their names.
@@ -153,9 +166,9 @@ def without_names(gold: str, prediction: str) -> tuple[str, str]:
     if left.names and right.names and _contradict(left.names, right.names):
         return gold, prediction
     if left.series and not right.names:
-        return _in_order(left, _alphabetical(left.names)), right.values
+        return left.alone, right.values
     if right.series and not left.names:
-        return left.values, _in_order(right, _alphabetical(right.names))
+        return left.values, right.alone
     return left.values, right.values
 
 
@@ -164,7 +177,7 @@ def _is_equation_in(text: str, names: tuple[str, ...]) -> bool:
     left, sign, right = text.partition("=")
     if not sign or "=" in right or len(names) != 1 or re.fullmatch(_NAME, left.strip()):
         return False
-    return bool(re.fullmatch("[a-zA-Z]", names[0])) and names[0] in left
+    return bool(re.fullmatch("[a-zA-Z]", names[0])) and names[0] in (*left, right.strip())
 
 
 _VARIABLE = re.compile(
@@ -176,8 +189,14 @@ def _contradict(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
     """Whether both name what they say, and not the same; x may be the x_1 of the other."""
     if len(left) == len(right) == 1 and _MARKS.findall(left[0]) != _MARKS.findall(right[0]):
         both = (left[0], right[0])
-        alike = all(name.startswith("\\frac") for name in both) or all("(" in n for n in both)
+        if sum(name.startswith("\\frac") for name in both) == 1:
+            return not any("'" in name for name in both)  # dy/dx is y'
+        alike = len({"(" in name for name in both}) == 1
         return alike and left[0][0] == right[0][0]
+    if len(left) == len(right) == 1 and (a := _CALL.fullmatch(left[0])):
+        b = _CALL.fullmatch(right[0])
+        if b and a[1] == b[1] and not re.fullmatch(r"[a-z,\s]+", a[2] + b[2]):
+            return a[2].replace(" ", "") != b[2].replace(" ", "")
     if [_letter(name) for name in left] == [_letter(name) for name in right]:
         return bool(set(left) - set(right)) and all("_" in name for name in (*left, *right))
     return all(_VARIABLE.fullmatch(name) for name in (*left, *right))
@@ -185,6 +204,9 @@ def _contradict(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
 
 # What makes another function of f: f', its inverse, dy/dx.
 _MARKS = re.compile(r"'+|\^\{-1\}|\{d[a-z]?\}")
+
+
+_CALL = re.compile(r"([A-Za-z])\s*\((.*)\)")
 
 
 def _letter(name: str) -> str:
@@ -228,8 +250,6 @@ def _named(text: str) -> _Named:
     ]
     if len(parts) == 1 and (letters := _LETTERS.fullmatch(names[0])):
         return _Named(names=tuple(re.split(r"\s*,\s*", letters[1])), values=values[0], series=True)
-    if len(parts) > 1 and all(matches) and len({_letter(name) for name in names}) == 1:
-        return _Named(names=(_letter(names[0]),), values=", ".join(values))  # x_1 = 2, x_2 = 3
     if len(parts) > 1 and all(matches):
         # p = 5, q = 2, p = 7, q = 2 are two pairs
         distinct = tuple(dict.fromkeys(names))

@@ -23,10 +23,10 @@ _FILLERS = {"per", "an", "a", "of", "the", "in", "to", "at", "on"}
 _SHORT = {"men", "red", "odd", "new", "big", "old", "all"}
 # Units that may touch their number, for no product of letters is written so.
 _TIGHT = {"cm", "mm", "km", "kg", "ft", "mph", "lb", "lbs"}
-_NUMBER = r"(?:\\(?:frac|sqrt|pi|times|cdot|pm)\b|[\d\s.,/^{}()+\-])*\d[\d\s{}().!]*(?:\\pi\s*)?"
-_QUANTITY = re.compile(rf"({_NUMBER}(?<!\S-))([a-zA-Z][a-zA-Z\s/.,^{{}}\d\-']*)")
+_NUMBER = r"(?:\\(?:frac|sqrt|pi|times|cdot|pm)(?![a-zA-Z])|[\d\s.,/^{}()+\-!])+"
+_QUANTITY = re.compile(rf"({_NUMBER})([a-zA-Z][a-zA-Z\s/.,^{{}}\d\-']*)")
 _WORD = re.compile(r"(?:[kcm]?m|mi|ft)/[a-z]+|[a-zA-Z']+")
-_POWER = re.compile(r"\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d)")
+_POWER = re.compile(r"\s*\^\s*(?:\{\s*\d\s*\}|\d)")
 _ORDINAL = re.compile(r"(\d+)\s*(?:-|\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?\.?", re.IGNORECASE)
 _LONGEST = 200
 
@@ -35,7 +35,8 @@ _CHANGES_VALUE = re.compile(
     "tens|half|halves|thirds?|quarters?|[a-z]+ths?|plus|minus|times|over|squared|cubed|factorial|"
     "negative|below|above|sqrt|root|log|ln|exp|(?:arc)?(?:sin|cos|tan)|less|more|least|most|greater|"
     "fewer|not|never|undefined|was|were|incorrect|wrong|modulo|recurring|repeating|divided|by|choose|power|point|ones|twos|threes|one|two|three|four|five|six|seven|eight|"
-    "nine|ten|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|psi|rho|tau",
+    "nine|ten|eleven|twelve|twenty|zero|twice|doubled|binary|octal|decimal|hexadecimal|reciprocal|"
+    "inverse|conjugate|prime|fails|false|impossible|excluded|without|except|maybe|negatives|kappa|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|psi|rho|tau",
     re.IGNORECASE,
 )
 
@@ -46,7 +47,9 @@ def without_units(text: str) -> str:
     if ordinal := _ORDINAL.fullmatch(quantity.strip()):
         return name + equals + ordinal[1]
     found = _QUANTITY.fullmatch(quantity.strip()) if len(quantity) <= _LONGEST else None
-    if not found or not _measures(found[2], tight=not found[1][-1:].isspace()):
+    if not found or not re.search(r"(?:\d[\s{}().!]*|\\pi\s*)$", found[1]):
+        return text
+    if not _measures(found[2], tight=not found[1][-1:].isspace()):
         return text
     return name + equals + found[1].rstrip()
 
