@@ -271,6 +271,9 @@ class TrainConfig(Section):
     """Packs joined in one row of a forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Parameters and activations; gradients, moments and main weights are fp32 in both."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping them: those of
+    attention (`selective`), or of whole layers but for their inputs (`full`)."""
     seed: Seed = 42
     """Seed of the order in which packs are visited."""
     last_step: Literal["drop", "pad"] = "drop"
@@ -279,6 +282,25 @@ class TrainConfig(Section):
     """Steps between validation losses; 0 is never."""
     validation_packs: CountOrZero = 0
     """Packs of a validation loss; 0 is all of them."""
+    max_minutes: Positive | None = None
+    """Save and stop after the step in which so many minutes since the start are over, as after
+    SIGTERM and SIGUSR1, with exit code 75 (torchrun makes 1 of it); leave time for the save. When
+    it is started again, the run goes on."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is no finite number does: the run ends, or the update is not
+    made, with the packs named in both; after ten such steps in a row the run ends."""
+    on_spike: Literal["warn", "skip"] = "warn"
+    """What a loss spike does: it is told, or the update is not made either."""
+    spike_sigmas: Positive = 6.0
+    """A loss so many standard deviations above the mean of the last ones is a spike."""
+    hang_seconds: Positive | None = 1800.0
+    """The run ends, and every rank's stack is written, after so many seconds in which a rank has
+    computed no micro-batch; none is never."""
+    deterministic: bool = False
+    """The same bits from the same run on the same layout, on GPUs too, where that costs speed. What
+    is random in a run is drawn from the seeds of its configuration alone, always."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Steps of that mean; while there are fewer than half of them, there are no spikes."""
 
 
 class OptimizerConfig(Section):
@@ -316,7 +338,13 @@ class CheckpointConfig(Section):
     every: CountOrZero = 0
     """Steps between checkpoints; the last step is always kept. 0 is only then."""
     keep: CountOrZero = 0
-    """Newest checkpoints that stay; 0 is all."""
+    """Newest checkpoints that stay; 0 is all or, with `best`, the last alone."""
+    best: CountOrZero = 0
+    """Checkpoints of the lowest `metric`, which stay beside those; 0 is none."""
+    metric: Literal["validation_loss"] = "validation_loss"
+    """What the best are told by."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many steps stay too, to be averaged; 0 is none."""
     resume: bool = True
     """Go on from the newest complete checkpoint of this run, if there is one."""
 
@@ -403,10 +431,32 @@ class EvaluationConfig(Section):
 
 
 class LogConfig(Section):
-    """What the console shows."""
+    """What is shown and written of a run."""
 
     every: Count = 1
     """Steps between lines on the console; the JSON lines hold every step."""
+    tensorboard: bool = False
+    """Write every step's numbers for TensorBoard too, into `tensorboard` in the run's folder."""
+    wandb: str | None = None
+    """Send the numbers of every step to this W&B project too."""
+    curve: bool = False
+    """Draw loss.png into the run's folder at the end, as tools/draw_loss.py does at any time."""
+    peak_tflops: Positive | None = None
+    """Peak speed of one device, in 1e12 bf16 operations a second, for the share of it that is used
+    (mfu); without it, that of the GPU's data sheet where it is known."""
+    stragglers_every: CountOrZero = 100
+    """Steps between comparisons of the ranks' own times, which name the slow ones; 0 is never."""
+    profile: tuple[Count, Count] | None = None
+    """First and last of the steps that are profiled; none are without it."""
+    profiler: Literal["torch", "nsys"] = "torch"
+    """`torch` writes a trace for each rank into `profile` in the run's folder; `nsys` marks the
+    steps for `nsys profile --capture-range=cudaProfilerApi`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.profile and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)}: the first step is after the last")
+        return self
 
 
 class RunConfig(Section):
@@ -442,6 +492,16 @@ class RunConfig(Section):
             raise ValueError(
                 "train.validate_every is set but data.validation names no source and "
                 "data.holdout.fraction is 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        saves, measures = self.checkpoint.every, self.train.validate_every
+        if self.checkpoint.best and not (measures and saves and saves % measures == 0):
+            raise ValueError(
+                f"checkpoint.best needs the validation loss of each checkpoint, but "
+                f"checkpoint.every {saves} is no multiple of train.validate_every {measures}"
             )
         return self
 

@@ -1,16 +1,62 @@
-"""The command that torchrun runs: `torchrun mcore_sft/train.py --config FILE [key=value ...]`."""
+"""The command that torchrun runs: `torchrun mcore_sft/train.py --config FILE [key=value ...]`.
+
+`python mcore_sft/train.py --config FILE --dry-run [--gpus N]` builds everything without its bytes,
+in one process, and tells what a rank of each pipeline stage would hold.
+"""
 
 from mcore_sft import command
+from mcore_sft.config import RunConfig
 
 
 def main() -> None:
     """Train the experiment of the command line."""
-    arguments = command.parser("Packed dataset -> distributed checkpoints.").parse_intermixed_args()
+    parser = command.parser("Packed dataset -> distributed checkpoints.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell what a rank would hold, and stop"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="of a dry run (default: as few as the layout needs)",
+    )
+    arguments = parser.parse_intermixed_args()
     config = command.experiment(arguments)
+    if arguments.dry_run:
+        dry_run(config, arguments.gpus or config.parallel.tensor * config.parallel.pipeline)
+        return
+    if arguments.gpus is not None:
+        parser.error("--gpus goes with --dry-run; a run takes the processes that torchrun starts")
     # Imported late: torch and Megatron-core take seconds, and a typo should cost none of them.
     from mcore_sft.training.loop import train
 
     train(config)
+
+
+def dry_run(config: RunConfig, gpus: int) -> None:
+    """Print what a rank of each pipeline stage would hold among `gpus`."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from mcore_sft import plan
+    from mcore_sft.model import architecture as arch
+    from mcore_sft.training import dry_run as dry
+
+    architecture = arch.read(config.model.path)
+    architecture.check(config.parallel, config.data.sequence_length)
+    load = plan.workload(config)
+    planned = plan.stage_memory(architecture, config, plan.configured(config, gpus), load)
+    stages = [
+        replace(stage, weights=found.weights, gradients=found.gradients, optimizer=found.optimizer)
+        for stage, found in zip(planned, dry.dry_run(config, architecture, gpus), strict=True)
+    ]
+    title = f"{config.name} on {gpus} GPU(s): GiB on a rank of each pipeline stage"
+    Console().print(plan.memory_table(stages, title))
+    Console().print(
+        "weights, gradients and optimizer from the real objects, on the meta device; activations "
+        "and workspace by arithmetic, as tools/plan.py"
+    )
 
 
 # Saving a checkpoint starts processes that import this file again.

@@ -59,13 +59,14 @@ def loaded(
     parallel: ParallelConfig,
     precision: str = "fp32",
     optimizer: OptimizerConfig | None = None,
+    **train: Any,
 ) -> Iterator[Loaded]:
     """Connect and load the model of `folder`."""
     architecture = arch.read(folder)
-    train = TrainConfig(precision=precision)
+    settings = TrainConfig(precision=precision, **train)
     with connect(parallel) as mesh:
-        gpt = build.build(architecture, ModelConfig(path=folder), train, mesh)
-        made = optim.build(optimizer or OptimizerConfig(), train, gpt, mesh)
+        gpt = build.build(architecture, ModelConfig(path=folder), settings, mesh)
+        made = optim.build(optimizer or OptimizerConfig(), settings, gpt, mesh)
         weights.load_pretrained(SafetensorsFolder(folder), gpt.module, architecture)
         made.reload_model_params()
         yield Loaded(gpt, made, mesh, architecture)

@@ -42,6 +42,8 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("optimizer.warmup_steps=1001", "optimizer.warmup_steps 1001 is more than train.steps"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr 2e-05"),
         ("train.validate_every=5", "data.validation names no source"),
+        ("checkpoint.best=3", "checkpoint.every 0 is no multiple of train.validate_every 0"),
+        ("log.profile=[3, 2]", "profile [3, 2]: the first step is after the last"),
         ("data.train.1.path=b", "expected an index below 1, given '1'"),
         ("steps", "expected KEY=VALUE"),
     ],

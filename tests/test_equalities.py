@@ -172,6 +172,22 @@ def test_3_layouts_of_tied_embeddings(model: Path, tmp_path: Path, layout: str) 
     assert_same_curve(found, reference)
 
 
+@pytest.mark.parametrize(("family", "layout"), [("qwen2.5", "tp2_sp_pp2"), ("qwen3", "tp2")])
+def test_3_layouts_of_biases_and_head_norms(
+    model: Path, tmp_path: Path, family: str, layout: str
+) -> None:
+    check_3(model, tmp_path, family, layout)
+
+
+def check_3(model: Path, scratch: Path, family: str, layout: str) -> None:
+    """Three steps of another family, whose norms of heads are shared by the tensor ranks."""
+    other = tiny.make_model(scratch / family, family=family, vocab_size=703)
+    shutil.copytree(model / "packed", other / "packed")
+    reference = runs.train(runs.experiment(scratch / "one", other, train__steps=3))
+    found = runs.train(runs.experiment(scratch / "split", other, train__steps=3), layout)
+    assert_same_curve(found, reference)
+
+
 def assert_same_curve(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
     """First step to 1e-6 (loss) and 1e-5 (gradient norm); every loss to 1e-4."""
     assert [line["step"] for line in found] == [line["step"] for line in reference]
@@ -186,15 +202,17 @@ def assert_same_curve(found: list[dict[str, Any]], reference: list[dict[str, Any
 # 4: our logits are those of transformers
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_4_logits(tmp_path: Path, layout: str, tied: bool) -> None:
-    check_4(tmp_path, layout, tied)
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [("one", "llama-3.1"), ("one", "llama-3.2"), *(("tp2_sp", name) for name in tiny.FAMILIES)],
+)
+def test_4_logits(tmp_path: Path, layout: str, family: str) -> None:
+    check_4(tmp_path, layout, family)
 
 
-def check_4(folder: Path, layout: str = "one", tied: bool = False) -> None:
+def check_4(folder: Path, layout: str = "one", family: str = "llama-3.1") -> None:
     """Documents far beyond the original context of 32, in one pack."""
-    tiny.make_model(folder, tie_word_embeddings=tied)
+    tiny.make_model(folder, family=family)
     batch = tiny.make_batch([200, 24], length=256)
     ours = torch.cat(on_layout(layout, _logits, folder, batch), dim=-1)[:, : tiny.VOCAB]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -215,10 +233,20 @@ def _logits(parallel: ParallelConfig, folder: Path, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "tp2_sp_pp2"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama-3.1", "llama-3.2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_5_round_trip(tmp_path: Path, layout: str, tied: bool, precision: str) -> None:
-    base = tiny.make_model(tmp_path / "base", tie_word_embeddings=tied)
+def test_5_round_trip(tmp_path: Path, layout: str, family: str, precision: str) -> None:
+    check_5(tmp_path, layout, family, precision)
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if "llama-3." not in name])
+def test_5_round_trip_of_other_families(tmp_path: Path, family: str) -> None:
+    check_5(tmp_path, "tp2_sp_pp2", family, "bf16")
+
+
+def check_5(tmp_path: Path, layout: str, family: str, precision: str) -> None:
+    """Every tensor bit for bit, and the configuration byte for byte."""
+    base = tiny.make_model(tmp_path / "base", family=family)
     if precision == "bf16":
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     on_layout(layout, _save, base, tmp_path / "run", precision)
@@ -230,6 +258,8 @@ def test_5_round_trip(tmp_path: Path, layout: str, tied: bool, precision: str) -
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
+    configs = [(tmp_path / name / "config.json").read_bytes() for name in ("base", "back")]
+    assert configs[0] == configs[1]
     loaded_again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert loaded_again.dtype == before["model.norm.weight"].dtype
 
@@ -248,6 +278,7 @@ def _save(parallel: ParallelConfig, base: Path, folder: Path, precision: str) ->
             mesh=here.mesh,
         )
         checkpoints.save(Progress(), describe)
+        checkpoints.wait()
 
 
 # 6: stopped and resumed = never stopped

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mcore_sft.data.batch import Batch, collate
 from mcore_sft.data.pack import Pack
@@ -17,8 +17,35 @@ VOCAB = 611
 """No tensor-parallel size divides it."""
 
 
-def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama: grouped queries, SwiGLU, llama3 RoPE scaling that bites at position 32."""
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Scaling that bites at position 32."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-2": {"model_type": "llama", "num_key_value_heads": 4, "head_dim": 16},
+    "llama-3": {"model_type": "llama"},
+    "llama-3.1": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "llama-3.2": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3_ROPE | {"factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2.5": {"model_type": "qwen2", "head_dim": 16},
+    "qwen2.5-tied": {"model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+}
+"""What the models that we know differ in; the head width is not hidden / heads where it can be."""
+
+
+def make_model(folder: Path, *, seed: int = 0, family: str = "llama-3.1", **changes: Any) -> Path:
+    """A random model with grouped queries, SwiGLU and the oddities of its family."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -31,17 +58,11 @@ def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 4,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    config = AutoConfig.for_model(**(settings | FAMILIES[family] | changes))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Larger than at initialization, so that attention and norms matter to the result.

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from mcore_sft import command
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.errors import UserError
+from mcore_sft.model.architecture import FAMILIES
 
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "</s>")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,8 +30,9 @@ class ShapeError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a Llama model; `original_positions` is the context that llama3 scaling stretches."""
+    """Sizes of a model; `original_positions` is the context that llama3 scaling stretches."""
 
+    architecture: str = "llama"
     hidden: int
     layers: int
     heads: int
@@ -42,6 +44,7 @@ class Shape:
     rope_scaling: str = "llama3"
     rope_factor: float = 8.0
     original_positions: int = 8192
+    norm_eps: float = 1e-5
     tie: bool = False
 
     def __post_init__(self) -> None:
@@ -59,6 +62,10 @@ SHAPES: Mapping[str, Shape] = {
         hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate=352,
         max_positions=4096, original_positions=512,
     ),
+    "llama-2-7b": Shape(
+        hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11_008,
+        max_positions=4096, rope_theta=10_000.0, rope_scaling="none",
+    ),
     "llama-3.2-1b": Shape(
         hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, intermediate=8192,
         max_positions=131_072, rope_factor=32.0, tie=True,
@@ -74,6 +81,20 @@ SHAPES: Mapping[str, Shape] = {
     "llama-3.1-70b": Shape(
         hidden=8192, layers=80, heads=64, kv_heads=8, head_dim=128, intermediate=28_672,
         max_positions=131_072,
+    ),
+    "mistral-7b": Shape(
+        architecture="mistral", hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128,
+        intermediate=14_336, max_positions=32_768, rope_theta=1e6, rope_scaling="none",
+    ),
+    "qwen2.5-7b": Shape(
+        architecture="qwen2", hidden=3584, layers=28, heads=28, kv_heads=4, head_dim=128,
+        intermediate=18_944, max_positions=131_072, rope_theta=1e6, rope_scaling="none",
+        norm_eps=1e-6,
+    ),
+    "qwen3-8b": Shape(
+        architecture="qwen3", hidden=4096, layers=36, heads=32, kv_heads=8, head_dim=128,
+        intermediate=12_288, max_positions=40_960, rope_theta=1e6, rope_scaling="none",
+        norm_eps=1e-6,
     ),
 }  # fmt: skip
 
@@ -98,7 +119,8 @@ def make_model(
             "leave it out to take the tokenizer's"
         )
     named = _token_ids(tokenizer)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        shape.architecture,
         vocab_size=vocab_size,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -108,12 +130,13 @@ def make_model(
         intermediate_size=shape.intermediate,
         max_position_embeddings=shape.max_positions,
         rope_parameters=_rope(shape),
-        rms_norm_eps=1e-5,
+        rms_norm_eps=shape.norm_eps,
         tie_word_embeddings=shape.tie,
+        **({"sliding_window": None} if shape.architecture == "mistral" else {}),
         **named,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config = GenerationConfig(**named)
     model.save_pretrained(output)
     tokenizer.save(output)
@@ -156,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     made.add_argument(
         "--tokenizer", type=Path, required=True, help="folder, tokenizer.json or tokenizer.model"
     )
-    made.add_argument("--architecture", choices=["llama"], default="llama")
+    made.add_argument("--architecture", choices=FAMILIES, help="model_type of config.json")
     made.add_argument(
         "--shape", choices=SHAPES, default="small", help="sizes that the options below change"
     )
@@ -192,7 +215,7 @@ def main() -> None:
     if arguments.output.exists():
         raise ShapeError(f"{arguments.output}: is there already; name a new folder with --output")
     logging.disable_progress_bar()
-    given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(Shape)}
     shape = replace(
         SHAPES[arguments.shape], **{key: value for key, value in given.items() if value is not None}
     )

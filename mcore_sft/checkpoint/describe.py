@@ -21,7 +21,7 @@ from mcore_sft.data.tokenizer import load_tokenizer
 RECORD = "mcore_sft.json"
 MODEL = "model"
 CONFIG = "config.yaml"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
@@ -31,11 +31,11 @@ def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
     prompt = Prompt.load(config.prompt, tokenizer)
     model = folder / MODEL
     tokenizer.save(model)
-    _write(model / "config.json", _architecture(config))
-    _write(
+    write_json(model / "config.json", _architecture(config))
+    write_json(
         model / "generation_config.json", _generation(config.model.path, prompt, tokenizer.bos_id)
     )
-    _write(
+    write_json(
         model / RECORD,
         {
             "format": 1,
@@ -51,10 +51,12 @@ def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
 def _architecture(config: RunConfig) -> dict[str, Any]:
     """config.json of the base model, with the precision that the weights now have."""
     found: dict[str, Any] = json.loads((config.model.path / "config.json").read_text("utf-8"))
-    for key in ("dtype", "torch_dtype"):
-        if key in found:
-            found[key] = DTYPES[config.train.precision]
-    return found
+    return with_dtype(found, config.train.precision)
+
+
+def with_dtype(found: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The config.json `found`, saying that its weights have `precision`, if it speaks of that."""
+    return found | {key: DTYPES[precision] for key in ("dtype", "torch_dtype") if key in found}
 
 
 def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any]:
@@ -73,5 +75,6 @@ def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any
     return found
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` for people to read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

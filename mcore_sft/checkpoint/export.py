@@ -1,66 +1,167 @@
-"""A distributed checkpoint in, a Hugging Face folder out, one tensor at a time in one process.
+"""Distributed checkpoints in, a Hugging Face folder out, one tensor at a time in one process.
 
 step_N/ -> config.json, generation_config.json, tokenizer, *.safetensors, mcore_sft.json
+
+Several checkpoints of one run are averaged, weight by weight.
 """
 
+import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+import torch
+from rich.console import Console
 from torch import Tensor
 
 from mcore_sft.checkpoint import sharded, weights
-from mcore_sft.checkpoint.describe import MODEL, RECORD
+from mcore_sft.checkpoint.describe import MODEL, RECORD, with_dtype, write_json
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SHARD_BYTES, write
+from mcore_sft.data.progress import progress
 from mcore_sft.model import architecture as arch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+_SMALL = "decoder.final_layernorm.weight"  # says what all are stored as
 
-def export(checkpoint: Path, output: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Make the Hugging Face folder `output` from `checkpoint`, whose files are verified first."""
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    others: Sequence[Path] = (),
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    console: Console | None = None,
+) -> None:
+    """Make the Hugging Face folder `output` of `checkpoint`, or of the mean of it and `others`.
+
+    All files of the checkpoints are verified before anything is written. Without `dtype`, the
+    weights are stored as they were trained.
+    """
+    checkpoints = (checkpoint, *others)
+    console = console or Console(quiet=True)
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(
             f"{output}: already there and not empty; remove it, or choose another"
         )
-    manifest = sharded.verify(checkpoint)
-    architecture = arch.read(checkpoint / MODEL)
+    manifests = {path: _verified(path, console) for path in checkpoints}
+    _require_one_run(checkpoints, manifests)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint / MODEL, temporary)
-    tensors = weights.export(sharded.whole_tensors(checkpoint), architecture)
-    write(temporary, _shown(tensors, len(_names(architecture))), shard_bytes)
-    record = json.loads((temporary / RECORD).read_text(encoding="utf-8"))
-    record["step"] = manifest["progress"]["step"]
-    (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _write_weights(checkpoints, temporary, dtype, shard_bytes, console)
+    _write_record(temporary / RECORD, manifests)
     if output.exists():
         output.rmdir()
     temporary.rename(output)
 
 
-def _names(architecture: arch.Architecture) -> set[str]:
-    return {segment.name for row in weights.table(architecture).values() for segment in row}
+def _verified(path: Path, console: Console) -> dict[str, Any]:
+    total = sum(file["bytes"] for file in sharded.read_manifest(path)["files"].values())
+    with progress(f"verifying {path.name}", total=total, console=console) as done:
+        return sharded.verify(path, done=done)
 
 
-def _shown(tensors: Iterator[tuple[str, Tensor]], count: int) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with a bar on the console."""
-    columns = (
-        TextColumn("exporting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tensors"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("", total=count)
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.advance(task)
+def _require_one_run(checkpoints: Sequence[Path], manifests: dict[Path, dict[str, Any]]) -> None:
+    """Raise `CheckpointError` unless `checkpoints` are different steps of the same run."""
+    first, *others = checkpoints
+    for path in others:
+        differ = list(_differences(manifests[first], manifests[path]))
+        if differ:
+            raise CheckpointError(
+                f"{path} and {first} are not of one run: they differ in {', '.join(differ)}; "
+                "average checkpoints of one run"
+            )
+    steps = [manifests[path]["progress"]["step"] for path in checkpoints]
+    twice = {step for step in steps if steps.count(step) > 1}
+    if twice:
+        raise CheckpointError(f"step {min(twice)} is named twice; name each checkpoint once")
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    """What differs between two checkpoints that is the same in all checkpoints of a run."""
+    described = (f"{MODEL}/config.json", f"{MODEL}/{RECORD}")
+    sides = [
+        manifest["progress"]["fixed"] | {name: manifest["files"].get(name) for name in described}
+        for manifest in (one, other)
+    ]
+    for name in sorted(sides[0].keys() | sides[1].keys()):
+        if sides[0].get(name) != sides[1].get(name):
+            yield name
+
+
+def _write_weights(
+    checkpoints: Sequence[Path],
+    folder: Path,
+    dtype: str | None,
+    shard_bytes: int,
+    console: Console,
+) -> None:
+    architecture = arch.read(folder)
+    shapes = weights.shapes(architecture)
+    readers = [sharded.whole_tensors(path) for path in checkpoints]
+    stored = DTYPES[dtype] if dtype else readers[0](_SMALL).dtype
+    if dtype:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / "config.json", with_dtype(config, dtype))
+    tensors = weights.export(_mean(readers, architecture), architecture)
+    total = sum(math.prod(shape) for shape in shapes.values()) * stored.itemsize
+    with progress("exporting", total=total, console=console) as done:
+        # A loop over them would hold one while the next is read.
+        write(folder, shapes, map(partial(_cast, stored, done), tensors), stored, shard_bytes)
+
+
+def _mean(
+    readers: Sequence[Callable[[str], Tensor]], architecture: arch.Architecture
+) -> Callable[[str], Tensor]:
+    """A reader of the mean of a weight, in more digits than its own where there are several."""
+    rows = {key: sum(part.size for part in row) for key, row in weights.table(architecture).items()}
+
+    def read(key: str) -> Tensor:
+        # Without the rows that fill the vocabulary up: their number is the layout's.
+        parts = (reader(key)[: rows[key]] for reader in readers)
+        total = next(parts)
+        if len(readers) > 1:
+            total = total.to(_WIDER[total.dtype])
+            for part in parts:
+                total += part
+            total /= len(readers)
+        return total
+
+    return read
+
+
+def _cast(
+    dtype: torch.dtype, done: Callable[[int], None], named: tuple[str, Tensor]
+) -> tuple[str, Tensor]:
+    """The same tensor as `dtype`; `CheckpointError` where a number is too large for it."""
+    name, tensor = named
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not cast.isfinite().all():
+        raise CheckpointError(
+            f"{name} holds numbers up to {tensor.abs().max():g}, and {dtype} ends at "
+            f"{torch.finfo(dtype).max:g}; export as bf16 or fp32"
+        )
+    done(cast.nbytes)
+    return name, cast
+
+
+def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> None:
+    """Add to what the model was trained with the checkpoints that it is made of."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["checkpoints"] = [
+        {
+            "step": manifest["progress"]["step"],
+            "manifest_sha256": hashlib.sha256(
+                (checkpoint / sharded.MANIFEST).read_bytes()
+            ).hexdigest(),
+        }
+        for checkpoint, manifest in manifests.items()
+    ]
+    write_json(path, record)

@@ -4,12 +4,13 @@
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mcore_sft.checkpoint.errors import CheckpointError
@@ -17,6 +18,7 @@ from mcore_sft.checkpoint.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class SafetensorsFolder:
@@ -72,7 +74,10 @@ class SafetensorsFolder:
             return files
         single = self.folder / SINGLE
         if not single.exists():
-            raise CheckpointError(f"{self.folder}: neither {SINGLE} nor {INDEX} is there")
+            raise CheckpointError(
+                f"{self.folder}: neither {SINGLE} nor {INDEX} is there; save the model as "
+                "safetensors, as transformers' save_pretrained does"
+            )
         try:
             self._open[SINGLE] = safe_open(single, framework="pt")
         except SafetensorError as error:
@@ -81,40 +86,62 @@ class SafetensorsFolder:
 
 
 def write(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `tensors` into `folder`, holding no more than about `shard_bytes` at a time."""
-    parts: list[tuple[Path, list[str]]] = []
-    held: dict[str, Tensor] = {}
-    total = size = 0
+    """Write `tensors`, of `shapes` and in their order, into files of up to `shard_bytes` each.
 
-    def flush() -> None:
-        path = folder / f"part-{len(parts)}.safetensors"
-        save_file(held, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library makes it readable to its owner alone
-        parts.append((path, list(held)))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    _name(folder, parts, total)
-
-
-def _name(folder: Path, parts: list[tuple[Path, list[str]]], total: int) -> None:
-    """Give the parts the names that transformers expects, now that their number is known."""
+    The shapes say beforehand where each tensor lies, so that but one is held at a time.
+    """
+    bytes_of = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    parts = _cut(bytes_of, shard_bytes)
+    files = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
     if len(parts) == 1:
-        parts[0][0].rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, (path, names) in enumerate(parts, start=1):
-        final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        path.rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files = [SINGLE]
+    coming = iter(tensors)
+    for path, names in zip(files, parts, strict=True):
+        with (folder / path).open("wb") as file:
+            file.write(_header({name: shapes[name] for name in names}, dtype))
+            for name in names:
+                file.write(_bytes(*next(coming), expected=(name, shapes[name], dtype)))
+    if len(parts) > 1:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = {
+            "metadata": {"total_size": sum(bytes_of.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut(bytes_of: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in turn, in parts of no more than `limit` bytes but where one alone has more."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, more in bytes_of.items():
+        if parts[-1] and size + more > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += more
+    return parts
+
+
+def _bytes(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> memoryview:
+    assert (name, tuple(tensor.shape), tensor.dtype) == expected
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """How a safetensors file begins: the size of a JSON table, and the table."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers that follow are aligned
+    return len(text).to_bytes(8, "little") + text

@@ -7,13 +7,15 @@
     RUN/latest    the name of the newest complete step
 
 A step is written as `.step_N.tmp`, made durable, and renamed: what bears the name step_N is whole.
+Training goes on meanwhile (writer.py).
 """
 
-import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
 from mcore_sft.checkpoint.errors import CheckpointError
+from mcore_sft.checkpoint.writer import File, Writer, digest
 from mcore_sft.config import CheckpointConfig
 from mcore_sft.runtime.mesh import Mesh
 
@@ -46,6 +49,9 @@ class Progress:
     tokens: int = 0
     supervised: int = 0
     skipped: int = 0
+    """Steps that left the weights as they were."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the last steps, which a spike is told by."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """What must stay as it was: with other values, a resumed run would not be the same run."""
 
@@ -80,29 +86,89 @@ class Checkpoints:
         self.model = model
         self.optimizer = optimizer
         self.mesh = mesh
+        self._pending: _Pending | None = None
 
-    def save(self, progress: Progress, describe: Callable[[Path], None]) -> Path:
-        """Write step_N; `describe(folder)` adds the files that only one process writes."""
-        final = self.folder / f"step_{progress.step}"
+    def save(
+        self,
+        progress: Progress,
+        describe: Callable[[Path], None],
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to write step_N as it is now; the step before must be complete.
+
+        `describe(folder)` adds the files that only one process writes, `scores` what is known of
+        the step by name, such as its validation_loss.
+        """
+        assert self._pending is None, "wait() for the save before"
         temporary = self.folder / f".step_{progress.step}.tmp"
         if self.mesh.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for stale in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(stale)
             (temporary / "weights").mkdir(parents=True)
             describe(temporary)
         self.mesh.barrier()
-        dist_checkpointing.save(self._state(is_loading=False), str(temporary / "weights"))
-        self.mesh.barrier()
-        files = self._hash(temporary)
+        request = dist_checkpointing.save(
+            self._state(is_loading=False), str(temporary / "weights"), async_sharded_save=True
+        )
+        assert request is not None
+        self._pending = _Pending(
+            temporary=temporary,
+            manifest={
+                "format": FORMAT,
+                "progress": asdict(progress),
+                "scores": {
+                    name: score if math.isfinite(score) else None
+                    for name, score in (scores or {}).items()
+                },
+            },
+            writer=Writer(request, temporary),
+            finish=request.finalize_fns,
+        )
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a save was begun that is not complete; the same on every rank."""
+        return self._pending is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the writer of this rank is at work."""
+        return self._pending is not None and self._pending.writer.is_writing
+
+    def wait(self) -> Path | None:
+        """Wait for the save that was begun, if there is one, and complete it."""
+        while any(agree(self.mesh, int(self.is_writing))):
+            time.sleep(0.05)
+        return self.complete() if self.is_pending else None
+
+    def complete(self) -> Path:
+        """Name the step, once no rank `is_writing`; `CheckpointError` if a writer failed."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        final = self.folder / pending.temporary.name.removeprefix(".").removesuffix(".tmp")
+        outcomes: list[Any] = [None] * self.mesh.world.size
+        dist.all_gather_object(outcomes, pending.writer.outcome(), group=self.mesh.world.group)
+        faults = [f"rank {rank}: {x}" for rank, x in enumerate(outcomes) if isinstance(x, str)]
+        if faults:
+            raise CheckpointError(
+                f"{final} could not be written ({'; '.join(faults)}); see to the disk and start "
+                "again: the run goes on from the checkpoint before"
+            )
+        for write_metadata in pending.finish:
+            write_metadata()
         if self.mesh.is_main:
-            manifest = {"format": FORMAT, "progress": asdict(progress), "files": files}
-            _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            files = {name: file for share in outcomes for name, file in share.items()}
+            files |= _small_files(pending.temporary, files)
+            manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
+            _write_durably(pending.temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             if final.exists():
                 shutil.rmtree(final)
-            temporary.rename(final)
+            pending.temporary.rename(final)
             _write_durably(self.folder / f".{POINTER}", final.name + "\n")
             (self.folder / f".{POINTER}").rename(self.folder / POINTER)
             _sync_folder(self.folder)
-            self._prune()
+            for step in superfluous(_scores(self.folder, self.settings.metric), self.settings):
+                shutil.rmtree(self.folder / f"step_{step}")
         self.mesh.barrier()
         return final
 
@@ -157,21 +223,56 @@ class Checkpoints:
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
         return {"model": model, "optimizer": optimizer}
 
-    def _hash(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of every file; each process reads a share of them, and syncs it."""
-        names = sorted(
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
-        )
-        world = self.mesh.world
-        mine = {name: _digest(folder / name) for name in names[world.rank :: world.size]}
-        shares: list[Any] = [None] * world.size
-        dist.all_gather_object(shares, mine, group=world.group)
-        return {name: entry for share in shares for name, entry in sorted(share.items())}
 
-    def _prune(self) -> None:
-        if self.settings.keep:
-            for path in steps(self.folder)[self.settings.keep :]:
-                shutil.rmtree(path)
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A save that was begun."""
+
+    temporary: Path
+    manifest: dict[str, Any]
+    writer: Writer
+    finish: list[Callable[[], None]]
+    """What Megatron-core does once every rank has written; collective."""
+
+
+def agree(mesh: Mesh, *flags: int) -> list[int]:
+    """The largest that any rank gives, of each flag; collective."""
+    found = torch.tensor(flags, device=mesh.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=mesh.world.group)
+    return [int(flag) for flag in found.tolist()]
+
+
+def superfluous(scores: Mapping[int, float | None], settings: CheckpointConfig) -> list[int]:
+    """The steps that may go, of the steps that are there with their scores (the lower, the better).
+
+    With `keep` or `best`, what stays is the newest, the best and the multiples of `keep_every`.
+    """
+    if not (settings.keep or settings.best):
+        return []
+    newest = sorted(scores, reverse=True)
+    best = sorted((score, -step) for step, score in scores.items() if score is not None)
+    stay = {*newest[: max(1, settings.keep)], *(-step for _, step in best[: settings.best])}
+    if settings.keep_every:
+        stay |= {step for step in scores if step % settings.keep_every == 0}
+    return [step for step in newest if step not in stay]
+
+
+def _scores(folder: Path, metric: str) -> dict[int, float | None]:
+    """The score of each step by `metric`; None where it was not measured, or cannot be read."""
+    found: dict[int, float | None] = {}
+    for path in steps(folder):
+        try:
+            score = read_manifest(path).get("scores", {}).get(metric)
+        except CheckpointError:
+            score = None
+        found[int(path.name.removeprefix("step_"))] = score
+    return found
+
+
+def _small_files(folder: Path, written: Mapping[str, File]) -> dict[str, File]:
+    """Size and SHA-256 of all files but the shares of the ranks, which are `written`."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: digest(path) for name, path in paths.items() if name not in written}
 
 
 def steps(folder: Path) -> list[Path]:
@@ -181,19 +282,22 @@ def steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
 
 
-def verify(path: Path, mesh: Mesh | None = None) -> dict[str, Any]:
+def verify(
+    path: Path, mesh: Mesh | None = None, done: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
     """The manifest of the checkpoint at `path`; `CheckpointError` if a file is not as it says.
 
-    With a mesh, each process reads a share of the files and all raise together.
+    With a mesh, each process reads a share of the files and all raise together. `done` is told the
+    bytes of each file that was read.
     """
     manifest = read_manifest(path)
     names = sorted(manifest["files"])
     rank, size = (mesh.world.rank, mesh.world.size) if mesh else (0, 1)
-    faults = [
-        fault
-        for name in names[rank::size]
-        if (fault := _fault(path / name, manifest["files"][name]))
-    ]
+    faults = []
+    for name in names[rank::size]:
+        if fault := _fault(path / name, manifest["files"][name]):
+            faults.append(fault)
+        done(manifest["files"][name]["bytes"])
     if mesh:
         shares: list[Any] = [None] * size
         dist.all_gather_object(shares, faults, group=mesh.world.group)
@@ -242,16 +346,9 @@ def _fault(path: Path, expected: dict[str, Any]) -> str | None:
         return f"{path.name} is missing"
     if path.stat().st_size != expected["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-    if _digest(path)["sha256"] != expected["sha256"]:
+    if digest(path)["sha256"] != expected["sha256"]:
         return f"{path.name} does not have the checksum of the manifest"
     return None
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -10,25 +10,28 @@ writes them back.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from rich.console import Console
 from torch import Tensor
 
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
+from mcore_sft.data.progress import progress
 from mcore_sft.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [start, stop) of the Hugging Face tensor `name`."""
+    """Rows [start, stop) of the Hugging Face tensor `name`, each of the shape `row`."""
 
     name: str
     start: int
     stop: int
+    row: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -43,47 +46,47 @@ def table(architecture: Architecture) -> Table:
     """Megatron-core's name of each weight -> the segments that it is made of."""
     a = architecture
     rows: Table = {
-        "embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", a.vocab),
+        "embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", a.vocab, a.hidden),
         "decoder.final_layernorm.weight": _whole("model.norm.weight", a.hidden),
     }
     if not a.tied:
-        rows["output_layer.weight"] = _whole("lm_head.weight", a.vocab)
+        rows["output_layer.weight"] = _whole("lm_head.weight", a.vocab, a.hidden)
     for layer in range(a.layers):
-        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         rows |= {
-            f"{ours}.self_attention.linear_qkv.layer_norm_weight": _whole(
-                f"{theirs}.input_layernorm.weight", a.hidden
-            ),
-            f"{ours}.self_attention.linear_qkv.weight": _heads_by_group(a, attention),
-            f"{ours}.self_attention.linear_proj.weight": _whole(
-                f"{attention}.o_proj.weight", a.hidden
-            ),
-            f"{ours}.mlp.linear_fc1.layer_norm_weight": _whole(
-                f"{theirs}.post_attention_layernorm.weight", a.hidden
-            ),
-            f"{ours}.mlp.linear_fc1.weight": (
-                *_whole(f"{mlp}.gate_proj.weight", a.intermediate),
-                *_whole(f"{mlp}.up_proj.weight", a.intermediate),
-            ),
-            f"{ours}.mlp.linear_fc2.weight": _whole(f"{mlp}.down_proj.weight", a.hidden),
+            f"decoder.layers.{layer}.{ours}": segments
+            for ours, segments in _layer(a, f"model.layers.{layer}").items()
         }
     return rows
 
 
+def shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The shape of every Hugging Face tensor by name, in the order in which they are exported."""
+    found: dict[str, tuple[int, ...]] = {}
+    for segments in table(architecture).values():
+        found |= _shapes(segments)
+    return found
+
+
 def load_pretrained(
-    folder: SafetensorsFolder, model: torch.nn.Module, architecture: Architecture
+    folder: SafetensorsFolder,
+    model: torch.nn.Module,
+    architecture: Architecture,
+    console: Console | None = None,
 ) -> None:
     """Fill `model`, the part of it on this rank, reading no more of `folder` than that part."""
     rows = table(architecture)
     _require_same_tensors(folder, rows, architecture)
-    with torch.no_grad():
-        for shard in shards(model):
+    console = console or Console(quiet=True)
+    parts = list(shards(model))
+    total = sum(shard.data.nbytes for shard in parts)
+    with torch.no_grad(), progress("loading weights", total=total, console=console) as done:
+        for shard in parts:
             if shard.key not in rows:
                 raise CheckpointError(f"{shard.key}: no Hugging Face tensor is known for it")
-            _require_same_shapes(folder, shard, rows[shard.key])
+            _require_same_shapes(folder, rows[shard.key])
             for target, segment, columns in _covered(shard, rows[shard.key]):
                 target.copy_(folder.read(segment.name, segment.start, segment.stop, columns))
+            done(shard.data.nbytes)
 
 
 def export(
@@ -91,14 +94,7 @@ def export(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each Hugging Face tensor by name; `read_whole` gives Megatron-core's by its name."""
     for key, segments in table(architecture).items():
-        source = read_whole(key)
-        sizes = _sizes(segments).items()
-        made = {name: source.new_empty(size, *source.shape[1:]) for name, size in sizes}
-        first = 0
-        for segment in segments:
-            made[segment.name][segment.start : segment.stop] = source[first : first + segment.size]
-            first += segment.size
-        yield from made.items()
+        yield from _taken_apart(read_whole(key), segments).items()
 
 
 def shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
@@ -110,12 +106,21 @@ def shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _sizes(segments: tuple[Segment, ...]) -> dict[str, int]:
-    """Rows of each Hugging Face tensor that `segments` name."""
-    sizes: dict[str, int] = {}
+def _taken_apart(source: Tensor, segments: tuple[Segment, ...]) -> dict[str, Tensor]:
+    """The Hugging Face tensors that `source` is made of."""
+    if len(segments) == 1:
+        return {segments[0].name: source[: segments[0].size]}
+    made = {name: source.new_empty(shape) for name, shape in _shapes(segments).items()}
+    first = 0
     for segment in segments:
-        sizes[segment.name] = max(sizes.get(segment.name, 0), segment.stop)
-    return sizes
+        made[segment.name][segment.start : segment.stop] = source[first : first + segment.size]
+        first += segment.size
+    return made
+
+
+def _shapes(segments: tuple[Segment, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of each Hugging Face tensor that `segments`, in order, are of."""
+    return {segment.name: (segment.stop, *segment.row) for segment in segments}
 
 
 def _require_same_tensors(folder: SafetensorsFolder, rows: Table, a: Architecture) -> None:
@@ -137,33 +142,60 @@ def _require_same_tensors(folder: SafetensorsFolder, rows: Table, a: Architectur
         )
 
 
-def _require_same_shapes(
-    folder: SafetensorsFolder, shard: ShardedTensor, segments: tuple[Segment, ...]
-) -> None:
-    for name, size in _sizes(segments).items():
-        expected = [size, *shard.global_shape[1:]]
-        if folder.shape(name) != expected:
+def _require_same_shapes(folder: SafetensorsFolder, segments: tuple[Segment, ...]) -> None:
+    for name, shape in _shapes(segments).items():
+        if folder.shape(name) != list(shape):
             raise CheckpointError(
                 f"{folder.folder}: {name} has shape {folder.shape(name)}, but config.json says "
-                f"{expected}; the two do not belong together"
+                f"{list(shape)}; the two do not belong together"
             )
 
 
-def _whole(name: str, size: int) -> tuple[Segment, ...]:
-    return (Segment(name, 0, size),)
+def _layer(a: Architecture, theirs: str) -> Table:
+    """The weights of one layer, which Hugging Face calls `theirs`."""
+    attention, mlp, width = f"{theirs}.self_attn", f"{theirs}.mlp", a.head_dim
+    rows: Table = {
+        "self_attention.linear_qkv.layer_norm_weight": _whole(
+            f"{theirs}.input_layernorm.weight", a.hidden
+        ),
+        "self_attention.linear_qkv.weight": _heads_by_group(a, attention, "weight", a.hidden),
+        "self_attention.linear_proj.weight": _whole(
+            f"{attention}.o_proj.weight", a.hidden, a.heads * width
+        ),
+        "mlp.linear_fc1.layer_norm_weight": _whole(
+            f"{theirs}.post_attention_layernorm.weight", a.hidden
+        ),
+        "mlp.linear_fc1.weight": (
+            *_whole(f"{mlp}.gate_proj.weight", a.intermediate, a.hidden),
+            *_whole(f"{mlp}.up_proj.weight", a.intermediate, a.hidden),
+        ),
+        "mlp.linear_fc2.weight": _whole(f"{mlp}.down_proj.weight", a.hidden, a.intermediate),
+    }
+    if a.qkv_bias:
+        rows["self_attention.linear_qkv.bias"] = _heads_by_group(a, attention, "bias")
+    if a.qk_norm:
+        for norm in ("q", "k"):
+            rows[f"self_attention.{norm}_layernorm.weight"] = _whole(
+                f"{attention}.{norm}_norm.weight", width
+            )
+    return rows
 
 
-def _heads_by_group(a: Architecture, attention: str) -> tuple[Segment, ...]:
+def _whole(name: str, size: int, *row: int) -> tuple[Segment, ...]:
+    return (Segment(name, 0, size, row),)
+
+
+def _heads_by_group(a: Architecture, attention: str, kind: str, *row: int) -> tuple[Segment, ...]:
     """For each key-value head: the query heads that share it, then its key, then its value."""
-    queries, width = a.heads // a.kv_heads * a.head_dim, a.head_dim
+    heads = {
+        "q_proj": a.heads // a.kv_heads * a.head_dim,
+        "k_proj": a.head_dim,
+        "v_proj": a.head_dim,
+    }
     return tuple(
-        segment
+        Segment(f"{attention}.{name}.{kind}", group * size, (group + 1) * size, row)
         for group in range(a.kv_heads)
-        for segment in (
-            Segment(f"{attention}.q_proj.weight", group * queries, (group + 1) * queries),
-            Segment(f"{attention}.k_proj.weight", group * width, (group + 1) * width),
-            Segment(f"{attention}.v_proj.weight", group * width, (group + 1) * width),
-        )
+        for name, size in heads.items()
     )
 
 
@@ -180,7 +212,8 @@ def _covered(
     for segment in segments:
         start, stop = max(first, at), min(last, at + segment.size)
         if start < stop:
-            source = Segment(segment.name, segment.start + start - at, segment.start + stop - at)
+            moved = segment.start - at
+            source = replace(segment, start=moved + start, stop=moved + stop)
             yield data[start - first : stop - first], source, columns
         at += segment.size
     data[max(0, at - first) :].zero_()

@@ -19,6 +19,25 @@ VOCAB_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class Family:
+    """In what the models of one model_type are not Llama."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    needs: tuple[str, ...] = ()
+    """Keys that every published config.json of the family has, and whose default is not Llama's."""
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(needs=("num_key_value_heads", "sliding_window")),
+    "qwen2": Family(qkv_bias=True, needs=("num_key_value_heads",)),
+    "qwen3": Family(qk_norm=True, needs=("num_key_value_heads", "head_dim")),
+}
+"""config.json's model_type -> family; Qwen2.5 calls itself qwen2."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Llama 3's stretching of the low frequencies of rotary embeddings."""
 
@@ -30,7 +49,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The shape of a Llama-family model."""
+    """The shape of a model that is Llama's, but for what its family differs in."""
 
     layers: int
     hidden: int
@@ -42,15 +61,23 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
+    rope_factor: float = 1.0
+    """Linear scaling: positions are divided by this."""
     tied: bool
     max_positions: int
+    qkv_bias: bool = False
+    """Whether queries, keys and values, and they alone, have a bias."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normalized before they are turned."""
+    window: int | None = None
+    """Tokens that one token sees, where that is less than `max_positions`."""
 
     def padded_vocab(self, tensor: int) -> int:
         """Vocabulary rows when split over `tensor` ranks, each rank's share being aligned."""
         return math.ceil(self.vocab / (VOCAB_MULTIPLE * tensor)) * VOCAB_MULTIPLE * tensor
 
-    def check(self, parallel: ParallelConfig) -> None:
-        """Raise `ConfigError` where the model cannot be split as `parallel` asks."""
+    def check(self, parallel: ParallelConfig, sequence_length: int = 0) -> None:
+        """Raise `ConfigError` where the model cannot be split, or read so much, as is asked."""
         for what, count in (
             ("attention heads", self.heads),
             ("key-value heads", self.kv_heads),
@@ -65,6 +92,12 @@ class Architecture:
             raise ConfigError(
                 f"parallel.pipeline {parallel.pipeline} does not divide the model's "
                 f"{self.layers} layers: choose a divisor of {self.layers}"
+            )
+        if self.window is not None and sequence_length > self.window:
+            raise ConfigError(
+                f"data.sequence_length {sequence_length} is more than the sliding window of the "
+                f"model's config.json, {self.window}, and attention here is full: set "
+                f"data.sequence_length to {self.window} or less, or take a model without a window"
             )
 
 
@@ -81,11 +114,11 @@ def read(folder: Path) -> Architecture:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"{path}: names no model_type, so it is no model's configuration")
-    _refuse_what_is_not_llama(path, config)
+    _refuse_what_cannot_be_built(path, config)
     try:
         return _architecture(path, config)
     except KeyError as error:
-        raise ConfigError(f"{path}: the key {error} is missing; is this a Llama model?") from None
+        raise ConfigError(f"{path}: the key {error} is missing; copy the model again") from None
     except TypeError as error:
         raise ConfigError(f"{path}: a number is not a number: {error}") from None
 
@@ -100,7 +133,7 @@ def rope_frequencies(architecture: Architecture) -> Tensor:
     frequencies = 1.0 / (architecture.rope_theta ** (exponents / architecture.head_dim))
     scaling = architecture.rope_scaling
     if scaling is None:
-        return frequencies
+        return frequencies / architecture.rope_factor
     turns = scaling.original_max_positions * frequencies / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
@@ -108,8 +141,12 @@ def rope_frequencies(architecture: Architecture) -> Tensor:
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
+    family = FAMILIES[config["model_type"]]
+    for key in family.needs:
+        if key not in config:
+            raise KeyError(key)
     heads = config["num_attention_heads"]
-    theta, scaling = _rope(path, config)
+    theta, factor, scaling = _rope(path, config)
     return Architecture(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -121,39 +158,65 @@ def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
+        rope_factor=factor,
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=config["max_position_embeddings"],
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        window=_window(config),
     )
 
 
-def _refuse_what_is_not_llama(path: Path, config: dict[str, Any]) -> None:
+def _refuse_what_cannot_be_built(path: Path, config: dict[str, Any]) -> None:
+    if config["model_type"] not in FAMILIES:
+        raise ConfigError(
+            f"{path}: model_type is {config['model_type']!r}; supported are {', '.join(FAMILIES)}"
+        )
     expected = {
-        "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "pretraining_tp": 1,
+        "partial_rotary_factor": 1.0,
     }
+    found = _rope_section(config) | config
     for key, value in expected.items():
-        if config.get(key, value) not in (value, None):
-            raise ConfigError(f"{path}: {key} is {config[key]!r}; only {value!r} is supported")
+        if found.get(key, value) not in (value, None):
+            raise ConfigError(f"{path}: {key} is {found[key]!r}; only {value!r} is supported")
 
 
-def _rope(path: Path, config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from either form: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _window(config: dict[str, Any]) -> int | None:
+    """Qwen says by a key of its own whether its window is used; Llama has none."""
+    used = config["model_type"] == "mistral" or config.get("use_sliding_window", False)
+    window: int | None = config.get("sliding_window") if used else None
+    return window if window and window < config["max_position_embeddings"] else None
+
+
+def _rope_section(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 calls `rope_scaling`, and 5 `rope_parameters`."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _rope(path: Path, config: dict[str, Any]) -> tuple[float, float, RopeScaling | None]:
+    """Base, linear factor and Llama 3's scaling."""
+    rope = _rope_section(config)
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return theta, 1.0, None
+    if kind == "linear":
+        return theta, float(rope["factor"]), None
     if kind != "llama3":
         raise ConfigError(
-            f"{path}: rope scaling {kind!r} is not supported; expected 'default' or 'llama3'"
+            f"{path}: rope scaling {kind!r} is not supported; expected 'default', 'linear' or "
+            "'llama3'"
         )
-    return theta, RopeScaling(
+    original = "original_max_position_embeddings"
+    scaling = RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
         high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
+        original_max_positions=int(config[original] if original in config else rope[original]),
     )
+    return theta, 1.0, scaling

@@ -77,7 +77,7 @@ def build(
     architecture: Architecture, settings: ModelConfig, train: TrainConfig, mesh: Mesh
 ) -> DistributedDataParallel:
     """This rank's part of the model, its weights not yet loaded, in DDP."""
-    config = transformer_config(architecture, DTYPES[train.precision], mesh)
+    config = transformer_config(architecture, train, mesh)
     layers = layer_implementation(settings, mesh)
     model = Gpt(
         config,
@@ -105,10 +105,23 @@ def build(
     )
 
 
+# Megatron-core's words for what is computed again in the backward pass.
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
 def transformer_config(
-    architecture: Architecture, dtype: torch.dtype, mesh: Mesh
+    architecture: Architecture, train: TrainConfig, mesh: Mesh
 ) -> TransformerConfig:
     """Megatron-core's configuration of `architecture`, split as `mesh` is."""
+    dtype = DTYPES[train.precision]
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -119,6 +132,9 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        # With it, the gradients of these norms are summed over the heads of all tensor ranks.
+        qk_layernorm=architecture.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
         attention_dropout=0.0,
@@ -137,6 +153,7 @@ def transformer_config(
         output_layer_init_method=_leave_empty,
         # Each layer under its own key, so that a checkpoint can be read one tensor at a time.
         hetereogenous_dist_checkpoint=True,
+        **_RECOMPUTE[train.recompute],
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -174,12 +191,18 @@ def block_spec(
     if layers == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = (
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm),
+            TENorm,
+        )
     else:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if architecture.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     stage_layers = architecture.layers // mesh.pipeline.size
     return TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=norm)
 

@@ -3,6 +3,8 @@
 Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +12,8 @@ from typing import Any, Literal
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import describe
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-from mcore_sft.checkpoint.sharded import Checkpoints, Progress
+from mcore_sft.checkpoint.sharded import Checkpoints, Progress, agree
+from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
@@ -18,23 +21,41 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
+from mcore_sft.runtime.hardware import be_deterministic
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training.errors import TrainingError
+from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
-from mcore_sft.training.step import train_step, validation_loss
+from mcore_sft.training.profiling import Profile
+from mcore_sft.training.step import validation_loss
+from mcore_sft.training.stop import Stop, reason
+from mcore_sft.training.stragglers import OwnTime
+from mcore_sft.training.watchdog import Watchdog
 
 
 def train(config: RunConfig) -> Progress:
-    """Fine-tune the model that `config` names on the packs that preprocessing wrote."""
+    """Fine-tune the model that `config` names on the packs that preprocessing wrote.
+
+    `Stopped` says that it was asked to end before its last step, and has saved.
+    """
+    stop = Stop(config.train.max_minutes)
     architecture = arch.read(config.model.path)
-    architecture.check(config.parallel)
+    architecture.check(config.parallel, config.data.sequence_length)
+    if config.train.deterministic:
+        be_deterministic()
     with connect(config.parallel) as mesh:
-        return train_on(mesh, config, architecture)
+        return train_on(mesh, config, architecture, stop)
 
 
-def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> Progress:
+def train_on(
+    mesh: Mesh, config: RunConfig, architecture: arch.Architecture, stop: Stop
+) -> Progress:
     """The story of a run on one rank of `mesh`."""
+    metrics = Metrics(
+        config.folder, config.name, config.log, config.train.steps, architecture, mesh
+    )
+    profile = Profile(config.log, config.folder, mesh)
     dataset = open_dataset(config, "train", mesh)
     loader = load(config, "train", dataset, architecture, mesh)
     loader.check()
@@ -55,29 +76,64 @@ def train_on(mesh: Mesh, config: RunConfig, architecture: arch.Architecture) -> 
         checkpoints.begin_anew()
     if progress is None:
         progress = Progress(fixed=fixed)
-        weights.load_pretrained(SafetensorsFolder(config.model.path), gpt.module, architecture)
+        folder = SafetensorsFolder(config.model.path)
+        weights.load_pretrained(folder, gpt.module, architecture, metrics.console)
         optimizer.reload_model_params()
 
-    metrics = Metrics(config.folder, config.log, config.train.steps, mesh)
     announce(metrics, config, mesh, loader, progress)
-    with metrics.logging(resumed_at=progress.step):
-        while progress.step < config.train.steps:
-            lr = optim.learning_rate(config.optimizer, progress.step, config.train.steps)
+    guard = Guard(config.train, loader, config.packed, gpt, optimizer, mesh, metrics)
+    own = OwnTime(gpt, mesh)
+    watchdog = Watchdog(config.folder, config.train.hang_seconds, gpt, mesh)
+    steps, asked = config.train.steps, 0
+    with metrics.logging(progress.step), stop, watchdog, completed(checkpoints, metrics), profile:
+        while progress.step < steps and not asked:
+            profile.before(progress.step + 1)
+            own.begin()
+            lr = optim.learning_rate(config.optimizer, progress.step, steps)
             batches = loader.batches(progress.step)
-            result = train_step(gpt, optimizer, batches, mesh, config.optimizer, lr)
+            own.pause()
+            metrics.lap("data")
+            result, withheld = guard.step(progress, batches, config.optimizer, lr)
             progress.step += 1
             progress.examples += result.examples
             progress.tokens += result.tokens
             progress.supervised += result.supervised
-            progress.skipped += result.skipped
-            metrics.step(progress, result)
+            progress.skipped += result.skipped or withheld
+            asked, writing = agree(mesh, stop.asked, int(checkpoints.is_writing))
+            metrics.lap("optimizer")
+            profile.after(progress.step)
+            metrics.step(progress, result, batches)
 
-            if validation and due(progress.step, config.train.validate_every, config.train.steps):
+            if config.log.stragglers_every and progress.step % config.log.stragglers_every == 0:
+                metrics.own_times(progress.step, own.gather())
+            scores = {}
+            if validation and not asked and due(progress.step, config.train.validate_every, steps):
                 batches = list(validation.validation_batches(config.train.validation_packs))
-                metrics.validation(progress, validation_loss(gpt, batches, mesh))
-            if due(progress.step, config.checkpoint.every, config.train.steps):
-                metrics.saved(checkpoints.save(progress, partial(describe, config, dataset)))
+                scores["validation_loss"] = validation_loss(gpt, batches, mesh)
+                metrics.validation(progress, scores["validation_loss"])
+                metrics.lap("validation")
+            if checkpoints.is_pending and not writing:
+                metrics.saved(checkpoints.complete())
+            if asked or due(progress.step, config.checkpoint.every, steps):
+                metrics.saved(checkpoints.wait())
+                checkpoints.save(progress, partial(describe, config, dataset), scores)
+            metrics.lap("checkpoint")
+    if asked and progress.step < steps:
+        raise Stopped(
+            f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
+        )
     return progress
+
+
+@contextlib.contextmanager
+def completed(checkpoints: Checkpoints, metrics: Metrics) -> Iterator[None]:
+    """Complete the save that what happens inside has begun, if it ends on all ranks alike."""
+    try:
+        yield
+    except TrainingError:
+        metrics.saved(checkpoints.wait())
+        raise
+    metrics.saved(checkpoints.wait())
 
 
 def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:

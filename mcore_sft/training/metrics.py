@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,44 @@ from rich.progress import (
 
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig
+from mcore_sft.data.batch import Batch
+from mcore_sft.model.architecture import Architecture
+from mcore_sft.runtime.hardware import peak_flops, peak_memory
 from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training import curve, trackers
+from mcore_sft.training.flops import step_flops
 from mcore_sft.training.step import StepResult
+from mcore_sft.training.stragglers import slow_ranks
 
 FILE = "metrics.jsonl"
+STEP = ("data", "forward_backward", "optimizer")
+"""What the seconds of a step are spent on."""
+BETWEEN = ("validation", "checkpoint")
+"""What holds the steps up; told with the step after."""
 
 
 class Metrics:
     """The log of a run, written by one process for all."""
 
-    def __init__(self, folder: Path, settings: LogConfig, steps: int, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        settings: LogConfig,
+        steps: int,
+        architecture: Architecture,
+        mesh: Mesh,
+    ) -> None:
+        trackers.check(settings)
+        self.folder = folder
+        self.name = name
         self.path = folder / FILE
         self.settings = settings
         self.steps = steps
+        self.architecture = architecture
         self.mesh = mesh
+        peak = settings.peak_tflops
+        self.peak = 1e12 * peak if peak else peak_flops(mesh.device)
         self.console = Console(stderr=True, quiet=not mesh.is_main, highlight=False)
         self.bar = Bar(
             TextColumn("training"),
@@ -48,7 +73,9 @@ class Metrics:
             console=self.console,
             disable=not (mesh.is_main and self.console.is_terminal),
         )
-        self._last = time.perf_counter()
+        self._trackers: list[trackers.Tracker] = []
+        self._laps: dict[str, float] = {}
+        self._began = self._last = time.perf_counter()
 
     @contextlib.contextmanager
     def logging(self, resumed_at: int) -> Iterator[None]:
@@ -56,15 +83,27 @@ class Metrics:
         if self.mesh.is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self.path, resumed_at)
+            self._trackers = trackers.open_trackers(
+                self.settings, self.folder, self.name, resumed_at
+            )
         with self.bar:
             self._task = self.bar.add_task("", total=self.steps, completed=resumed_at, rate="")
-            self._last = time.perf_counter()
+            self._resumed_at = resumed_at
+            self._began = self._last = time.perf_counter()
             yield
+        if self.mesh.is_main and self.settings.curve:
+            curve.draw(self.path, self.path.with_name("loss.png"))
 
-    def step(self, progress: Progress, result: StepResult) -> None:
-        """Log the step that was just taken."""
+    def lap(self, what: str) -> None:
+        """The time since the last lap was spent on `what`."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        self._laps[what] = self._laps.get(what, 0.0) + now - self._last
+        self._last = now
+
+    def step(self, progress: Progress, result: StepResult, batches: Sequence[Batch]) -> None:
+        """Log the step that was just taken; `batches` are this rank's."""
+        laps, self._laps = self._laps, {}
+        seconds = sum(laps.get(what, 0.0) for what in STEP)
         rate = result.tokens / seconds
         self._write(
             {
@@ -78,7 +117,10 @@ class Metrics:
                 "epoch_examples": progress.examples,
                 "skipped_steps": progress.skipped,
                 "tokens_per_second": rate,
+                "mfu": self._mfu(result, batches, seconds),
+                "peak_memory_bytes": peak_memory(self.mesh.device),
                 "step_seconds": seconds,
+                **{f"{what}_seconds": laps.get(what, 0.0) for what in (*STEP, *BETWEEN)},
             }
         )
         self.bar.update(self._task, completed=progress.step, rate=f"{rate:,.0f} tokens/s")
@@ -91,7 +133,7 @@ class Metrics:
                     else f"loss {result.loss:.4f}  grad norm {result.grad_norm:.3f}"
                 )
                 + f"  lr {result.lr:.2e}  {result.supervised:,} supervised tokens  "
-                f"{rate:,.0f} tokens/s  {seconds:.2f} s"
+                f"{rate:,.0f} tokens/s  {seconds:.2f} s  left {self._left(progress.step)}"
             )
 
     def validation(self, progress: Progress, loss: float) -> None:
@@ -100,12 +142,49 @@ class Metrics:
         self.say(
             f"step {progress.step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}"
         )
-        self._last = time.perf_counter()
 
-    def saved(self, path: Path) -> None:
-        """Say that a checkpoint is complete."""
-        self.say(f"saved {path}")
-        self._last = time.perf_counter()
+    def saved(self, path: Path | None) -> None:
+        """Say that a checkpoint is complete, if there is one."""
+        if path:
+            self.say(f"saved {path}")
+
+    def flag(self, step: int, event: str, text: str, samples: dict[str, Any]) -> None:
+        """Log what a guard found in `step`, with the samples that it names."""
+        self._write({"step": step, "event": event, **samples})
+        self.say(text)
+
+    def own_times(self, step: int, seconds: list[float]) -> None:
+        """Log the ranks' own times of a step, and name those that the others wait for."""
+        slow = slow_ranks(seconds)
+        self._write({"step": step, "event": "ranks", "own_seconds": seconds, "slow": slow})
+        if slow:
+            named = ", ".join(f"rank {rank} ({seconds[rank]:.2f} s)" for rank in slow)
+            self.say(
+                f"step {step}: the others wait for {named}; the fastest rank takes "
+                f"{min(seconds):.2f} s a step"
+            )
+
+    def _mfu(self, result: StepResult, batches: Sequence[Batch], seconds: float) -> float | None:
+        """The share of all devices' peak that useful operations take; None if that is not known.
+
+        The other ranks' documents are taken to be as long as this one's.
+        """
+        if self.peak is None:
+            return None
+        squares = sum(int(batch.starts.diff().square().sum()) for batch in batches)
+        useful = sum(batch.useful for batch in batches)
+        needed = step_flops(
+            self.architecture,
+            tokens=result.tokens,
+            supervised=result.supervised,
+            squares=squares * result.tokens / max(1, useful),
+        )
+        return needed / (seconds * self.peak * self.mesh.world.size)
+
+    def _left(self, step: int) -> timedelta:
+        """How long the rest of the steps takes, as those since the start did with all around."""
+        each = (time.perf_counter() - self._began) / (step - self._resumed_at)
+        return timedelta(seconds=round(each * (self.steps - step)))
 
     def say(self, text: str) -> None:
         """Print one line, once for all processes, above the bar."""
@@ -120,6 +199,9 @@ class Metrics:
             }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain, allow_nan=False) + "\n")
+            numbers = {name: x for name, x in plain.items() if isinstance(x, int | float)}
+            for track in self._trackers:
+                track(entry["step"], numbers)
 
 
 def _cut(path: Path, step: int) -> None:

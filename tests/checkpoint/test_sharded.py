@@ -1,12 +1,30 @@
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from mcore_sft.checkpoint import writer
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
-from mcore_sft.checkpoint.sharded import MANIFEST, POINTER, read_manifest, steps, verify
-from tests import runs
+from mcore_sft.checkpoint.sharded import (
+    MANIFEST,
+    POINTER,
+    Checkpoints,
+    Progress,
+    read_manifest,
+    steps,
+    superfluous,
+    verify,
+)
+from mcore_sft.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from mcore_sft.training.step import train_step
+from tests import runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +101,136 @@ def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
     (tmp_path / "hf" / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="already there and not empty"):
         export(run / "step_4", tmp_path / "hf")
+
+
+SCORES = {1: 0.9, 2: 0.5, 3: None, 4: 0.5, 5: 0.8, 6: 0.7}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stay"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6]),
+        ({"keep_every": 2}, [1, 2, 3, 4, 5, 6]),
+        ({"keep": 1}, [6]),
+        ({"keep": 2}, [5, 6]),
+        ({"best": 1}, [4, 6]),  # the newer of two that are as good
+        ({"best": 2}, [2, 4, 6]),
+        ({"best": 3}, [2, 4, 6]),
+        ({"best": 4, "keep": 2}, [2, 4, 5, 6]),
+        ({"best": 9}, [1, 2, 4, 5, 6]),  # without a score, none is among the best
+        ({"best": 1, "keep": 1, "keep_every": 3}, [3, 4, 6]),
+    ],
+)
+def test_what_stays(settings: dict[str, int], stay: list[int]) -> None:
+    gone = superfluous(SCORES, CheckpointConfig(**settings))
+    assert sorted(SCORES.keys() - set(gone)) == stay
+
+
+def test_the_best_and_those_to_average_are_kept(model: Path, tmp_path: Path) -> None:
+    config = runs.experiment(
+        tmp_path / "run",
+        model,
+        data__validation=[{"path": "rows.jsonl", "limit": 5}],
+        data__packed=str(tmp_path / "packed"),
+        train__validate_every=1,
+        train__steps=6,
+        optimizer__lr=0.5,  # the loss rises, so that the best are not the newest
+        checkpoint={"every": 1, "best": 2, "keep_every": 4},
+    )
+    runs.pack_rows(config)
+    lines = runs.train(config)
+    losses = {x["step"]: x["validation_loss"] for x in lines if "validation_loss" in x}
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    assert best != [6, 5]
+    assert {path.name for path in steps(config.folder)} == {f"step_{n}" for n in (*best, 4, 6)}
+    for path in steps(config.folder):
+        step = int(path.name.removeprefix("step_"))
+        assert verify(path)["scores"] == {"validation_loss": losses[step]}
+
+
+def describe(folder: Path) -> None:
+    (folder / "model").mkdir()
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+def test_training_goes_on_while_a_step_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """What changes after save() is not in the checkpoint, and step_1 has no name till written."""
+    write = writer._write
+    release = tmp_path / "release"
+
+    def waiting(*arguments: Any) -> Any:
+        while not release.exists():
+            time.sleep(0.01)
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "_write", waiting)
+    told = runs.on_layout(layout, _save_and_change, model, tmp_path / "run", release)
+    assert told == [(True, True, True)] * len(told)
+    assert verify(tmp_path / "run" / "step_1")["progress"]["step"] == 1
+
+
+def _save_and_change(
+    parallel: ParallelConfig, model: Path, folder: Path, release: Path
+) -> tuple[bool, bool, bool]:
+    with runs.loaded(model, parallel) as here:
+        made = Checkpoints(
+            folder, CheckpointConfig(), model=here.gpt, optimizer=here.optimizer, mesh=here.mesh
+        )
+        batches = [tiny.make_batch([20, 30], length=64)]
+        train_step(here.gpt, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
+        before = _state(here)
+        made.save(Progress(step=1), describe)
+        train_step(here.gpt, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
+        assert not any(torch.equal(before[name], x) for name, x in _state(here).items())
+        unnamed = made.is_writing and not (folder / "step_1").exists()
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm tells every process
+            assert made._pending is not None
+            os.kill(made._pending.writer._process.pid, number)
+        here.mesh.barrier()
+        release.touch()
+        named = made.wait() == folder / "step_1"
+        made.restore_latest({})
+        after = _state(here)
+        return unnamed, named, all(torch.equal(before[name], x) for name, x in after.items())
+
+
+def _state(here: runs.Loaded) -> dict[str, Tensor]:
+    """The weights and the first moments."""
+    found = {name: weight.detach().clone() for name, weight in here.gpt.named_parameters()}
+    states = here.optimizer.optimizer.state.values()
+    return found | {str(place): x["exp_avg"].clone() for place, x in enumerate(states)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (OSError(28, "No space left on device"), "rank 1: OSError: [Errno 28] No space left"),
+        (None, "rank 1: the process that writes ended with exit code -9"),
+    ],
+)
+def test_a_writer_that_fails_ends_the_run(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: OSError | None,
+    said: str,
+) -> None:
+    write = writer._write
+
+    def failing(transforms: Any, bucket: Any) -> Any:
+        if os.environ["RANK"] == "0":
+            return write(transforms, bucket)
+        if fault:
+            raise fault
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(writer, "_write", failing)
+    config = runs.experiment(tmp_path / "run", model, checkpoint__every=2, train__steps=20)
+    with pytest.raises(AssertionError) as failed:
+        runs.train(config, "tp2")
+    assert "step_2 could not be written" in str(failed.value)
+    assert said in str(failed.value)
+    assert not steps(config.folder)
+    assert len(runs.metrics(config)) < 20

@@ -53,6 +53,11 @@ def test_transformer_engine_on_cpu(place: Path) -> None:
     assert "needs an NVIDIA GPU, but this process runs on CPU" in message
 
 
+def test_nsight_systems_on_cpu(place: Path) -> None:
+    message = refused(place, log__profile=[1, 2], log__profiler="nsys")
+    assert "log.profiler: nsys needs an NVIDIA GPU, but this process runs on CPU" in message
+
+
 @pytest.mark.parametrize("name", ["train.bin", "train.idx", "train.packs.npy"])
 def test_a_corrupt_dataset(place: Path, name: str) -> None:
     file = place / "packed" / name

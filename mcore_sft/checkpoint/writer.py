@@ -1,0 +1,107 @@
+"""The share of one rank in, files and their checksums out, in a process beside the training.
+
+GPU --copy--> host --fork--> writer --files, SHA-256--> .step_N.tmp;    what it wrote --pipe--> run
+
+The fork is the copy of what lies on the CPU already: pages are shared until training changes them.
+"""
+
+import gc
+import hashlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+File = dict[str, Any]
+"""Size and SHA-256."""
+
+# Where Megatron-core looks for what was written. Its own is a process of its own, which Slurm's
+# warning, sent to all processes of a job, would end; ours is filled from the writer's pipe.
+_results: "queue.Queue[dict[int, list[Any]]]" = queue.Queue()
+filesystem_async._results_queue = _results
+
+
+class Writer:
+    """Writes what an AsyncRequest of Megatron-core holds for this rank into `folder`."""
+
+    def __init__(self, request: AsyncRequest, folder: Path) -> None:
+        self._end: Connection | None = None
+        if request.async_fn is None:  # the other ranks hold all that this one does
+            return
+        transforms = request.async_fn.args[0]
+        buckets = request.preload_fn()
+        context = multiprocessing.get_context("fork")
+        self._end, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_run, args=(theirs, transforms, buckets, folder))
+        self._process.start()
+        theirs.close()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether it has neither told what it wrote nor ended."""
+        return self._end is not None and not self._end.poll()
+
+    def outcome(self) -> dict[str, File] | str:
+        """The files that were written, by name within the folder, or what went wrong."""
+        if self._end is None:
+            return {}
+        try:
+            told = self._end.recv()
+        except EOFError:
+            self._process.join()
+            return f"the process that writes ended with exit code {self._process.exitcode}"
+        self._process.join()
+        if isinstance(told, str):
+            return told
+        results, files = told
+        _results.put(results)
+        return dict(files)
+
+
+def digest(path: Path) -> File:
+    """Size and SHA-256 of a file, once it is durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        found = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": found.hexdigest()}
+
+
+def _run(end: Connection, transforms: list[Any], buckets: list[Any], folder: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the run ends itself, and waits for this process
+    gc.disable()  # tensors of the GPU are not this process's to free
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        results = {place: _write(transforms, bucket) for place, bucket in enumerate(buckets)}
+        paths = [Path(bucket[0]) for bucket in buckets]
+        end.send((results, {str(path.relative_to(folder)): digest(path) for path in paths}))
+    except Exception as error:  # whatever it is, the run says it and ends
+        end.send(f"{type(error).__name__}: {error}")
+
+
+def _write(transforms: list[Any], bucket: Any) -> list[Any]:
+    """Write one file; Megatron-core reports by queues, since it would start a process for each."""
+    results: queue.Queue[tuple[int, Any]] = queue.Queue()
+    count: queue.Queue[int] = queue.Queue()
+    count.put(0)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, 0, bucket, results, count, use_fsync=True
+    )
+    _, written = results.get()
+    if isinstance(written, Exception):
+        raise written
+    return list(written)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

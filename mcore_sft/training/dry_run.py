@@ -1,0 +1,122 @@
+"""The real model, gradient buffers and optimizer of one rank, without their bytes.
+
+Everything is built as for training, by the same functions, on the meta device: tensors of a full
+size without memory. The other ranks are torch's "fake" process group, which answers at once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import ChainedOptimizer
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mcore_sft.config import RunConfig
+from mcore_sft.model import build
+from mcore_sft.model.architecture import Architecture
+from mcore_sft.runtime import mesh as meshes
+from mcore_sft.runtime.cpu import megatron_on_cpu
+from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training import optimizer as optim
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that one rank holds from its first update on."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def dry_run(config: RunConfig, architecture: Architecture, gpus: int) -> list[Held]:
+    """What a rank of each pipeline stage holds when `gpus` processes train `config`.
+
+    Layers are the local ones, whose weights have the shapes of Transformer Engine's.
+    """
+    meshes.check(config.parallel, gpus)
+    stages = config.parallel.pipeline
+    return [_held(config, architecture, gpus, stage * gpus // stages) for stage in range(stages)]
+
+
+def _held(config: RunConfig, architecture: Architecture, gpus: int, rank: int) -> Held:
+    settings = config.model.model_copy(update={"layers": "local"})
+    with megatron_on_cpu(), _alone(config, rank, gpus) as mesh, META, _OnMeta():
+        model = build.build(architecture, settings, config.train, mesh)
+        optimizer = optim.build(config.optimizer, config.train, model, mesh)
+        return held(model, optimizer)
+
+
+def held(model: Any, optimizer: Any) -> Held:
+    """The bytes of real objects, once the optimizer has its moments."""
+    buffers = [*model.buffers, *model.expert_parallel_buffers]
+    weights = list(model.parameters())
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    own = {id(weight) for weight in weights}
+    states = 0
+    for part in parts:
+        if not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+        states += sum(
+            value.nbytes
+            for state in part.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+        # Main weights: what is updated and is none of the model's own.
+        states += sum(
+            weight.nbytes
+            for group in part.optimizer.param_groups
+            for weight in group["params"]
+            if id(weight) not in own
+        )
+    return Held(
+        weights=sum(weight.nbytes for weight in weights),
+        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        optimizer=states,
+    )
+
+
+@contextlib.contextmanager
+def _alone(config: RunConfig, rank: int, size: int) -> Iterator[Mesh]:
+    """The mesh of one rank among others that are not there."""
+    new_group = dist.new_group
+
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs | {"backend": "fake", "pg_options": None})
+
+    def agree(found: list[Any], own: Any, group: Any = None) -> None:
+        found[:] = [own] * len(found)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        with (
+            mock.patch.object(dist, "new_group", fake_group),
+            mock.patch.object(dist, "all_gather_object", agree),
+        ):
+            yield meshes._lay_out(config.parallel, META)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+class _OnMeta(TorchFunctionMode):
+    """Tensors that name a device are made on meta too, and have the types that a GPU's have."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = META
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return str(torch.empty(0, dtype=args[0].dtype, device="cpu").type())
+        return func(*args, **kwargs)

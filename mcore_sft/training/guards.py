@@ -1,0 +1,214 @@
+"""Between the gradients and the weights: an update that would do harm is not made, and named.
+
+gradients -> norm, loss of each micro-batch -> update | no update, or the end of the run
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from mcore_sft.checkpoint.sharded import Progress
+from mcore_sft.config import OptimizerConfig, TrainConfig
+from mcore_sft.data.batch import Batch
+from mcore_sft.data.loader import Loader
+from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training.errors import TrainingError
+from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.step import StepResult, count, train_step
+
+PATIENCE = 10
+"""So many steps in a row without a finite loss and gradient, and the weights are past mending."""
+SHOWN = 8
+"""Packs and examples that a sentence names; the JSON line names all."""
+
+
+class Guard:
+    """Takes the steps of a run, and withholds the updates that `TrainConfig` does not want."""
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        loader: Loader,
+        folder: Path,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        mesh: Mesh,
+        metrics: Metrics,
+    ) -> None:
+        """`folder` is the packed dataset, for the sentences."""
+        self._settings = settings
+        self._loader = loader
+        self._folder = folder
+        self._model = model
+        self._optimizer = optimizer
+        self._mesh = mesh
+        self._metrics = metrics
+        self._in_a_row = 0
+        self._losses: list[torch.Tensor] = []
+        model.register_forward_hook(self._record)
+
+    def step(
+        self, progress: Progress, batches: Sequence[Batch], settings: OptimizerConfig, lr: float
+    ) -> tuple[StepResult, bool]:
+        """Take the step after `progress`; what it did, and whether the update was withheld."""
+        self._losses.clear()
+        asking = _Asking(self._optimizer, lambda norm: self._judge(progress, batches, norm))
+        optimizer = cast(MegatronOptimizer, asking)
+        try:
+            return train_step(self._model, optimizer, batches, self._mesh, settings, lr), False
+        except _Withheld as withheld:
+            supervised, tokens, examples = count(batches, self._mesh)
+            result = StepResult(
+                loss=withheld.loss,
+                grad_norm=withheld.norm,
+                lr=lr,
+                supervised=supervised,
+                tokens=tokens,
+                examples=examples,
+            )
+            return result, True
+
+    def _record(self, model: Any, given: Any, output: torch.Tensor) -> None:
+        """Keep the summed loss of a micro-batch: what the last stage gives out."""
+        if model.training and self._mesh.is_last_stage:
+            self._losses.append(output.detach())
+
+    def _judge(self, progress: Progress, batches: Sequence[Batch], norm: float) -> None:
+        """Raise `_Withheld` where the update must not be made; the same on every rank."""
+        self._metrics.lap("forward_backward")
+        counts = self._mesh.is_last_stage and self._mesh.tensor.rank == 0
+        losses = torch.stack(self._losses).tolist() if counts else []
+        supervised = sum(batch.supervised for batch in batches) if counts else 0
+        told = [sum(losses), supervised, 0.0 if math.isfinite(norm) else 1.0]
+        total = torch.tensor(told, dtype=torch.float64, device=self._mesh.device)
+        dist.all_reduce(total, group=self._mesh.world.group)
+        loss = float(total[0] / total[1])
+        before, window = progress.losses, self._settings.spike_window
+        if not math.isfinite(loss) or total[2]:
+            self._in_a_row += 1
+            self._report_nonfinite(progress.step, self._means(losses, batches, progress.step), norm)
+            raise _Withheld(loss, norm)
+        self._in_a_row = 0
+        progress.losses = [*before, loss][-window:]
+        if is_spike(loss, before, self._settings.spike_sigmas, window):
+            means = self._means(losses, batches, progress.step)
+            self._report_spike(progress.step, means, loss, before)
+            if self._settings.on_spike == "skip":
+                raise _Withheld(loss, norm)
+
+    def _means(self, losses: list[float], batches: Sequence[Batch], step: int) -> list["_Mean"]:
+        """The micro-batches of all ranks; `losses` are empty on all but one of those alike."""
+        packs_of_each = packs_of(self._loader, step)
+        mine = [
+            _Mean(loss / max(1, batch.supervised), packs)
+            for loss, batch, packs in zip(losses, batches, packs_of_each, strict=False)
+        ]
+        shares: list[Any] = [None] * self._mesh.world.size
+        dist.all_gather_object(shares, mine, group=self._mesh.world.group)
+        return [mean for share in shares for mean in share]
+
+    def _report_nonfinite(self, step: int, means: list["_Mean"], norm: float) -> None:
+        damaged = [mean for mean in means if not math.isfinite(mean.loss)]
+        if damaged:
+            told = f"the loss is {damaged[0].loss} in {self._named(damaged)}"
+        else:
+            told = f"the gradient norm is {norm}, though every loss is finite, in a step of "
+            told += self._named(means)
+        told = f"step {step + 1}: {told}; the weights were left as they were"
+        self._metrics.flag(step + 1, "nonfinite", told, self._samples(damaged or means))
+        if self._settings.on_nonfinite == "stop":
+            raise TrainingError(
+                f"{told}. Look at them with tools/inspect_data.py {self._folder} --pack N, lower "
+                "optimizer.lr, clip gradients with optimizer.clip_grad, or go on past such steps "
+                "with train.on_nonfinite=skip"
+            )
+        if self._in_a_row == PATIENCE:
+            raise TrainingError(
+                f"{told}. So it was in {PATIENCE} steps in a row: the weights are damaged, and no "
+                "step will mend them; go back to a checkpoint before, with a lower optimizer.lr"
+            )
+
+    def _report_spike(
+        self, step: int, means: list["_Mean"], loss: float, before: list[float]
+    ) -> None:
+        worst = max(means, key=lambda mean: mean.loss)
+        skips = self._settings.on_spike == "skip"
+        told = (
+            f"step {step + 1}: loss {loss:.4f} is a spike after {statistics.fmean(before):.4f} on "
+            f"average (standard deviation {statistics.stdev(before):.4f}); the largest, "
+            f"{worst.loss:.4f}, is of {self._named([worst])}"
+            f"{'; the weights were left as they were' if skips else ''}"
+        )
+        self._metrics.flag(step + 1, "spike", told, self._samples([worst]))
+
+    def _named(self, means: list["_Mean"]) -> str:
+        return " and ".join(
+            f"{what} {', '.join(map(str, ids[:SHOWN]))}{', ...' if len(ids) > SHOWN else ''}"
+            for what, ids in self._samples(means).items()
+        )
+
+    def _samples(self, means: list["_Mean"]) -> dict[str, list[int]]:
+        """The packs of these micro-batches, and the examples in them."""
+        packs = [pack for mean in means for pack in mean.packs]
+        arrays = self._loader._dataset._arrays
+        examples = [
+            arrays.packs[arrays.pack_offsets[p] : arrays.pack_offsets[p + 1]] for p in packs
+        ]
+        return {"packs": packs, "examples": [i for ids in examples for i in ids.tolist()]}
+
+
+def is_spike(loss: float, before: Sequence[float], sigmas: float, window: int) -> bool:
+    """Whether `loss` lies `sigmas` standard deviations above the mean of those before it."""
+    if len(before) < max(2, window // 2):
+        return False
+    return loss > statistics.fmean(before) + sigmas * statistics.stdev(before)
+
+
+def packs_of(loader: Loader, step: int) -> list[list[int]]:
+    """The packs in each of this rank's micro-batches of `step`; `loader.batches` collates them."""
+    begin = step % loader.steps_per_epoch * loader.packs_per_step
+    packs = loader._permutation(loader.epoch(step))[begin : begin + loader.packs_per_step]
+    size = loader._micro_batch
+    starts = range(loader._rank * size, loader.packs_per_step, loader._size * size)
+    return [packs[start : start + size].tolist() for start in starts]
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """Mean loss of one micro-batch, and its packs."""
+
+    loss: float
+    packs: list[int]
+
+
+class _Withheld(Exception):
+    """The update is not made."""
+
+    def __init__(self, loss: float, norm: float) -> None:
+        super().__init__("the update is not made")
+        self.loss = loss
+        self.norm = norm
+
+
+class _Asking:
+    """An optimizer that has its gradient norm judged before anything is updated by it."""
+
+    def __init__(self, optimizer: MegatronOptimizer, judge: Callable[[float], None]) -> None:
+        self._optimizer = optimizer
+        self._judge = judge
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def get_grad_norm(self) -> float:
+        norm = float(self._optimizer.get_grad_norm())
+        self._judge(norm)
+        return norm

@@ -1,0 +1,51 @@
+"""Why a run ends before its last step: it is told to, or its time is over."""
+
+import signal
+import time
+from types import FrameType
+from typing import Any, Self
+
+_CLOCK = 1  # below the numbers of the signals that are heard
+_REASONS = {
+    _CLOCK: "train.max_minutes are over",
+    signal.SIGUSR1: "SIGUSR1 came",
+    signal.SIGTERM: "SIGTERM came",
+}
+
+
+class Stop:
+    """Hears SIGTERM and SIGUSR1 (Slurm's warning) where it is entered, and watches the clock.
+
+    What was asked of one rank is a number, so that the ranks can agree on the largest and with it
+    on the step: a signal may reach them before and after the end of a step.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        """`minutes` count from here."""
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._came = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def asked(self) -> int:
+        """0, or what asked this rank to stop."""
+        if self._end is not None and time.monotonic() >= self._end:
+            return max(self._came, _CLOCK)
+        return self._came
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._came = max(self._came, number)
+
+
+def reason(asked: int) -> str:
+    """What a number of `Stop.asked` means."""
+    return _REASONS[asked]

@@ -1,0 +1,63 @@
+"""Numbers of a step in, TensorBoard's files or W&B's page out: where the configuration asks."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mcore_sft.config import ConfigError, LogConfig
+
+Tracker = Callable[[int, dict[str, float]], None]
+"""Told of each step and its numbers by name."""
+
+
+def check(settings: LogConfig) -> None:
+    """Raise `ConfigError` if a package is missing that the configuration asks for."""
+    for asked, key, package, extra in (
+        (settings.tensorboard, "log.tensorboard", "tensorboard", "track"),
+        (settings.wandb, "log.wandb", "wandb", "track"),
+        (settings.curve, "log.curve", "matplotlib", "plot"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{key} needs the package {package}, which is not installed: pip install "
+                f"{package}, or the `{extra}` extra; or leave {key} out"
+            )
+
+
+def open_trackers(settings: LogConfig, folder: Path, name: str, resumed_at: int) -> list[Tracker]:
+    """What the configuration asks for; lines of steps after `resumed_at` are taken back."""
+    made = []
+    if settings.tensorboard:
+        made.append(_tensorboard(folder, resumed_at))
+    if settings.wandb:
+        made.append(_wandb(settings.wandb, folder, name))
+    return made
+
+
+def _tensorboard(folder: Path, resumed_at: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+
+    def track(step: int, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(project: str, folder: Path, name: str) -> Tracker:
+    """A run of `project`; its id is kept in the folder, so that a resumed run goes on in it."""
+    wandb = importlib.import_module("wandb")
+    kept = folder / "wandb_id"
+    known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+    run = wandb.init(project=project, name=name, dir=str(folder), id=known, resume="allow")
+    kept.write_text(run.id + "\n", encoding="utf-8")
+
+    def track(step: int, numbers: dict[str, float]) -> None:
+        run.log(numbers, step=step)
+
+    return track

@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_model
+
+CONFIG = "configs/llama31_8b_openmathinstruct2.yaml"
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("plan") / "model", num_key_value_heads=4)
+
+
+def test_a_plan_is_a_table_and_a_file(model, tmp_path):
+    plan = ("tools/plan.py", "--config", CONFIG, f"model.path={model}", "--gpus", 8)
+    ran = call(*plan, "--gpu", "h100", "--top", 3, "--json", tmp_path / "plan.json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "on 8 x h100" in ran.stdout
+    assert "nothing is measured" in ran.stdout
+    assert "parallel.tensor=" in ran.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["configured"]["layout"]["tensor"] == 4
+    assert found["configured"]["days"] == pytest.approx(
+        found["configured"]["seconds"] * 60_000 / 86_400
+    )
+    assert len(found["layouts"]) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", 8, "--gpu", "h1000"), "--gpu h1000: expected one of a100-40"),
+        (("--gpus", 6), "6 GPU(s) cannot be split into parallel.tensor 4"),
+        (("--gpus", 0), "expected a whole number, 1 or more; given '0'"),
+        (("--gpus", 8, "--efficiency", 2), "expected a share above 0, at most 1; given '2'"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(model, arguments, message):
+    ran = call("tools/plan.py", "--config", CONFIG, f"model.path={model}", *arguments)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_dry_run_counts_the_real_objects(model):
+    train = ("mcore_sft/train.py", "--config", CONFIG, f"model.path={model}")
+    ran = call(*train, "--dry-run", "--gpus", 8)
+    assert ran.returncode == 0, ran.stderr
+    assert "on 8 GPU(s)" in ran.stdout
+    assert "from the real objects" in ran.stdout
+    refused = call(*train, "--gpus", 8)
+    assert "--gpus goes with --dry-run" in refused.stderr

@@ -1,0 +1,31 @@
+"""The JSON lines of a run in, a picture of its losses out."""
+
+import argparse
+from pathlib import Path
+
+from mcore_sft import command
+from mcore_sft.errors import UserError
+
+
+def main() -> None:
+    """Draw the run of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, metavar="DIR", help="such as results/NAME")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="without it, DIR/loss.png")
+    arguments = parser.parse_args()
+    log: Path = arguments.run / "metrics.jsonl"
+    if not log.exists():
+        raise UserError(f"{log}: not there; give the folder of a run, such as results/NAME")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install matplotlib") from None
+    from mcore_sft.training.curve import draw
+
+    picture = arguments.output or arguments.run / "loss.png"
+    draw(log, picture)
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    command.run(main)
