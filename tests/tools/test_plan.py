@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mcore_sft import plan
 from tests.tiny import make_model
 
 CONFIG = "configs/llama31_8b_openmathinstruct2.yaml"
@@ -21,18 +22,22 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_a_plan_is_a_table_and_a_file(model, tmp_path):
-    plan = ("tools/plan.py", "--config", CONFIG, f"model.path={model}", "--gpus", 8)
-    ran = call(*plan, "--gpu", "h100", "--top", 3, "--json", tmp_path / "plan.json")
+    command = ("tools/plan.py", "--config", CONFIG, f"model.path={model}", "--gpus", 8)
+    ran = call(*command, "--gpu", "h100", "--top", 3, "--json", tmp_path / "plan.json")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "on 8 x h100" in ran.stdout
     assert "nothing is measured" in ran.stdout
-    assert "parallel.tensor=" in ran.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["configured"]["layout"]["tensor"] == 4
     assert found["configured"]["days"] == pytest.approx(
         found["configured"]["seconds"] * 60_000 / 86_400
     )
     assert len(found["layouts"]) > 3
+    for row in found["layouts"][:3]:
+        keys = plan.Layout(**row["layout"]).keys
+        for key, value in keys.items():
+            assert f"{key}={str(value).lower()}" in ran.stdout
+        assert keys or "the defaults" in ran.stdout
 
 
 @pytest.mark.parametrize(
