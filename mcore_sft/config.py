@@ -251,12 +251,25 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel ranks."""
     pipeline: Count = 1
-    """Pipeline stages. Data parallelism is what is left of the world."""
+    """Pipeline stages."""
+    virtual: Count = 1
+    """Model chunks of each pipeline stage, which take turns (interleaved schedule): shorter waits
+    for more messages."""
+    context: Count = 1
+    """Context-parallel ranks, which share the tokens of each document. Data parallelism is what is
+    left of the world."""
+    distributed_optimizer: bool = False
+    """Whether ranks that hold the same weights share the optimizer's states (ZeRO stage 1)."""
+    overlap: bool = False
+    """Whether gradients are reduced while the backward pass goes on and, with the distributed
+    optimizer, weights are gathered while the forward pass does."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence: true needs tensor of at least 2, given 1")
+        if self.virtual > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual: {self.virtual} needs pipeline of at least 2, given 1")
         return self
 
 

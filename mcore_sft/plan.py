@@ -150,17 +150,21 @@ class Estimate:
 def configured(config: RunConfig, gpus: int) -> Layout:
     """The layout that `config` asks for on so many GPUs."""
     parallel = config.parallel
-    model = parallel.tensor * parallel.pipeline
+    model = parallel.tensor * parallel.pipeline * parallel.context
     if gpus % model:
         raise ConfigError(
             f"{gpus} GPU(s) cannot be split into parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline}: give a multiple of {model}"
+            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context}: give a "
+            f"multiple of {model}"
         )
     return Layout(
         tensor=parallel.tensor,
         sequence=parallel.sequence,
         pipeline=parallel.pipeline,
+        virtual=parallel.virtual,
+        context=parallel.context,
         data=gpus // model,
+        distributed_optimizer=parallel.distributed_optimizer,
         recompute=config.train.recompute,
         micro_batch=config.train.micro_batch,
     )

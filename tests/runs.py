@@ -1,6 +1,8 @@
 """Whole and partial training runs for the equalities: on any layout, in forked ranks."""
 
+import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,18 +41,47 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "tp2_sp_pp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
     "tp2_sp_dp2": (4, {"tensor": 2, "sequence": True}),
+    "pp2_vp2": (2, {"pipeline": 2, "virtual": 2}),
+    "cp2": (2, {"context": 2}),
+    "tp2_sp_cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+    "pp2_cp2": (4, {"pipeline": 2, "context": 2}),
+    "dp2_do": (2, {"distributed_optimizer": True}),
+    "dp2_do_overlap": (2, {"distributed_optimizer": True, "overlap": True}),
 }
 """Name -> number of processes, parallel section."""
+
+
+def matrix() -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every layout of axes of one or two ranks, those that make no sense among them."""
+    choices = {
+        "tensor": (1, 2),
+        "sequence": (False, True),
+        "pipeline": (1, 2),
+        "virtual": (1, 2),
+        "context": (1, 2),
+        "distributed_optimizer": (False, True),
+        "overlap": (False, True),
+    }
+    for data, *values in itertools.product((1, 2), *choices.values()):
+        section = dict(zip(choices, values, strict=True))
+        size = data * math.prod(section[axis] for axis in ("tensor", "pipeline", "context"))
+        yield size, {name: value for name, value in section.items() if value is True or value > 1}
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model with its weights on this rank."""
 
-    gpt: Any
+    model: build.Chunks
     optimizer: Any
     mesh: Mesh
     architecture: arch.Architecture
+
+    @property
+    def gpt(self) -> Any:
+        """The model where it is one chunk."""
+        (only,) = self.model
+        return only
 
 
 @contextmanager
@@ -65,11 +96,11 @@ def loaded(
     architecture = arch.read(folder)
     settings = TrainConfig(precision=precision, **train)
     with connect(parallel) as mesh:
-        gpt = build.build(architecture, ModelConfig(path=folder), settings, mesh)
-        made = optim.build(optimizer or OptimizerConfig(), settings, gpt, mesh)
-        weights.load_pretrained(SafetensorsFolder(folder), gpt.module, architecture)
+        model = build.build(architecture, ModelConfig(path=folder), settings, mesh)
+        made = optim.build(optimizer or OptimizerConfig(), settings, model, mesh)
+        weights.load_pretrained(SafetensorsFolder(folder), model, architecture)
         made.reload_model_params()
-        yield Loaded(gpt, made, mesh, architecture)
+        yield Loaded(model, made, mesh, architecture)
 
 
 def on_layout(layout: str, function: Any, *args: Any) -> list[Any]:
@@ -80,9 +111,10 @@ def on_layout(layout: str, function: Any, *args: Any) -> list[Any]:
 
 def gradients(here: Loaded, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
     """Mean loss of `batches` (this rank's) and this rank's gradient of every weight."""
-    here.gpt.train()
-    here.gpt.zero_grad_buffer()
-    loss = run(here.gpt, batches, here.mesh, forward_only=False)
+    for chunk in here.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    loss = run(here.model, batches, here.mesh, forward_only=False)
     supervised, _, _ = count(batches, here.mesh)
     found = {name: weight.main_grad.clone() for name, weight in here.gpt.named_parameters()}
     return loss / max(1, supervised), found

@@ -8,12 +8,14 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -36,8 +38,9 @@ from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation.engine import Request, open_engine
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
-from mcore_sft.training.step import packed, train_step
+from mcore_sft.training.step import StepResult, packed, train_step
 from tests import runs, tiny
+from tests.distributed import run_ranks
 from tests.runs import LAYOUTS, loaded, on_layout, relative, relative_norm
 
 # 1: packed = unpacked
@@ -85,7 +88,7 @@ def _trace(here: Any, batch: Batch) -> dict[str, Tensor]:
 
     def keep(name: str, tensor: Tensor) -> None:
         rows = tensor.detach()
-        if here.mesh.sequence:
+        if here.mesh.parallel.sequence:
             parts = [torch.empty_like(rows) for _ in range(here.mesh.tensor.size)]
             torch.distributed.all_gather(parts, rows.contiguous(), group=here.mesh.tensor.group)
             rows = torch.cat(parts)
@@ -107,7 +110,7 @@ def _trace(here: Any, batch: Batch) -> dict[str, Tensor]:
         hooks.append(core.embedding.register_forward_hook(watch("embedding")))
     gpt.zero_grad_buffer()
     gpt.train()
-    runs.run(gpt, [batch], here.mesh, forward_only=False)
+    runs.run(here.model, [batch], here.mesh, forward_only=False)
     for hook in hooks:
         hook.remove()
     if here.mesh.pipeline.size == 1:
@@ -155,7 +158,18 @@ def _gradients(
 # 3: layouts agree with one process
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+# Twenty steps of what is more than one axis; those of one axis are in these, and in the matrix.
+_OFTEN = ("tp2_sp_pp2", "tp2_sp_cp2", "pp2_cp2", "pp2_vp2", "dp2_do_overlap")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[] if name in _OFTEN else [pytest.mark.slow])
+        for name in LAYOUTS
+        if name != "one"
+    ],
+)
 def test_3_layouts(
     model: Path, reference_run: list[dict[str, float]], layout: str, tmp_path: Path
 ) -> None:
@@ -163,7 +177,71 @@ def test_3_layouts(
     assert_same_curve(found, reference_run)
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "tp2_sp_pp2"])
+NEEDS = {"sequence": "tensor", "virtual": "pipeline"}
+
+
+def _cases() -> Iterator[Any]:
+    """The matrix; more than four ranks, and half of what overlaps, only when asked."""
+    for size, section in runs.matrix():
+        if any(axis in section and needs not in section for axis, needs in NEEDS.items()):
+            continue
+        name = f"{size}: {', '.join(f'{k}={v}' for k, v in section.items())}"
+        often = size <= 4 and ("overlap" in section) == ("distributed_optimizer" in section)
+        yield pytest.param(size, section, id=name, marks=[] if often else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("size", "section"), list(_cases()))
+def test_3_every_layout_agrees(
+    model: Path, reference_steps: list[StepResult], size: int, section: dict[str, Any]
+) -> None:
+    for found in run_ranks(size, _steps, ParallelConfig(**section), model):
+        for result, expected in zip(found, reference_steps, strict=True):
+            assert relative(result.loss, expected.loss) < 1e-6
+            assert relative(result.grad_norm, expected.grad_norm) < 1e-5
+            for name in ("supervised", "tokens", "examples", "lr"):
+                assert getattr(result, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize(("axis", "needs"), NEEDS.items())
+def test_3_layouts_without_sense_are_refused(axis: str, needs: str) -> None:
+    sections = [section for _, section in runs.matrix() if axis in section]
+    for section in sections:
+        if needs not in section:
+            with pytest.raises(ValidationError, match="needs (tensor|pipeline) of at least 2"):
+                ParallelConfig(**section)
+    with pytest.raises(ValidationError, match=f"{axis}: .* needs {needs} of at least 2"):
+        ParallelConfig(**{axis: 2 if axis == "virtual" else True})
+
+
+@pytest.fixture(scope="module")
+def reference_steps(model: Path) -> list[StepResult]:
+    """Three steps in a single process."""
+    found: list[StepResult] = run_ranks(1, _steps, ParallelConfig(), model)[0]
+    return found
+
+
+def _steps(parallel: ParallelConfig, model: Path) -> list[StepResult]:
+    torch.set_num_threads(1)
+    packs = [
+        tiny.make_pack([20, 31, 50], seed=1),
+        tiny.make_pack([60, 61], seed=2, prompts=[55, 60]),
+        tiny.make_pack([100], seed=3, prompts=[5]),
+        tiny.make_pack([10, 10, 10], seed=4),
+    ]
+    with loaded(model, parallel) as here:
+        context = here.mesh.context
+        batches = [
+            collate([pack], 128, pad_id=0, context=context.size, rank=context.rank)
+            for pack in packs[here.mesh.data.rank :: here.mesh.data.size]
+        ]
+        settings = OptimizerConfig(clip_grad=1.0)
+        return [
+            train_step(here.model, here.optimizer, batches, here.mesh, settings, 1e-4)
+            for _ in range(3)
+        ]
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_vp2", "tp2_sp_pp2"])
 def test_3_layouts_of_tied_embeddings(model: Path, tmp_path: Path, layout: str) -> None:
     tied = tiny.make_model(tmp_path / "tied", vocab_size=703, tie_word_embeddings=True)
     shutil.copytree(model / "packed", tied / "packed")
@@ -273,7 +351,7 @@ def _save(parallel: ParallelConfig, base: Path, folder: Path, precision: str) ->
         checkpoints = Checkpoints(
             folder,
             CheckpointConfig(),
-            model=here.gpt,
+            model=here.model,
             optimizer=here.optimizer,
             mesh=here.mesh,
         )
@@ -372,9 +450,9 @@ def _empty_step(parallel: ParallelConfig, model: Path) -> Any:
     with loaded(model, parallel, optimizer=settings) as here:
         real = collate([tiny.make_pack([60, 64], seed=2)], 128, pad_id=0)
         empty = collate([Pack.empty()], 128, pad_id=0)
-        train_step(here.gpt, here.optimizer, [real], here.mesh, settings, 1e-2)
+        train_step(here.model, here.optimizer, [real], here.mesh, settings, 1e-2)
         before = _state(here)
-        result = train_step(here.gpt, here.optimizer, [empty, empty], here.mesh, settings, 1e-2)
+        result = train_step(here.model, here.optimizer, [empty, empty], here.mesh, settings, 1e-2)
         return before, result, _state(here)
 
 

@@ -90,7 +90,7 @@ def live(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward_step(iter([batch]), here.gpt, mesh=here.mesh)
         saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        return here.architecture, held(here.gpt, here.optimizer), saved
+        return here.architecture, held(here.model, here.optimizer), saved
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -23,16 +23,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
+from mcore_sft.checkpoint import optimizer_state
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.writer import File, Writer, digest
 from mcore_sft.config import CheckpointConfig
+from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 
 FORMAT = 1
@@ -77,8 +78,8 @@ class Checkpoints:
         folder: Path,
         settings: CheckpointConfig,
         *,
-        model: DistributedDataParallel,
-        optimizer: MegatronOptimizer,
+        model: Chunks,
+        optimizer: ChainedOptimizer,
         mesh: Mesh,
     ) -> None:
         self.folder = folder
@@ -107,9 +108,14 @@ class Checkpoints:
             (temporary / "weights").mkdir(parents=True)
             describe(temporary)
         self.mesh.barrier()
-        request = dist_checkpointing.save(
-            self._state(is_loading=False), str(temporary / "weights"), async_sharded_save=True
-        )
+        with whole_weights(self.model):
+            model = self._model_state()
+            optimizer = optimizer_state.state(self.optimizer, model, self.mesh)
+            request = dist_checkpointing.save(
+                {"model": model, "optimizer": optimizer},
+                str(temporary / "weights"),
+                async_sharded_save=True,
+            )
         assert request is not None
         self._pending = _Pending(
             temporary=temporary,
@@ -188,9 +194,12 @@ class Checkpoints:
             self._set_aside(damaged)
             progress = Progress(**manifest["progress"])
             progress.check(fixed)
-            state = dist_checkpointing.load(self._state(is_loading=True), str(path / "weights"))
-            self.model.module.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            model = self._model_state()
+            wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
+            read = dist_checkpointing.load(wanted, str(path / "weights"))
+            for chunk, state in zip(self.model, read["model"].values(), strict=True):
+                chunk.module.load_state_dict(state)
+            optimizer_state.restore(self.optimizer, self._model_state(), read["optimizer"])
             return progress
         if damaged:
             raise CheckpointError(
@@ -218,10 +227,12 @@ class Checkpoints:
                 path.rename(aside)
         self.mesh.barrier()
 
-    def _state(self, *, is_loading: bool) -> dict[str, Any]:
-        model = self.model.module.sharded_state_dict(prefix="")
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
-        return {"model": model, "optimizer": optimizer}
+    def _model_state(self) -> dict[str, Any]:
+        """Each chunk's weights; it is their own keys that say where in the model they belong."""
+        return {
+            f"chunk{number}": chunk.module.sharded_state_dict(prefix="")
+            for number, chunk in enumerate(self.model)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

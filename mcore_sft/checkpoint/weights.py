@@ -9,12 +9,13 @@ writes them back.
     (whole Megatron tensor, one at a time) -> model.safetensors
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel
 from rich.console import Console
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 def load_pretrained(
     folder: SafetensorsFolder,
-    model: torch.nn.Module,
+    model: Sequence[DistributedDataParallel],
     architecture: Architecture,
     console: Console | None = None,
 ) -> None:
@@ -77,7 +78,7 @@ def load_pretrained(
     rows = table(architecture)
     _require_same_tensors(folder, rows, architecture)
     console = console or Console(quiet=True)
-    parts = list(shards(model))
+    parts = [shard for chunk in model for shard in shards(chunk.module)]
     total = sum(shard.data.nbytes for shard in parts)
     with torch.no_grad(), progress("loading weights", total=total, console=console) as done:
         for shard in parts:

@@ -101,6 +101,12 @@ class PackedDataset:
         """Examples that are stored; their ids are below this."""
         return len(self._arrays.tokens)
 
+    def longest_pack(self, unit: int) -> int:
+        """Tokens of the longest pack whose examples are each filled up to a multiple of `unit`."""
+        lengths = -(-self._arrays.tokens.lengths // unit) * unit
+        tokens = np.add.reduceat(lengths[self._arrays.packs], self._arrays.pack_offsets[:-1])
+        return int(tokens.max())
+
     def example(self, index: int) -> Example:
         """The example with this id."""
         return self._examples(np.array([index]))[0]

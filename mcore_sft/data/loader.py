@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mcore_sft.data.batch import Batch, collate
+from mcore_sft.data.batch import Batch, collate, document_unit
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.pack import Pack
@@ -19,9 +19,9 @@ from mcore_sft.data.pack import Pack
 class Loader:
     """Batches of every step for one data-parallel rank.
 
-    A step takes `packs_per_step` packs: the multiple of size x micro_batch that is nearest to
-    `global_batch` examples. Micro-batch j of rank r takes the packs after those of rank r - 1, so
-    that a step consumes the same packs in the same order for every number of ranks.
+    A step takes `packs_per_step` packs: the multiple of size x micro_batch x rounds that is nearest
+    to `global_batch` examples. Micro-batch j of rank r takes the packs after those of rank r - 1,
+    so that a step consumes the same packs in the same order for every number of ranks.
     """
 
     def __init__(
@@ -36,8 +36,14 @@ class Loader:
         size: int,
         pad_id: int,
         align: int = 1,
+        rounds: int = 1,
+        context: int = 1,
+        context_rank: int = 0,
     ) -> None:
-        """`align` rounds the length of a row up; packs do not depend on it."""
+        """`align` rounds the length of a row up, `rounds` the micro-batches of a step.
+
+        `context` ranks share each row (`collate`). Packs depend on none of these.
+        """
         self._dataset = dataset
         self._micro_batch = micro_batch
         self._seed = seed
@@ -45,8 +51,14 @@ class Loader:
         self._size = size
         self._pad_id = pad_id
         self._permutation = lru_cache(maxsize=2)(self._permute)
-        self.length = -(-dataset.sequence_length // align) * align
-        unit = size * micro_batch
+        self._rounds = rounds
+        self._context = context
+        self._context_rank = context_rank
+        document = document_unit(context)
+        longest = dataset.sequence_length if document == 1 else dataset.longest_pack(document)
+        align *= document
+        self.length = -(-longest // align) * align
+        unit = size * micro_batch * rounds
         examples_per_pack = dataset.num_examples / len(dataset)
         self.packs_per_step = max(1, round(global_batch / examples_per_pack / unit)) * unit
         self.examples_per_step = self.packs_per_step * examples_per_pack
@@ -76,7 +88,8 @@ class Loader:
     def validation_batches(self, limit: int = 0) -> Iterator[Batch]:
         """This rank's share of all packs, or the first `limit`; as many batches for each rank."""
         packs = np.arange(min(limit or len(self._dataset), len(self._dataset)), dtype=np.int64)
-        count = -(-len(packs) // (self._size * self._micro_batch))
+        unit = self._size * self._micro_batch * self._rounds
+        count = -(-len(packs) // unit) * self._rounds
         return (self._batch(packs, micro) for micro in range(count))
 
     def _batch(self, packs: npt.NDArray[np.int64], micro: int) -> Batch:
@@ -84,7 +97,13 @@ class Loader:
         ids = packs[begin : begin + self._micro_batch].tolist()
         real = [self._dataset.pack(index) for index in ids]
         empty = [Pack.empty()] * (self._micro_batch - len(real))
-        return collate([*real, *empty], self.length, pad_id=self._pad_id)
+        return collate(
+            [*real, *empty],
+            self.length,
+            pad_id=self._pad_id,
+            context=self._context,
+            rank=self._context_rank,
+        )
 
     def _permute(self, epoch: int) -> npt.NDArray[np.int64]:
         # The raw stream of PCG64 is the same in every version of numpy; its shuffles need not be.

@@ -93,6 +93,12 @@ class Architecture:
                 f"parallel.pipeline {parallel.pipeline} does not divide the model's "
                 f"{self.layers} layers: choose a divisor of {self.layers}"
             )
+        if self.layers % (parallel.pipeline * parallel.virtual):
+            raise ConfigError(
+                f"parallel.virtual {parallel.virtual} does not divide the "
+                f"{self.layers // parallel.pipeline} layers of a pipeline stage: choose a divisor "
+                f"of {self.layers // parallel.pipeline}"
+            )
         if self.window is not None and sequence_length > self.window:
             raise ConfigError(
                 f"data.sequence_length {sequence_length} is more than the sliding window of the "

@@ -1,8 +1,10 @@
 """A GPT of Megatron-core, as much of it as lies on this rank.
 
-Architecture + Mesh -> Gpt wrapped for data parallelism
+Architecture + Mesh -> chunks: Gpts in the order of their layers, each wrapped for data parallelism
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from mcore_sft.model.layers import PackedAttention, RMSNorm
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
 from mcore_sft.runtime.mesh import Mesh
 
+Chunks = list[DistributedDataParallel]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,34 +78,64 @@ class Gpt(GPTModel):
 
 def build(
     architecture: Architecture, settings: ModelConfig, train: TrainConfig, mesh: Mesh
-) -> DistributedDataParallel:
+) -> Chunks:
     """This rank's part of the model, its weights not yet loaded, in DDP."""
     config = transformer_config(architecture, train, mesh)
-    layers = layer_implementation(settings, mesh)
-    model = Gpt(
-        config,
-        block_spec(layers, config, architecture, mesh),
-        vocab_size=architecture.padded_vocab(mesh.tensor.size),
-        max_sequence_length=architecture.max_positions,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=architecture.tied,
-        pg_collection=mesh.groups,
+    spec = block_spec(layer_implementation(settings, mesh), architecture, mesh)
+    parallel = mesh.parallel
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        average_in_collective=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
-    model.real_vocab = architecture.vocab
-    # Megatron-core hard-wires three of the numbers of Llama 3 scaling: ours take their place.
-    model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
-    model.to(mesh.device)
-    chunk = Float16Module(config, model) if config.bf16 else model
-    return DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, average_in_collective=False, overlap_grad_reduce=False
-        ),
-        chunk,
-        pg_collection=mesh.groups,
-    )
+    chunks = []
+    for number in range(parallel.virtual):
+        model = Gpt(
+            config,
+            spec,
+            vocab_size=architecture.padded_vocab(mesh.tensor.size),
+            max_sequence_length=architecture.max_positions,
+            pre_process=mesh.is_first_stage and number == 0,
+            post_process=mesh.is_last_stage and number == parallel.virtual - 1,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=architecture.tied,
+            pg_collection=mesh.groups,
+            vp_stage=number if parallel.virtual > 1 else None,
+        )
+        model.real_vocab = architecture.vocab
+        # Megatron-core hard-wires three of the numbers of Llama 3 scaling: ours take their place.
+        model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
+        model.to(mesh.device)
+        chunks.append(
+            DistributedDataParallel(
+                config,
+                reduction,
+                Float16Module(config, model) if config.bf16 else model,
+                # The first chunk's backward pass is the last: those of the others hide theirs.
+                disable_bucketing=number > 0,
+                pg_collection=mesh.groups,
+            )
+        )
+    if parallel.overlap:
+        waiting = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = waiting if parallel.virtual > 1 else waiting[0]
+    return chunks
+
+
+@contextlib.contextmanager
+def whole_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Gather what the distributed optimizer has updated, which overlapping leaves to the next step.
+
+    For all that reads weights between two steps.
+    """
+    pending = [chunk for chunk in chunks if chunk.use_forward_hook]
+    for chunk in pending:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in pending:
+        chunk.enable_forward_pre_hook()
 
 
 # Megatron-core's words for what is computed again in the backward pass.
@@ -141,7 +174,14 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=mesh.tensor.size,
         pipeline_model_parallel_size=mesh.pipeline.size,
-        sequence_parallel=mesh.sequence,
+        virtual_pipeline_model_parallel_size=(
+            mesh.parallel.virtual if mesh.parallel.virtual > 1 else None
+        ),
+        # Batched, two stages of several chunks take each other's activations for gradients.
+        overlap_p2p_comm=mesh.parallel.virtual > 1,
+        batch_p2p_comm=mesh.parallel.virtual == 1,
+        context_parallel_size=mesh.context.size,
+        sequence_parallel=mesh.parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -184,10 +224,8 @@ def layer_implementation(settings: ModelConfig, mesh: Mesh) -> str:
     return chosen
 
 
-def block_spec(
-    layers: str, config: TransformerConfig, architecture: Architecture, mesh: Mesh
-) -> TransformerBlockSubmodules:
-    """What each layer of this pipeline stage is made of."""
+def block_spec(layers: str, architecture: Architecture, mesh: Mesh) -> TransformerBlockSubmodules:
+    """What each layer of a chunk is made of."""
     if layers == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -203,8 +241,8 @@ def block_spec(
         attention.core_attention = PackedAttention
         if architecture.qk_norm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    stage_layers = architecture.layers // mesh.pipeline.size
-    return TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=norm)
+    chunk_layers = architecture.layers // (mesh.pipeline.size * mesh.parallel.virtual)
+    return TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=norm)
 
 
 def _leave_empty(weight: Tensor) -> Tensor:

@@ -40,9 +40,13 @@ class Mesh:
     world: Axis
     tensor: Axis
     pipeline: Axis
+    context: Axis
     data: Axis
-    sequence: bool
-    """Whether activations are split along the sequence over the tensor axis."""
+    """Those that read other packs."""
+    replicas: Axis
+    """Those that hold the same weights: the data and context axes together."""
+    parallel: ParallelConfig
+    """What was asked for: sizes, and what goes without an axis of its own."""
     groups: ProcessGroupCollection
 
     @property
@@ -64,10 +68,10 @@ class Mesh:
         """Wait for every process."""
         dist.barrier(group=self.world.group)
 
-    def sum_over_data(self, values: list[float]) -> list[float]:
-        """The sum of each value over the data-parallel axis, in fp64."""
+    def sum_over_replicas(self, values: list[float]) -> list[float]:
+        """The sum of each value over all tokens' ranks, in fp64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.data.group)
+        dist.all_reduce(total, group=self.replicas.group)
         return [float(value) for value in total]
 
     def from_last_stage(self, values: list[float]) -> list[float]:
@@ -109,12 +113,12 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
 
 def check(parallel: ParallelConfig, world_size: int) -> None:
     """Raise `ConfigError` where `world_size` processes cannot be laid out as asked."""
-    model_size = parallel.tensor * parallel.pipeline
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ConfigError(
             f"{world_size} process(es) cannot be split into parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline}: start a multiple of {model_size}, as "
-            f"torchrun --nproc-per-node {model_size} does"
+            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context}: start a "
+            f"multiple of {model_size}, as torchrun --nproc-per-node {model_size} does"
         )
 
 
@@ -122,6 +126,8 @@ def _lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
     )
     # Fills the table of random streams that Megatron's layers ask for; nothing random is drawn.
     model_parallel_cuda_manual_seed(1)
@@ -131,8 +137,10 @@ def _lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
         world=_axis(dist.group.WORLD),
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
-        data=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        sequence=parallel.sequence,
+        context=_axis(parallel_state.get_context_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        parallel=parallel,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
 

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mcore_sft.config import RunConfig
 from mcore_sft.model import build
 from mcore_sft.model.architecture import Architecture
+from mcore_sft.model.build import Chunks
 from mcore_sft.runtime import mesh as meshes
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.mesh import Mesh
@@ -55,16 +56,13 @@ def _held(config: RunConfig, architecture: Architecture, gpus: int, rank: int) -
         return held(model, optimizer)
 
 
-def held(model: Any, optimizer: Any) -> Held:
-    """The bytes of real objects, once the optimizer has its moments."""
-    buffers = [*model.buffers, *model.expert_parallel_buffers]
-    weights = list(model.parameters())
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+def held(model: Chunks, optimizer: ChainedOptimizer) -> Held:
+    """The bytes of real objects."""
+    buffers = [buffer for chunk in model for buffer in chunk.buffers]
+    weights = [weight for chunk in model for weight in chunk.parameters()]
     own = {id(weight) for weight in weights}
     states = 0
-    for part in parts:
-        if not part.optimizer.state:
-            part.init_state_fn(part.optimizer, part.config)
+    for part in optimizer.chained_optimizers:
         states += sum(
             value.nbytes
             for state in part.optimizer.state.values()

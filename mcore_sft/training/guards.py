@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import OptimizerConfig, TrainConfig
 from mcore_sft.data.batch import Batch
 from mcore_sft.data.loader import Loader
+from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.metrics import Metrics
@@ -38,7 +38,7 @@ class Guard:
         settings: TrainConfig,
         loader: Loader,
         folder: Path,
-        model: DistributedDataParallel,
+        model: Chunks,
         optimizer: MegatronOptimizer,
         mesh: Mesh,
         metrics: Metrics,
@@ -53,7 +53,7 @@ class Guard:
         self._metrics = metrics
         self._in_a_row = 0
         self._losses: list[torch.Tensor] = []
-        model.register_forward_hook(self._record)
+        model[-1].register_forward_hook(self._record)
 
     def step(
         self, progress: Progress, batches: Sequence[Batch], settings: OptimizerConfig, lr: float

@@ -77,7 +77,7 @@ def train_on(
     if progress is None:
         progress = Progress(fixed=fixed)
         folder = SafetensorsFolder(config.model.path)
-        weights.load_pretrained(folder, gpt.module, architecture, metrics.console)
+        weights.load_pretrained(folder, gpt, architecture, metrics.console)
         optimizer.reload_model_params()
 
     announce(metrics, config, mesh, loader, progress)
@@ -181,7 +181,11 @@ def load(
         rank=mesh.data.rank,
         size=mesh.data.size,
         pad_id=tokenizer.pad_id,
-        align=mesh.tensor.size if mesh.sequence else 1,
+        align=mesh.tensor.size if mesh.parallel.sequence else 1,
+        # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
+        rounds=mesh.pipeline.size if mesh.parallel.virtual > 1 else 1,
+        context=mesh.context.size,
+        context_rank=mesh.context.rank,
     )
 
 
@@ -206,10 +210,14 @@ def announce(
     metrics: Metrics, config: RunConfig, mesh: Mesh, loader: Loader, progress: Progress
 ) -> None:
     """Say what is about to happen, before the first step."""
+    parallel = mesh.parallel
     metrics.say(
         f"{config.name}: {mesh.world.size} process(es) on {mesh.device.type}: tensor "
-        f"{mesh.tensor.size}{' + sequence' if mesh.sequence else ''}, pipeline "
-        f"{mesh.pipeline.size}, data {mesh.data.size}; {config.train.precision}"
+        f"{mesh.tensor.size}{' + sequence' if parallel.sequence else ''}, pipeline "
+        f"{mesh.pipeline.size}{f' x {parallel.virtual}' if parallel.virtual > 1 else ''}, context "
+        f"{mesh.context.size}, data {mesh.data.size}"
+        f"{' + distributed optimizer' if parallel.distributed_optimizer else ''}; "
+        f"{config.train.precision}"
     )
     metrics.say(
         f"{loader.packs_per_step} packs a step (about {loader.examples_per_step:.0f} examples), "

@@ -5,27 +5,27 @@ OptimizerConfig + model -> Megatron-core's optimizer
 
 import math
 from typing import Any
+from unittest import mock
 
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    get_megatron_optimizer,
-)
-from megatron.core.optimizer import (
-    OptimizerConfig as MegatronConfig,
-)
+import megatron.core.optimizer
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from mcore_sft.config import OptimizerConfig, TrainConfig
-from mcore_sft.model.build import DTYPES
+from mcore_sft.model.build import DTYPES, Chunks
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 
 
 def build(
-    settings: OptimizerConfig, train: TrainConfig, model: DistributedDataParallel, mesh: Mesh
-) -> MegatronOptimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with fp32 moments, and fp32 main weights under bf16."""
+    settings: OptimizerConfig, train: TrainConfig, model: Chunks, mesh: Mesh
+) -> ChainedOptimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with fp32 moments, and fp32 main weights under bf16.
+
+    It is torch's on every device, its states made at once: what fits at the start fits at the end.
+    """
     config = MegatronConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -36,16 +36,30 @@ def build(
         bf16=train.precision == "bf16",
         params_dtype=DTYPES[train.precision],
         clip_grad=settings.clip_grad or 0.0,
+        use_distributed_optimizer=mesh.parallel.distributed_optimizer,
     )
     # Megatron-core's default (None) leaves norms and biases out of the decay.
     overrides: dict[Any, Any] | None = {} if settings.decay_1d else None
-    return get_megatron_optimizer(
-        config,
-        [model],
-        config_overrides=overrides,
-        use_gloo_process_groups=False,
-        pg_collection=mesh.groups,
-    )
+    # It would take Transformer Engine's or Apex's where one is installed.
+    with mock.patch.object(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", True):
+        optimizer = get_megatron_optimizer(
+            config,
+            model,
+            config_overrides=overrides,
+            use_gloo_process_groups=False,
+            pg_collection=mesh.groups,
+        )
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    (own,) = optimizer.chained_optimizers
+    for group in own.optimizer.param_groups:
+        for weight in group["params"]:
+            own.optimizer.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight, dtype=torch.float32),
+                "exp_avg_sq": torch.zeros_like(weight, dtype=torch.float32),
+            }
+    return optimizer
 
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mcore_sft.config import OptimizerConfig
 from mcore_sft.data.batch import Batch
+from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training import optimizer as optim
 
@@ -45,7 +45,7 @@ class StepResult:
 
 
 def train_step(
-    model: DistributedDataParallel,
+    model: Chunks,
     optimizer: MegatronOptimizer,
     batches: Sequence[Batch],
     mesh: Mesh,
@@ -56,8 +56,9 @@ def train_step(
     supervised, tokens, examples = count(batches, mesh)
     loss = grad_norm = math.nan
     if supervised:
-        model.train()
-        model.zero_grad_buffer()
+        for chunk in model:
+            chunk.train()
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = run(model, batches, mesh, forward_only=False) / supervised
         grad_norm = optim.update(optimizer, settings, lr)
@@ -71,11 +72,12 @@ def train_step(
     )
 
 
-def validation_loss(model: DistributedDataParallel, batches: Sequence[Batch], mesh: Mesh) -> float:
+def validation_loss(model: Chunks, batches: Sequence[Batch], mesh: Mesh) -> float:
     """Mean cross entropy over the supervised tokens of `batches` of all ranks, in nats."""
     supervised, _, _ = count(batches, mesh)
-    model.eval()
-    with torch.no_grad():
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad(), whole_weights(model):
         total = run(model, batches, mesh, forward_only=True)
     return total / supervised if supervised else math.nan
 
@@ -87,27 +89,27 @@ def count(batches: Sequence[Batch], mesh: Mesh) -> tuple[int, int, int]:
         sum(batch.useful for batch in batches),
         sum(batch.examples for batch in batches),
     ]
-    supervised, tokens, examples = mesh.sum_over_data([float(number) for number in mine])
+    supervised, tokens, examples = mesh.sum_over_replicas([float(number) for number in mine])
     return int(supervised), int(tokens), int(examples)
 
 
-def run(
-    model: DistributedDataParallel, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
-) -> float:
+def run(model: Chunks, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool) -> float:
     """The summed loss of the global batch; with backward, gradients divided by its tokens."""
     schedule = get_forward_backward_func()
+    iterators = [iter(batches) for _ in model]
+    length = batches[0].length * mesh.context.size
     parts = schedule(
         forward_step_func=partial(forward_step, mesh=mesh),
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model,
         num_microbatches=len(batches),
-        seq_length=batches[0].length,
+        seq_length=length,
         micro_batch_size=1,
-        decoder_seq_length=batches[0].length,
+        decoder_seq_length=length,
         forward_only=forward_only,
     )
     (total,) = mesh.from_last_stage([sum(float(part) for part in parts)])
-    (total,) = mesh.sum_over_data([total])
+    (total,) = mesh.sum_over_replicas([total])
     return total
 
 

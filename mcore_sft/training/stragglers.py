@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
 
+from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.hardware import finish_work
 from mcore_sft.runtime.mesh import Mesh
 
@@ -23,12 +23,12 @@ class OwnTime:
     slow together.
     """
 
-    def __init__(self, model: DistributedDataParallel, mesh: Mesh) -> None:
+    def __init__(self, model: Chunks, mesh: Mesh) -> None:
         self._mesh = mesh
         self._seconds = 0.0
         self._steps = 0
         self._start: float | None = None
-        config = get_model_config(model)
+        config = get_model_config(model[0])
         reduce = config.finalize_model_grads_func
 
         def ready(*arguments: Any, **keywords: Any) -> Any:
@@ -37,7 +37,8 @@ class OwnTime:
             return reduce(*arguments, **keywords)
 
         config.finalize_model_grads_func = ready
-        model.register_forward_pre_hook(self._go_on)
+        for chunk in model:
+            chunk.register_forward_pre_hook(self._go_on)
 
     def begin(self) -> None:
         """A step begins."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 
+from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
 
 HUNG = 124
@@ -27,9 +27,7 @@ class Watchdog:
     It needs no process group and no rank but its own, since any of them may be what hangs.
     """
 
-    def __init__(
-        self, folder: Path, seconds: float | None, model: DistributedDataParallel, mesh: Mesh
-    ) -> None:
+    def __init__(self, folder: Path, seconds: float | None, model: Chunks, mesh: Mesh) -> None:
         """`seconds` without a micro-batch are a hang; None is never."""
         self._folder = folder / "hang"
         self._seconds = seconds or math.inf
@@ -37,7 +35,8 @@ class Watchdog:
         self._beat = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        model.register_forward_hook(self.beat)
+        for chunk in model:
+            chunk.register_forward_hook(self.beat)
 
     def beat(self, *_: Any) -> None:
         """This rank goes on."""

@@ -39,7 +39,7 @@ def _save(
 
     with loaded(base, parallel, precision) as here:
         checkpoints = Checkpoints(
-            run, CheckpointConfig(), model=here.gpt, optimizer=here.optimizer, mesh=here.mesh
+            run, CheckpointConfig(), model=here.model, optimizer=here.optimizer, mesh=here.mesh
         )
         checkpoints.save(progress, describe)
         checkpoints.wait()

@@ -176,13 +176,13 @@ def _save_and_change(
 ) -> tuple[bool, bool, bool]:
     with runs.loaded(model, parallel) as here:
         made = Checkpoints(
-            folder, CheckpointConfig(), model=here.gpt, optimizer=here.optimizer, mesh=here.mesh
+            folder, CheckpointConfig(), model=here.model, optimizer=here.optimizer, mesh=here.mesh
         )
         batches = [tiny.make_batch([20, 30], length=64)]
-        train_step(here.gpt, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
+        train_step(here.model, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
         before = _state(here)
         made.save(Progress(step=1), describe)
-        train_step(here.gpt, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
+        train_step(here.model, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
         assert not any(torch.equal(before[name], x) for name, x in _state(here).items())
         unnamed = made.is_writing and not (folder / "step_1").exists()
         for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm tells every process

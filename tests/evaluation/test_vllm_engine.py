@@ -152,9 +152,10 @@ def test_a_call_that_is_left_ends_what_it_asked(
 
 
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
 from tests.evaluation.test_vllm_engine import asked, opened
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job may ignore
 with opened(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])) as engine:
     for done in engine.generate(asked((int(sys.argv[4]),), (1,))):
         print("answered", flush=True)

@@ -15,7 +15,7 @@ def test_a_world_that_cannot_be_split_is_refused() -> None:
 
 def _place(parallel: ParallelConfig) -> tuple[int, ...]:
     with connect(parallel) as mesh:
-        assert mesh.sum_over_data([1.0]) == [float(mesh.data.size)]
+        assert mesh.sum_over_replicas([1.0]) == [float(mesh.data.size)]
         assert mesh.from_last_stage([float(mesh.pipeline.rank)]) == [float(mesh.pipeline.size - 1)]
         return (mesh.world.rank, mesh.tensor.rank, mesh.pipeline.rank, mesh.data.rank)
 
