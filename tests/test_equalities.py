@@ -7,7 +7,9 @@ purpose and requires that they do.
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from mcore_sft.config import (
     OptimizerConfig,
     ParallelConfig,
     PromptConfig,
+    RunConfig,
 )
 from mcore_sft.data.batch import Batch, collate
 from mcore_sft.data.conversation import Conversation, Message
@@ -38,7 +41,11 @@ from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation.engine import Request, open_engine
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
+from mcore_sft.model import architecture as arch
+from mcore_sft.runtime.mesh import connect
+from mcore_sft.training import loop
 from mcore_sft.training.step import StepResult, packed, train_step
+from mcore_sft.training.stop import Stop
 from tests import runs, tiny
 from tests.distributed import run_ranks
 from tests.runs import LAYOUTS, loaded, on_layout, relative, relative_norm
@@ -207,7 +214,7 @@ def test_3_layouts_without_sense_are_refused(axis: str, needs: str) -> None:
     sections = [section for _, section in runs.matrix() if axis in section]
     for section in sections:
         if needs not in section:
-            with pytest.raises(ValidationError, match="needs (tensor|pipeline) of at least 2"):
+            with pytest.raises(ValidationError, match=r"needs (tensor|pipeline) of at least 2"):
                 ParallelConfig(**section)
     with pytest.raises(ValidationError, match=f"{axis}: .* needs {needs} of at least 2"):
         ParallelConfig(**{axis: 2 if axis == "virtual" else True})
@@ -363,7 +370,8 @@ def _save(parallel: ParallelConfig, base: Path, folder: Path, precision: str) ->
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"), [("one", "fp32"), ("one", "bf16"), ("tp2_sp_pp2", "fp32")]
+    ("layout", "precision"),
+    [("one", "bf16"), ("tp2_sp_pp2", "fp32"), ("dp2_do", "fp32"), ("dp2_do_overlap", "bf16")],
 )
 def test_6_resume_is_bitwise(model: Path, tmp_path: Path, layout: str, precision: str) -> None:
     changes = {"train__steps": 4, "train__precision": precision, "checkpoint__every": 1}
@@ -373,10 +381,99 @@ def test_6_resume_is_bitwise(model: Path, tmp_path: Path, layout: str, precision
         config = runs.experiment(tmp_path / f"stopped_{stopped_after}", model, **changes)
         _copy_until(whole.folder, config.folder, stopped_after)
         resumed = runs.train(config, layout)
-        for ours, theirs in zip(resumed, uninterrupted, strict=True):
-            for key in ("step", "loss", "grad_norm", "lr", "examples", "supervised_tokens"):
-                assert ours[key] == theirs[key]
+        assert_bitwise(resumed, uninterrupted)
         assert _weights(config.folder, tmp_path) == _weights(whole.folder, tmp_path)
+
+
+def assert_bitwise(resumed: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
+    """What was measured of each step is the same to the last digit."""
+    for ours, theirs in zip(resumed, whole, strict=True):
+        for key in ("step", "loss", "grad_norm", "lr", "examples", "supervised_tokens"):
+            assert ours[key] == theirs[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "pp2_vp2", "cp2", "dp2", "dp2_do"])
+def test_6_resume_is_bitwise_at_every_step(
+    model: Path, tmp_path: Path, layout: str, precision: str
+) -> None:
+    changes = {"train__precision": precision, "checkpoint__every": 1}
+    whole = runs.experiment(tmp_path / "whole", model, **changes)
+    size, parallel = LAYOUTS[layout]
+    again = [
+        runs.experiment(tmp_path / f"after_{step}", model, **changes, train__steps=step + 1)
+        for step in range(1, 20)
+    ]
+    placed = [
+        c.model_copy(update={"parallel": ParallelConfig(**parallel)}) for c in (whole, *again)
+    ]
+    run_ranks(size, _in_one_process_group, placed)
+    uninterrupted = runs.metrics(whole)
+    for step, config in enumerate(again, start=1):
+        assert_bitwise(runs.metrics(config), uninterrupted[: step + 1])
+        files = [
+            json.loads((c.folder / f"step_{step + 1}" / "manifest.json").read_text())["files"]
+            for c in (whole, config)
+        ]
+        states = [{k: v for k, v in f.items() if k.endswith(".distcp")} for f in files]
+        assert states[0] == states[1]
+        assert states[0]
+
+
+def _in_one_process_group(configs: list[RunConfig]) -> None:
+    """The first run, and then a step after each of its checkpoints."""
+    torch.set_num_threads(1)
+    whole, *again = configs
+    architecture = arch.read(whole.model.path)
+    with connect(whole.parallel) as mesh:
+        loop.train_on(mesh, whole, architecture, Stop(None))
+        for step, config in enumerate(again, start=1):
+            if mesh.is_main:
+                _copy_until(whole.folder, config.folder, step)
+            mesh.barrier()
+            loop.train_on(mesh, config, architecture, Stop(None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "precision", "killed_before"),
+    [("tp2", "fp32", 3), ("pp2", "bf16", 11), ("dp2", "bf16", 19), ("dp2_do", "bf16", 19)],
+)
+def test_6_resume_after_a_kill_is_bitwise(
+    model: Path, tmp_path: Path, layout: str, precision: str, killed_before: int
+) -> None:
+    """The nineteenth step is the last of an epoch."""
+    changes = {"train__precision": precision, "checkpoint__every": 2}
+    whole = runs.experiment(tmp_path / "whole", model, **changes)
+    uninterrupted = runs.train(whole, layout)
+    config = runs.experiment(tmp_path / "killed", model, **changes)
+    size, parallel = LAYOUTS[layout]
+    placed = config.model_copy(update={"parallel": ParallelConfig(**parallel)})
+    with pytest.raises(EOFError):
+        run_ranks(size, _killed, placed, killed_before)
+    assert len(runs.metrics(config)) == killed_before
+    assert_bitwise(runs.train(config, layout), uninterrupted)
+    ends = [path / "step_20" / "manifest.json" for path in (whole.folder, config.folder)]
+    files = [json.loads(end.read_text())["files"] for end in ends]
+    assert [file for file in files[0] if file.endswith(".distcp")]
+    for file in files[0]:
+        if file.endswith(".distcp"):
+            assert files[0][file] == files[1][file]
+
+
+def _killed(config: RunConfig, before: int) -> None:
+    """Train, and end all ranks at once when step `before` is to follow."""
+    batches = Loader.batches
+
+    def dies(self: Loader, step: int) -> list[Batch]:
+        if step == before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(self, step)
+
+    Loader.batches = dies  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    loop.train(config)
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2"])
