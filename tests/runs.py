@@ -116,7 +116,11 @@ def gradients(here: Loaded, batches: Sequence[Batch]) -> tuple[float, dict[str, 
         chunk.zero_grad_buffer()
     loss = run(here.model, batches, here.mesh, forward_only=False)
     supervised, _, _ = count(batches, here.mesh)
-    found = {name: weight.main_grad.clone() for name, weight in here.gpt.named_parameters()}
+    found = {
+        f"chunk {number}: {name}": weight.main_grad.clone()
+        for number, chunk in enumerate(here.model)
+        for name, weight in chunk.named_parameters()
+    }
     return loss / max(1, supervised), found
 
 

@@ -1,5 +1,6 @@
 """The equalities fail when what they guard is broken: each defect is planted and must be caught."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mcore_sft.checkpoint import optimizer_state, sharded
 from mcore_sft.data import batch as batches
 from mcore_sft.model import build, layers
 from mcore_sft.training import optimizer as optim
@@ -93,6 +95,51 @@ def test_a_leak_on_a_middle_pipeline_stage_is_caught(
     monkeypatch.setattr(layers.PackedAttention, "forward", leaking)
     with pytest.raises(AssertionError, match="documents touch"):
         equalities.check_1(model, "pp4")
+
+
+def test_a_context_rank_with_the_wrong_part_is_caught(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrap(share: Any) -> Any:
+        return lambda ends, context, rank: share(ends, context, (rank + 1) % context)
+
+    alone = equalities.steps_alone(model)
+    plant(monkeypatch, batches, "_share", wrap)
+    with pytest.raises(AssertionError):
+        equalities.check_3_layout(model, alone, 2, {"context": 2})
+
+
+def test_activations_taken_for_gradients_are_caught(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrap(transformer_config: Any) -> Any:
+        def batched(*args: Any) -> Any:
+            config = transformer_config(*args)
+            config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+            return config
+
+        return batched
+
+    alone = equalities.steps_alone(model)
+    plant(monkeypatch, build, "transformer_config", wrap)
+    with pytest.raises(AssertionError):
+        equalities.check_3_layout(model, alone, 2, {"pipeline": 2, "virtual": 2})
+
+
+def test_weights_saved_before_they_are_gathered_are_caught(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded, "whole_weights", lambda chunks: contextlib.nullcontext())
+    with pytest.raises(AssertionError):
+        equalities.check_6(model, tmp_path, "dp2_do_overlap", "bf16")
+
+
+def test_a_lost_count_of_updates_is_caught(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer_state, "_step", lambda optimizer: 1)
+    with pytest.raises(AssertionError):
+        equalities.check_6(model, tmp_path, "dp2_do", "fp32")
 
 
 def test_a_wrong_rope_scaling_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.runs import gradients, loaded, on_layout
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2_vp2", "cp2"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_what_is_computed_again_changes_no_bit(model: Path, layout: str, recompute: str) -> None:
     kept = on_layout(layout, _gradients, model, "none")
@@ -40,5 +40,9 @@ def _gradients(
     PackedAttention.forward = counted
     packs = [tiny.make_pack([20, 31, 50], seed=1), tiny.make_pack([60, 64], seed=2)]
     with loaded(model, parallel, recompute=recompute) as here:
-        batches = [collate([pack], 128, pad_id=0) for pack in packs]
+        context = here.mesh.context
+        batches = [
+            collate([pack], 128, pad_id=0, context=context.size, rank=context.rank)
+            for pack in packs
+        ]
         return *gradients(here, batches), calls
