@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from mcore_sft.data.batch import IGNORE, collate
 from mcore_sft.data.pack import Pack
@@ -69,3 +70,43 @@ def test_other_device_holds_the_same_batch():
     assert moved.rows.device.type == "cpu"
     assert moved.useful == batch.useful
     assert moved.supervised == batch.supervised
+
+
+def test_context_ranks_share_each_document_from_both_ends():
+    ranks = [collate([PACK], 16, pad_id=9, context=2, rank=rank) for rank in range(2)]
+    i = IGNORE
+    # Of four parts of each document, rank 0 has the first and the last, rank 1 those between.
+    assert ranks[0].tokens.tolist() == [[10, 13, 20, 9, 9, 9, 9, 9]]
+    assert ranks[1].tokens.tolist() == [[11, 12, 21, 9, 9, 9, 9, 9]]
+    assert ranks[0].positions.tolist() == [[0, 3, 0, 3, 0, 1, 6, 7]]
+    assert ranks[1].positions.tolist() == [[1, 2, 1, 2, 2, 3, 4, 5]]
+    assert ranks[0].labels.tolist() == [[i, i, 21, i, i, i, i, i]]
+    assert ranks[1].labels.tolist() == [[12, 13, i, i, i, i, i, i]]
+    assert [batch.rows.tolist() for batch in ranks] == [[2], [0, 1]]
+    for batch in ranks:
+        assert batch.starts.tolist() == [0, 4, 8, 16]
+        assert (batch.length, batch.longest) == (8, 8)
+    assert [batch.useful for batch in ranks] == [3, 3]
+    assert [batch.examples for batch in ranks] == [2, 0]
+
+
+@pytest.mark.parametrize("context", [2, 3, 4])
+def test_context_ranks_have_together_what_one_has(context):
+    length = 12 * context
+    packs = [PACK, Pack.empty(), PACK]
+    ranks = [
+        collate(packs, length, pad_id=9, context=context, rank=rank) for rank in range(context)
+    ]
+    whole = collate(packs, length, pad_id=9)
+    for count in ("supervised", "useful", "examples"):
+        assert sum(getattr(batch, count) for batch in ranks) == getattr(whole, count)
+    pairs = [
+        {
+            (token, label)
+            for batch in batches
+            for token, label in zip(batch.tokens[0].tolist(), batch.labels[0].tolist(), strict=True)
+        }
+        for batches in (ranks, [whole])
+    ]
+    assert pairs[0] == pairs[1]
+    assert {batch.length for batch in ranks} == {len(packs) * length // context}

@@ -45,6 +45,11 @@ def test_packs_hold_their_examples_in_order(folder):
     assert again.spans.tolist() == first.spans.tolist()
 
 
+@pytest.mark.parametrize(("unit", "tokens"), [(1, 7), (2, 8), (4, 8), (3, 9), (8, 16)])
+def test_longest_pack_with_its_examples_filled_up(folder, unit, tokens):
+    assert PackedDataset(folder).longest_pack(unit) == tokens
+
+
 def test_example_in_two_packs_counts_twice(folder):
     dataset = PackedDataset(folder)
     assert (dataset.num_examples, dataset.num_distinct) == (4, 3)

@@ -27,6 +27,9 @@ class Packs:
     def num_examples(self) -> int:
         return 2 * self.count
 
+    def longest_pack(self, unit: int) -> int:
+        return 2 * -(-3 // unit) * unit
+
     def pack(self, index: int) -> Pack:
         one = Example(
             tokens=np.full(3, index + 1, dtype=np.int32), spans=np.array([[1, 3]], dtype=np.int32)
@@ -121,3 +124,23 @@ def test_validation_takes_all_packs_in_order_as_many_batches_for_each_rank(limit
     assert len(ranks[0]) == len(ranks[1])
     seen = [packs_of(batch)[0] for micro in zip(*ranks, strict=True) for batch in micro]
     assert [pack for pack in seen if pack >= 0] == list(range(expected))
+
+
+def test_micro_batches_come_in_rounds():
+    assert loader(100, rounds=4).packs_per_step == 8
+    assert loader(100, rounds=3, size=2).packs_per_step == 6
+    held_out = loader(7, rounds=2, size=2)
+    found = [packs_of(batch) for batch in held_out.validation_batches()]
+    assert found == [[0], [2], [4], [6]]
+    found = [packs_of(batch) for batch in loader(5, rounds=4).validation_batches()]
+    assert found == [[0], [1], [2], [3], [4], [-1], [-1], [-1]]
+
+
+def test_a_row_that_context_ranks_share_holds_every_pack_filled_up():
+    """Two examples of three tokens are eight once each is filled up to four, ten rounds to 12."""
+    shared = [loader(10, context=2, context_rank=rank, align=3) for rank in range(2)]
+    assert [one.length for one in shared] == [12, 12]
+    assert [one.packs_per_step for one in shared] == [8, 8]
+    first, second = (one.batches(0)[0] for one in shared)
+    assert first.length == second.length == 6
+    assert first.starts.tolist() == second.starts.tolist() == [0, 4, 8, 12]

@@ -196,6 +196,10 @@ def test_what_cannot_be_expressed_is_refused(
         ({"tensor": 3}, "parallel.tensor 3 does not divide the model's 32 attention heads"),
         ({"tensor": 16}, "parallel.tensor 16 does not divide the model's 8 key-value heads"),
         ({"pipeline": 5}, "parallel.pipeline 5 does not divide the model's 32 layers"),
+        (
+            {"pipeline": 4, "virtual": 3},
+            "parallel.virtual 3 does not divide the 8 layers of a pipeline stage",
+        ),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(

@@ -9,6 +9,8 @@ from tests.distributed import run_ranks
 
 def test_a_world_that_cannot_be_split_is_refused() -> None:
     check(ParallelConfig(tensor=2, pipeline=2), 8)
+    with pytest.raises(ConfigError, match=r"parallel\.context 2: start a multiple of 8"):
+        check(ParallelConfig(tensor=2, pipeline=2, context=2), 4)
     with pytest.raises(ConfigError, match="start a multiple of 4"):
         check(ParallelConfig(tensor=2, pipeline=2), 6)
 
@@ -28,6 +30,21 @@ def test_four_processes() -> None:
         (3, 1, 1, 0),
     ]
     assert [place[3] for place in run_ranks(4, _place, ParallelConfig(tensor=2))] == [0, 0, 1, 1]
+
+
+def _axes(parallel: ParallelConfig) -> tuple[int, ...]:
+    with connect(parallel) as mesh:
+        assert mesh.sum_over_replicas([1.0]) == [4.0]
+        return (mesh.context.rank, mesh.data.rank, mesh.replicas.rank)
+
+
+def test_context_ranks_are_neighbours_and_replicas_are_context_and_data() -> None:
+    assert run_ranks(4, _axes, ParallelConfig(context=2)) == [
+        (0, 0, 0),
+        (1, 0, 1),
+        (0, 1, 2),
+        (1, 1, 3),
+    ]
 
 
 def _place_without_launcher() -> tuple[int, ...]:
