@@ -11,21 +11,14 @@ math_metric as NeMo RL calls it, on as many processes, both after their start an
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import re
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -184,28 +177,6 @@ def _timed(work: Callable[[], int]) -> float:
     return time.perf_counter() - start
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what it is measured."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": cpu.group(1) if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        **{name: _version(name) for name in ("math-verify", "sympy", "gmpy2")},
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
-
-
 def show(found: Sequence[Agreement], extracted: tuple[int, int], fast: Sequence[Speed]) -> None:
     """The tables."""
     table = Table(box=SIMPLE)
@@ -234,7 +205,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of the speed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
-    where = machine()
+    where = machine("math-verify", "sympy", "gmpy2")
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     found = list(agreements(options.data))
     extracted = extraction(options.data)

@@ -18,17 +18,13 @@ import argparse
 import ctypes
 import json
 import math
-import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, groupby, product
 from multiprocessing import get_context
@@ -37,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import machine
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -661,25 +658,6 @@ def show(results: list[Result]) -> None:
     console.print()
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Where and with what it is measured."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        name = models[0].partition(": ")[2] if models else platform.machine()
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 if ours is wrong anywhere."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -691,7 +669,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             parser.error("torch finds no CUDA device")
         library.load_cuda()
-    where = machine(options.device)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else None
+    where = machine("torch", device=device) | {"threads": torch.get_num_threads()}
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     results: list[Result] = []
     best: Best = {}

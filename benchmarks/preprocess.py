@@ -15,8 +15,6 @@ all processes of their proportional set sizes (PSS), a few times a second.
 
 import argparse
 import json
-import os
-import platform
 import re
 import shlex
 import shutil
@@ -25,10 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,7 @@ import numpy.typing as npt
 import psutil
 import torch
 import yaml
+from machine import machine
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -347,22 +344,6 @@ def show(figures: list[Figure]) -> None:
     console.print(table)
 
 
-def machine() -> Mapping[str, Any]:
-    """Where and with what it is measured."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    names = ("gigatoken", "tokenizers", "datasets", "pyarrow", "megatron-core", "numpy", "torch")
-    return {
-        "device": cpu.group(1) if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        **{name: version(name) for name in names},
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 if the two pipelines differ, or a known pair is not found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -381,7 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.data, options.tokenizer = options.data.resolve(), options.tokenizer.resolve()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    where = machine()
+    where = machine(
+        "gigatoken", "tokenizers", "datasets", "pyarrow", "megatron-core", "numpy", "torch"
+    )
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     figures = [
         *end_to_end(options, work),

@@ -11,16 +11,11 @@ examples one by one. TRL is not a dependency: `pip install trl` beside the packa
 
 import argparse
 import json
-import os
-import platform
-import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from machine import machine
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -159,21 +155,6 @@ def rate(turns: list[dict[str, Any]]) -> float:
     )
 
 
-def machine() -> Mapping[str, Any]:
-    """Where and with what it is measured."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": cpu.group(1) if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        **{name: version(name) for name in ("torch", "transformers", "trl", "megatron-core")},
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 def main() -> int:
     """Measure and print; 1 if the losses differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -186,7 +167,7 @@ def main() -> int:
         version("trl")
     except PackageNotFoundError:
         raise SystemExit("TRL is not installed: pip install trl") from None
-    where = machine()
+    where = machine("torch", "transformers", "trl", "megatron-core")
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     turns, steps = (1, 4) if options.quick else (3, 8)
     mine: list[dict[str, Any]] = []

@@ -1,6 +1,8 @@
 """The equalities fail when what they guard is broken: each defect is planted and must be caught."""
 
 import contextlib
+import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,20 @@ def test_a_learning_rate_off_by_one_step_is_caught(
     plant(monkeypatch, optim, "learning_rate", wrap)
     with pytest.raises(AssertionError):
         equalities.check_10(model, tmp_path)
+
+
+def test_norms_of_heads_that_are_not_summed_over_tensor_ranks_are_caught(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrap(reduce: Any) -> Any:
+        def without(chunks: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+            other = copy.copy(config)
+            other.qk_layernorm = False
+            return reduce(chunks, other, *args, **kwargs)
+
+        return without
+
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    plant(monkeypatch, finalize, "_allreduce_non_tensor_model_parallel_grads", wrap)
+    with pytest.raises(AssertionError, match="relative"):
+        equalities.check_3(model, tmp_path, "qwen3", "tp2")

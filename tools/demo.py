@@ -25,6 +25,7 @@ from mcore_sft import command, config
 from mcore_sft.errors import UserError
 from mcore_sft.evaluation.report import nemo_skills_table
 from mcore_sft.evaluation.statistics import Share
+from mcore_sft.training import curve
 
 EXPERIMENT = Path("configs/demo.yaml")
 TRAIN_ROWS = 20_000
@@ -196,7 +197,7 @@ def train(demo: Demo) -> None:
 
 def finish(demo: Demo) -> None:
     """Show what came of it, and where; raises `DemoError` where it is not good enough."""
-    draw_curve(demo.folder / "metrics.jsonl", demo.folder / "loss.png")
+    curve.draw(demo.folder / "metrics.jsonl", demo.folder / "loss.png")
     before, after = (read_shares(demo.folder / name) for name in ("before", "after"))
     console.print("\n[bold]What came of it[/bold]\n")
     modes = {"before": before, "after": after}
@@ -244,34 +245,6 @@ def read_shares(graded: Path) -> tuple[Share, Share]:
         for name in ("symbolic_correct", "no_answer")
     )
     return right, silent
-
-
-def read_losses(log: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, loss) of training and of validation, from a run's JSON lines."""
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    trained, validated = (
-        [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
-        for key in ("loss", "validation_loss")
-    )
-    return trained, validated
-
-
-def draw_curve(log: Path, picture: Path) -> None:
-    """Draw the losses of `log` over the steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    trained, validated = read_losses(log)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(*zip(*trained, strict=True), linewidth=1, label="training")
-    if validated:
-        axes.plot(*zip(*validated, strict=True), "o-", label="held out")
-    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture, dpi=150)
 
 
 def _show(title: str, rows: list[tuple[str, str]]) -> None:

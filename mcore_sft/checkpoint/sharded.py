@@ -54,7 +54,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """Losses of the last steps, which a spike is told by."""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """What must stay as it was: with other values, a resumed run would not be the same run."""
+    """What the run grew from, and what must stay as it was for a resumed run to be the same."""
 
     def check(self, fixed: dict[str, Any]) -> None:
         """Raise `CheckpointError` unless the run that goes on is the run that stopped."""

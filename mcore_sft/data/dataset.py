@@ -113,8 +113,16 @@ class PackedDataset:
 
     def pack(self, index: int) -> Pack:
         """The examples of one pack, in their order."""
-        start, end = self._arrays.pack_offsets[index : index + 2].tolist()
-        return Pack(examples=self._examples(self._arrays.packs[start:end]))
+        return Pack(examples=self._examples(self._ids(index)))
+
+    def examples_of(self, pack: int) -> list[int]:
+        """The ids of the examples of one pack, in their order."""
+        ids: list[int] = self._ids(pack).tolist()
+        return ids
+
+    def _ids(self, pack: int) -> npt.NDArray[np.int64]:
+        start, end = self._arrays.pack_offsets[pack : pack + 2].tolist()
+        return self._arrays.packs[start:end]
 
     def _examples(self, ids: npt.NDArray[np.int64]) -> tuple[Example, ...]:
         spans, offsets = self._arrays.spans, self._arrays.span_offsets

@@ -80,22 +80,31 @@ class Loader:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of `step`; past the end of the data, packs are empty."""
+        return [self._batch(packs) for packs in self.packs(step)]
+
+    def packs(self, step: int) -> list[list[int]]:
+        """The packs of each of this rank's micro-batches of `step`."""
         begin = step % self.steps_per_epoch * self.packs_per_step
         packs = self._permutation(self.epoch(step))[begin : begin + self.packs_per_step]
-        count = self.packs_per_step // (self._size * self._micro_batch)
-        return [self._batch(packs, micro) for micro in range(count)]
+        return self._share(packs, self.packs_per_step)
 
     def validation_batches(self, limit: int = 0) -> Iterator[Batch]:
         """This rank's share of all packs, or the first `limit`; as many batches for each rank."""
         packs = np.arange(min(limit or len(self._dataset), len(self._dataset)), dtype=np.int64)
-        unit = self._size * self._micro_batch * self._rounds
-        count = -(-len(packs) // unit) * self._rounds
-        return (self._batch(packs, micro) for micro in range(count))
+        return (self._batch(share) for share in self._share(packs, len(packs)))
 
-    def _batch(self, packs: npt.NDArray[np.int64], micro: int) -> Batch:
-        begin = (micro * self._size + self._rank) * self._micro_batch
-        ids = packs[begin : begin + self._micro_batch].tolist()
-        real = [self._dataset.pack(index) for index in ids]
+    def _share(self, packs: npt.NDArray[np.int64], number: int) -> list[list[int]]:
+        """This rank's micro-batches of `number` packs; those past the end of `packs` are left out.
+
+        Every rank has as many micro-batches.
+        """
+        size = self._micro_batch
+        count = -(-number // (self._size * size * self._rounds)) * self._rounds
+        begins = [(micro * self._size + self._rank) * size for micro in range(count)]
+        return [packs[begin : begin + size].tolist() for begin in begins]
+
+    def _batch(self, packs: list[int]) -> Batch:
+        real = [self._dataset.pack(index) for index in packs]
         empty = [Pack.empty()] * (self._micro_batch - len(real))
         return collate(
             [*real, *empty],

@@ -5,10 +5,10 @@ gradients -> norm, loss of each micro-batch -> update | no update, or the end of
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import OptimizerConfig, TrainConfig
 from mcore_sft.data.batch import Batch
+from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.metrics import Metrics
-from mcore_sft.training.step import StepResult, count, train_step
+from mcore_sft.training.step import StepResult, train_step
 
 PATIENCE = 10
 """So many steps in a row without a finite loss and gradient, and the weights are past mending."""
@@ -36,6 +37,7 @@ class Guard:
     def __init__(
         self,
         settings: TrainConfig,
+        dataset: PackedDataset,
         loader: Loader,
         folder: Path,
         model: Chunks,
@@ -43,8 +45,9 @@ class Guard:
         mesh: Mesh,
         metrics: Metrics,
     ) -> None:
-        """`folder` is the packed dataset, for the sentences."""
+        """`folder` is where `dataset` lies, for the sentences."""
         self._settings = settings
+        self._dataset = dataset
         self._loader = loader
         self._folder = folder
         self._model = model
@@ -57,32 +60,24 @@ class Guard:
 
     def step(
         self, progress: Progress, batches: Sequence[Batch], settings: OptimizerConfig, lr: float
-    ) -> tuple[StepResult, bool]:
-        """Take the step after `progress`; what it did, and whether the update was withheld."""
+    ) -> StepResult:
+        """Take the step after `progress`."""
         self._losses.clear()
-        asking = _Asking(self._optimizer, lambda norm: self._judge(progress, batches, norm))
-        optimizer = cast(MegatronOptimizer, asking)
-        try:
-            return train_step(self._model, optimizer, batches, self._mesh, settings, lr), False
-        except _Withheld as withheld:
-            supervised, tokens, examples = count(batches, self._mesh)
-            result = StepResult(
-                loss=withheld.loss,
-                grad_norm=withheld.norm,
-                lr=lr,
-                supervised=supervised,
-                tokens=tokens,
-                examples=examples,
-            )
-            return result, True
+
+        def withholds(norm: float) -> bool:
+            return self._withholds(progress, batches, norm)
+
+        return train_step(
+            self._model, self._optimizer, batches, self._mesh, settings, lr, withholds
+        )
 
     def _record(self, model: Any, given: Any, output: torch.Tensor) -> None:
         """Keep the summed loss of a micro-batch: what the last stage gives out."""
         if model.training and self._mesh.is_last_stage:
             self._losses.append(output.detach())
 
-    def _judge(self, progress: Progress, batches: Sequence[Batch], norm: float) -> None:
-        """Raise `_Withheld` where the update must not be made; the same on every rank."""
+    def _withholds(self, progress: Progress, batches: Sequence[Batch], norm: float) -> bool:
+        """Whether the update must not be made; the same on every rank."""
         self._metrics.lap("forward_backward")
         counts = self._mesh.is_last_stage and self._mesh.tensor.rank == 0
         losses = torch.stack(self._losses).tolist() if counts else []
@@ -95,21 +90,20 @@ class Guard:
         if not math.isfinite(loss) or total[2]:
             self._in_a_row += 1
             self._report_nonfinite(progress.step, self._means(losses, batches, progress.step), norm)
-            raise _Withheld(loss, norm)
+            return True
         self._in_a_row = 0
         progress.losses = [*before, loss][-window:]
-        if is_spike(loss, before, self._settings.spike_sigmas, window):
-            means = self._means(losses, batches, progress.step)
-            self._report_spike(progress.step, means, loss, before)
-            if self._settings.on_spike == "skip":
-                raise _Withheld(loss, norm)
+        if not is_spike(loss, before, self._settings.spike_sigmas, window):
+            return False
+        means = self._means(losses, batches, progress.step)
+        self._report_spike(progress.step, means, loss, before)
+        return self._settings.on_spike == "skip"
 
     def _means(self, losses: list[float], batches: Sequence[Batch], step: int) -> list["_Mean"]:
         """The micro-batches of all ranks; `losses` are empty on all but one of those alike."""
-        packs_of_each = packs_of(self._loader, step)
         mine = [
             _Mean(loss / max(1, batch.supervised), packs)
-            for loss, batch, packs in zip(losses, batches, packs_of_each, strict=False)
+            for loss, batch, packs in zip(losses, batches, self._loader.packs(step), strict=False)
         ]
         shares: list[Any] = [None] * self._mesh.world.size
         dist.all_gather_object(shares, mine, group=self._mesh.world.group)
@@ -158,11 +152,8 @@ class Guard:
     def _samples(self, means: list["_Mean"]) -> dict[str, list[int]]:
         """The packs of these micro-batches, and the examples in them."""
         packs = [pack for mean in means for pack in mean.packs]
-        arrays = self._loader._dataset._arrays
-        examples = [
-            arrays.packs[arrays.pack_offsets[p] : arrays.pack_offsets[p + 1]] for p in packs
-        ]
-        return {"packs": packs, "examples": [i for ids in examples for i in ids.tolist()]}
+        examples = [example for pack in packs for example in self._dataset.examples_of(pack)]
+        return {"packs": packs, "examples": examples}
 
 
 def is_spike(loss: float, before: Sequence[float], sigmas: float, window: int) -> bool:
@@ -172,43 +163,9 @@ def is_spike(loss: float, before: Sequence[float], sigmas: float, window: int) -
     return loss > statistics.fmean(before) + sigmas * statistics.stdev(before)
 
 
-def packs_of(loader: Loader, step: int) -> list[list[int]]:
-    """The packs in each of this rank's micro-batches of `step`; `loader.batches` collates them."""
-    begin = step % loader.steps_per_epoch * loader.packs_per_step
-    packs = loader._permutation(loader.epoch(step))[begin : begin + loader.packs_per_step]
-    size = loader._micro_batch
-    starts = range(loader._rank * size, loader.packs_per_step, loader._size * size)
-    return [packs[start : start + size].tolist() for start in starts]
-
-
 @dataclass(frozen=True)
 class _Mean:
     """Mean loss of one micro-batch, and its packs."""
 
     loss: float
     packs: list[int]
-
-
-class _Withheld(Exception):
-    """The update is not made."""
-
-    def __init__(self, loss: float, norm: float) -> None:
-        super().__init__("the update is not made")
-        self.loss = loss
-        self.norm = norm
-
-
-class _Asking:
-    """An optimizer that has its gradient norm judged before anything is updated by it."""
-
-    def __init__(self, optimizer: MegatronOptimizer, judge: Callable[[float], None]) -> None:
-        self._optimizer = optimizer
-        self._judge = judge
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-    def get_grad_norm(self) -> float:
-        norm = float(self._optimizer.get_grad_norm())
-        self._judge(norm)
-        return norm

@@ -75,13 +75,13 @@ def train_on(
     else:
         checkpoints.begin_anew()
     if progress is None:
-        progress = Progress(fixed=fixed)
         folder = SafetensorsFolder(config.model.path)
+        progress = Progress(fixed=fixed | {"base weights": folder.fingerprint()})
         weights.load_pretrained(folder, gpt, architecture, metrics.console)
         optimizer.reload_model_params()
 
     announce(metrics, config, mesh, loader, progress)
-    guard = Guard(config.train, loader, config.packed, gpt, optimizer, mesh, metrics)
+    guard = Guard(config.train, dataset, loader, config.packed, gpt, optimizer, mesh, metrics)
     own = OwnTime(gpt, mesh)
     watchdog = Watchdog(config.folder, config.train.hang_seconds, gpt, mesh)
     steps, asked = config.train.steps, 0
@@ -93,12 +93,12 @@ def train_on(
             batches = loader.batches(progress.step)
             own.pause()
             metrics.lap("data")
-            result, withheld = guard.step(progress, batches, config.optimizer, lr)
+            result = guard.step(progress, batches, config.optimizer, lr)
             progress.step += 1
             progress.examples += result.examples
             progress.tokens += result.tokens
             progress.supervised += result.supervised
-            progress.skipped += result.skipped or withheld
+            progress.skipped += result.skipped or result.withheld
             asked, writing = agree(mesh, stop.asked, int(checkpoints.is_writing))
             metrics.lap("optimizer")
             profile.after(progress.step)

@@ -4,6 +4,7 @@ OptimizerConfig + model -> Megatron-core's optimizer
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -77,13 +78,23 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
             return settings.lr
 
 
-def update(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> float:
-    """Update the weights once from the gradients that are ready; the norm of those gradients."""
+def update(
+    optimizer: MegatronOptimizer,
+    settings: OptimizerConfig,
+    lr: float,
+    withholds: Callable[[float], bool] | None = None,
+) -> tuple[float, bool]:
+    """Update the weights once from the gradients that are ready, unless `withholds` says not to.
+
+    Returns the norm of those gradients, which `withholds` is asked with, and whether it withheld.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
+    if withholds and withholds(norm):
+        return norm, True
     if not math.isfinite(norm):
         raise TrainingError(
             f"the gradient norm is {norm}: the weights were left as they are; lower optimizer.lr, "
@@ -92,4 +103,4 @@ def update(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -
     if settings.clip_grad:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), settings.clip_grad, norm)
     optimizer.step_with_ready_grads()
-    return norm
+    return norm, False

@@ -6,7 +6,7 @@ the gradients, so that how a batch is split changes nothing.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,8 @@ class StepResult:
     tokens: int
     """Tokens that are no padding."""
     examples: int
+    withheld: bool = False
+    """Whether the update was not made, for its gradients would do harm."""
 
     @property
     def skipped(self) -> bool:
@@ -51,17 +53,23 @@ def train_step(
     mesh: Mesh,
     settings: OptimizerConfig,
     lr: float,
+    withholds: Callable[[float], bool] | None = None,
 ) -> StepResult:
-    """Accumulate the gradients of `batches`, then update the weights once."""
+    """Accumulate the gradients of `batches`, then update the weights once.
+
+    `withholds` is asked with their norm whether the update is not to be made; it must answer alike
+    on every rank.
+    """
     supervised, tokens, examples = count(batches, mesh)
     loss = grad_norm = math.nan
+    withheld = False
     if supervised:
         for chunk in model:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = run(model, batches, mesh, forward_only=False) / supervised
-        grad_norm = optim.update(optimizer, settings, lr)
+        grad_norm, withheld = optim.update(optimizer, settings, lr, withholds)
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
@@ -69,6 +77,7 @@ def train_step(
         supervised=supervised,
         tokens=tokens,
         examples=examples,
+        withheld=withheld,
     )
 
 

@@ -99,6 +99,9 @@ def test_checkpoints_of_another_run_are_refused(two_steps: list[Path], tmp_path:
     other = save(base, tmp_path / "seed", 30, dataset="another")
     with pytest.raises(CheckpointError, match="not of one run: they differ in dataset; average"):
         export(first, tmp_path / "hf", others=[second, other])
+    other = save(base, tmp_path / "base", 30, **{"base weights": "others"})
+    with pytest.raises(CheckpointError, match="not of one run: they differ in base weights"):
+        export(first, tmp_path / "hf", others=[other])
     qwen = tiny.make_model(tmp_path / "qwen", family="qwen3")
     other = save(qwen, tmp_path / "family", 30)
     with pytest.raises(CheckpointError, match=r"they differ in model/config\.json"):

@@ -92,3 +92,17 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         SafetensorsFolder(tmp_path)
+
+
+def test_a_fingerprint_is_of_the_tensors_and_not_of_the_files(tmp_path: Path) -> None:
+    for name, shard_bytes in (("one", SHARD_BYTES), ("many", 1)):
+        (tmp_path / name).mkdir()
+        write_all(tmp_path / name, shard_bytes=shard_bytes)
+    (tmp_path / "other").mkdir()
+    tensors = {name: tensor.clone() for name, tensor in TENSORS}
+    tensors["a"][0, 0] += 1
+    save_file(tensors, tmp_path / "other" / SINGLE)
+    one, many, other = (
+        SafetensorsFolder(tmp_path / name).fingerprint() for name in ("one", "many", "other")
+    )
+    assert one == many != other

@@ -5,7 +5,7 @@ import pytest
 
 from mcore_sft import config
 from tools import demo
-from tools.demo import Demo, DemoError, Layout, draw_curve, finish, read_losses, read_shares
+from tools.demo import Demo, DemoError, Layout, finish, read_shares
 from tools.demo_data import NAMES, THINGS, make_rows, texts_of, train_tokenizer
 
 
@@ -52,14 +52,6 @@ def test_sequence_parallelism_follows_tensor_unless_told(monkeypatch):
     ):
         monkeypatch.setattr(sys, "argv", ["demo.py", *words])
         assert demo._parse_layout().sequence is sequence
-
-
-def test_losses_leave_out_skipped_steps_and_the_curve_is_a_png(tmp_path):
-    write_log(tmp_path)
-    assert read_losses(tmp_path / "metrics.jsonl") == ([(1, 6.0), (3, 0.5)], [(3, 0.6)])
-    pytest.importorskip("matplotlib")
-    draw_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_shares_are_those_of_the_report(tmp_path):

@@ -12,7 +12,7 @@ from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.model import build
-from mcore_sft.training.guards import PATIENCE, is_spike, packs_of
+from mcore_sft.training.guards import PATIENCE, is_spike
 from tests import runs
 
 BUSY = [1.0, 1.1] * 8
@@ -40,7 +40,7 @@ def test_the_packs_of_a_step_are_those_of_its_batches(
     loader = _loader(model, rank, size, micro_batch)
     dataset = PackedDataset(model / "packed")
     for step in (0, loader.steps_per_epoch - 1, loader.steps_per_epoch + 2):
-        named, read = packs_of(loader, step), loader.batches(step)
+        named, read = loader.packs(step), loader.batches(step)
         for packs, batch in zip(named, read, strict=True):
             tokens = [x for p in packs for e in dataset.pack(p).examples for x in e.tokens.tolist()]
             useful = batch.tokens[batch.tokens != 0].tolist()
@@ -93,7 +93,7 @@ class _Scaled(torch.autograd.Function):
 def _alone(model: Path, step: int) -> int:
     """A pack of `step` that has a number of supervised tokens of its own."""
     counts = PackedDataset(model / "packed").supervised.tolist()
-    packs = [pack for packs in packs_of(_loader(model), step) for pack in packs]
+    packs = [pack for packs in _loader(model).packs(step) for pack in packs]
     return next(pack for pack in packs if counts.count(counts[pack]) == 1)
 
 
@@ -122,9 +122,7 @@ def test_a_gradient_that_is_no_number_names_the_packs_of_the_step(
     with pytest.raises(AssertionError, match="though every loss is finite, in a step of packs"):
         runs.train(config)
     (event,) = _events(config)
-    assert sorted(event["packs"]) == sorted(
-        p for packs in packs_of(_loader(model), 1) for p in packs
-    )
+    assert sorted(event["packs"]) == sorted(p for packs in _loader(model).packs(1) for p in packs)
 
 
 def test_such_a_step_is_skipped_where_that_is_asked(
@@ -187,6 +185,4 @@ def _events(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _samples(model: Path, pack: int) -> dict[str, list[int]]:
-    arrays = PackedDataset(model / "packed")._arrays
-    begin, end = arrays.pack_offsets[pack : pack + 2].tolist()
-    return {"packs": [pack], "examples": arrays.packs[begin:end].tolist()}
+    return {"packs": [pack], "examples": PackedDataset(model / "packed").examples_of(pack)}

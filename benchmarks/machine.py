@@ -1,0 +1,38 @@
+"""Nothing in, where and with what a benchmark is measured out."""
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
+    """The `device` (the CPU where none is named), its cores, versions, commit, date and command."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": device or _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        **{name: _version(name) for name in packages},
+        "commit": commit,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _cpu() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found.group(1) if found else platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
