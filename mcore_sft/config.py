@@ -252,6 +252,14 @@ class ParallelConfig(Section):
     """Sequence parallelism over the tensor-parallel ranks."""
     pipeline: Count = 1
     """Pipeline stages. Data parallelism is what is left of the world."""
+    virtual: Count = 1
+    """Chunks of layers in each pipeline stage, which take turns (interleaved 1F1B)."""
+    context: Count = 1
+    """Context-parallel ranks, which share the tokens of each document."""
+    distributed_optimizer: bool = False
+    """Split optimizer states over the data-parallel ranks (ZeRO stage 1)."""
+    overlap: bool = False
+    """Exchange gradients and new weights while computing."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
