@@ -141,9 +141,10 @@ def layer_activations(
     are turned, with the sines and cosines of each token; attention that keeps no scores but the
     logarithms of their sums (Dao et al. 2022, arXiv 2205.14135); SwiGLU, of which Megatron-core
     0.16.1 keeps both projections, the gate's activation, a copy of the other and the product. What
-    lies between the split regions is divided by t under sequence parallelism only. The local
-    layers keep the documents' outputs twice, apart and joined. `selective` repeats attention
-    alone, and so saves those sums and what is apart; `full` keeps the layer's input.
+    lies between the split regions is divided by t under sequence parallelism only. Norms of
+    queries and keys keep one more of each, ours in fp32 too; the local layers keep the documents'
+    outputs twice, apart and joined. `selective` repeats attention alone, and so saves those sums
+    and what is apart; `full` keeps the layer's input.
     """
     t = layout.tensor
     stream = rows * a.hidden / (t if layout.sequence else 1)
@@ -153,6 +154,8 @@ def layer_activations(
     inside = wide * (3 * queries + 3 * keys + 5 * a.intermediate)
     if layout.recompute == "none":
         inside += 4 * a.heads + wide * queries * (layers == "local")
+    if a.qk_norm:
+        inside += (wide + 4 * (layers == "local")) * (queries + keys)
     turning = wide * 4 * a.head_dim * rows
     return rows * inside / t + turning + 2 * norm_activations(stream, wide, layers)
 
