@@ -39,6 +39,13 @@ def experiment(arguments: argparse.Namespace) -> RunConfig:
     return loaded
 
 
+def count(text: str) -> int:
+    """The type of an argument that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more; given {text!r}")
+    return int(text)
+
+
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: started again, it goes on (EX_TEMPFAIL).
 torchrun makes 1 of it, as of every failure."""

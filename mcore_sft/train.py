@@ -16,14 +16,16 @@ def main() -> None:
     )
     parser.add_argument(
         "--gpus",
-        type=int,
+        type=command.count,
         metavar="N",
         help="of a dry run (default: as few as the layout needs)",
     )
     arguments = parser.parse_intermixed_args()
     config = command.experiment(arguments)
     if arguments.dry_run:
-        dry_run(config, arguments.gpus or config.parallel.tensor * config.parallel.pipeline)
+        parallel = config.parallel
+        least = parallel.tensor * parallel.pipeline * parallel.context
+        dry_run(config, arguments.gpus or least)
         return
     if arguments.gpus is not None:
         parser.error("--gpus goes with --dry-run; a run takes the processes that torchrun starts")
@@ -39,21 +41,23 @@ def dry_run(config: RunConfig, gpus: int) -> None:
 
     from rich.console import Console
 
-    from mcore_sft import plan
     from mcore_sft.model import architecture as arch
+    from mcore_sft.plan import layout, memory
     from mcore_sft.training import dry_run as dry
 
     architecture = arch.read(config.model.path)
     architecture.check(config.parallel, config.data.sequence_length)
-    load = plan.workload(config)
-    planned = plan.stage_memory(architecture, config, plan.configured(config, gpus), load)
+    load = layout.workload(config)
+    own = layout.configured(config, gpus)
+    planned = memory.stage_memory(architecture, config, own, load)
     stages = [
         replace(stage, weights=found.weights, gradients=found.gradients, optimizer=found.optimizer)
         for stage, found in zip(planned, dry.dry_run(config, architecture, gpus), strict=True)
     ]
     title = f"{config.name} on {gpus} GPU(s): GiB on a rank of each pipeline stage"
-    Console().print(plan.memory_table(stages, title))
-    Console().print(
+    console = Console(soft_wrap=True)
+    console.print(memory.table(stages, title))
+    console.print(
         "weights, gradients and optimizer from the real objects, on the meta device; activations "
         "and workspace by arithmetic, as tools/plan.py"
     )

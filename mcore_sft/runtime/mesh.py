@@ -105,7 +105,7 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         try:
-            yield _lay_out(parallel, device)
+            yield lay_out(parallel, device)
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
@@ -122,7 +122,8 @@ def check(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def _lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
+def lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
+    """The mesh of the default process group, which is there already."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

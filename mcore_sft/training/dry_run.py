@@ -100,7 +100,7 @@ def _alone(config: RunConfig, rank: int, size: int) -> Iterator[Mesh]:
             mock.patch.object(dist, "new_group", fake_group),
             mock.patch.object(dist, "all_gather_object", agree),
         ):
-            yield meshes._lay_out(config.parallel, META)
+            yield meshes.lay_out(config.parallel, META)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_sft import plan
+from mcore_sft.plan.layout import Layout
 from tests.tiny import make_model
 
 CONFIG = "configs/llama31_8b_openmathinstruct2.yaml"
@@ -29,12 +29,12 @@ def test_a_plan_is_a_table_and_a_file(model, tmp_path):
     assert "nothing is measured" in ran.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["configured"]["layout"]["tensor"] == 4
-    assert found["configured"]["days"] == pytest.approx(
-        found["configured"]["seconds"] * 60_000 / 86_400
-    )
+    own = found["configured"]
+    assert own["run_hours"] == pytest.approx(own["seconds"] * 60_000 / 3600)
+    assert own["tokens_per_second_per_gpu"] == pytest.approx(64 * 4096 / 8 / own["seconds"])
     assert len(found["layouts"]) > 3
     for row in found["layouts"][:3]:
-        keys = plan.Layout(**row["layout"]).keys
+        keys = Layout(**row["layout"]).keys
         for key, value in keys.items():
             assert f"{key}={str(value).lower()}" in ran.stdout
         assert keys or "the defaults" in ran.stdout
@@ -64,3 +64,5 @@ def test_a_dry_run_counts_the_real_objects(model):
     assert "from the real objects" in ran.stdout
     refused = call(*train, "--gpus", 8)
     assert "--gpus goes with --dry-run" in refused.stderr
+    refused = call(*train, "--dry-run", "--gpus", 0)
+    assert "expected a whole number, 1 or more; given '0'" in refused.stderr

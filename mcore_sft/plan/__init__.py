@@ -1,0 +1,1 @@
+"""What will fit and how fast, before anything runs: memory, seconds and layouts by arithmetic."""

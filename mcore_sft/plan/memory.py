@@ -1,0 +1,209 @@
+"""Bytes of a rank by part: weights, gradients, optimizer, activations, and what comes and goes.
+
+Architecture + RunConfig + Layout + Workload -> Memory of each pipeline stage
+
+Nothing here is measured; `train.py --dry-run` counts the first three from the real objects instead.
+rows = tokens of a micro-batch on one rank; t, p, v, c, d = sizes of the tensor, pipeline, virtual,
+context and data axes; wide = bytes of a number in the run's precision
+"""
+
+from dataclasses import dataclass, replace
+
+from rich.table import Table
+
+from mcore_sft.config import RunConfig
+from mcore_sft.model.architecture import Architecture
+from mcore_sft.plan.layout import Layout, Workload
+
+GIB = 2**30
+LOSS_CHUNK_BYTES = 2**30
+"""Logits that the loss holds on a GPU at a time: mcore_sft/ops/devices.py, _chunk_rows_cuda."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank of the pipeline stage `stage`."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    workspace: float
+    """What comes and goes: that of the loss or of one layer's backward pass."""
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+
+
+def stage_memory(
+    a: Architecture, config: RunConfig, layout: Layout, load: Workload
+) -> list[Memory]:
+    """Memory of a rank of each pipeline stage of `layout`."""
+    packs = layout.packs(config.train.global_batch / load.examples)
+    return [
+        memory(
+            a,
+            layout,
+            stage,
+            precision=config.train.precision,
+            sequence_length=config.data.sequence_length,
+            supervised=load.supervised / config.data.sequence_length,
+            micro_batches=packs // (layout.data * layout.micro_batch),
+            layers="local" if config.model.layers == "local" else "transformer_engine",
+        )
+        for stage in range(layout.pipeline)
+    ]
+
+
+def parameters(a: Architecture, layout: Layout, stage: int) -> int:
+    """Weights of one rank of `stage`, counted from the shapes.
+
+    Matrices are split over the tensor axis, norms are on all of its ranks; the last stage holds a
+    copy of a tied embedding (Narayanan et al. 2021, arXiv 2104.04473, section 2).
+    """
+    t = layout.tensor
+    qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
+    layer = (a.hidden * (qkv + a.heads * a.head_dim + 3 * a.intermediate)) // t + 2 * a.hidden
+    layer += qkv // t * a.qkv_bias + 2 * a.head_dim * a.qk_norm
+    table = a.padded_vocab(t) // t * a.hidden
+    first, last = stage == 0, stage == layout.pipeline - 1
+    tables = first + last - (first and last and a.tied)
+    return a.layers // layout.pipeline * layer + tables * table + last * a.hidden
+
+
+def memory(
+    a: Architecture,
+    layout: Layout,
+    stage: int,
+    *,
+    precision: str,
+    sequence_length: int,
+    supervised: float,
+    micro_batches: int,
+    layers: str = "transformer_engine",
+) -> Memory:
+    """Bytes on one rank of `stage`, by part.
+
+    Weights in the run's precision, gradients in fp32, two fp32 moments and, under bf16, fp32 main
+    weights; the distributed optimizer keeps 1/(c d) of the latter on each rank (ZeRO stage 1,
+    Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+    """
+    count = parameters(a, layout, stage)
+    wide = 2 if precision == "bf16" else 4
+    states = 12 if precision == "bf16" else 8
+    owners = layout.data * layout.context if layout.distributed_optimizer else 1
+    rows = sequence_length * layout.micro_batch / layout.context
+    kept = layer_activations(a, layout, rows, wide, layers)
+    chunks = chunks_in_flight(layout, stage, micro_batches)
+    depth = a.layers / (layout.pipeline * layout.virtual)
+    last = stage == layout.pipeline - 1
+    stream = rows * a.hidden / (layout.tensor if layout.sequence else 1)
+    # What is sent on stays until its gradient has come back; the last chunk sends nothing on.
+    activations = chunks * depth * kept + (chunks - last) * wide * stream
+    workspace = backward_workspace(a, layout, rows, wide)
+    if layout.recompute == "full":
+        workspace += layer_activations(a, replace(layout, recompute="none"), rows, wide, layers)
+    if last:
+        norm = norm_activations(stream, wide, layers)
+        activations += norm
+        # The last norm's backward pass is over when that of the layers begins.
+        workspace = max(workspace - norm, loss_workspace(a, layout, rows, supervised * rows, wide))
+    return Memory(
+        stage=stage,
+        weights=wide * count,
+        gradients=4 * count,
+        optimizer=states * count / owners,
+        activations=activations,
+        workspace=workspace,
+    )
+
+
+def norm_activations(elements: float, wide: int, layers: str) -> float:
+    """Bytes that a norm of so many elements keeps: its input and output.
+
+    Ours, of the local layers, normalizes in fp32: input, result in fp32 and in `wide`, output.
+    """
+    if layers == "transformer_engine":
+        return 2 * wide * elements
+    return (4 + wide + wide) * elements
+
+
+def layer_activations(
+    a: Architecture, layout: Layout, rows: float, wide: int, layers: str
+) -> float:
+    """Bytes that one layer keeps of `rows` tokens for its backward pass.
+
+    Korthikanti et al. 2022 (arXiv 2205.05198), sections 4.1 to 4.3 and 5, counted anew for what
+    differs here: no dropout and no masks; grouped queries, kept before and after queries and keys
+    are turned, with the sines and cosines of each token; attention that keeps no scores but the
+    logarithms of their sums (Dao et al. 2022, arXiv 2205.14135); SwiGLU, of which Megatron-core
+    0.16.1 keeps both projections, the gate's activation, a copy of the other and the product. What
+    lies between the split regions is divided by t under sequence parallelism only. Norms of
+    queries and keys keep one more of each, ours in fp32 too; the local layers keep the documents'
+    outputs twice, apart and joined. `selective` repeats attention alone, and so saves those sums
+    and what is apart; `full` keeps the layer's input.
+    """
+    t = layout.tensor
+    stream = rows * a.hidden / (t if layout.sequence else 1)
+    if layout.recompute == "full":
+        return wide * stream
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    inside = wide * (3 * queries + 3 * keys + 5 * a.intermediate)
+    if layout.recompute == "none":
+        inside += 4 * a.heads + wide * queries * (layers == "local")
+    if a.qk_norm:
+        inside += (wide + 4 * (layers == "local")) * (queries + keys)
+    turning = wide * 4 * a.head_dim * rows
+    return rows * inside / t + turning + 2 * norm_activations(stream, wide, layers)
+
+
+def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Model chunks of micro-batches whose activations `stage` holds at the same time.
+
+    p - stage micro-batches under 1F1B (Narayanan et al. 2021, section 2.2.1). Interleaved,
+    2 (p - stage - 1) + (v - 1) p + 1 chunks, of which the first stage's are the
+    L (1 + (p - 1) / (p v)) layers of Korthikanti et al. 2022, section 4.2.3.
+    """
+    p, v = layout.pipeline, layout.virtual
+    chunks = p - stage if v == 1 else 2 * (p - stage - 1) + (v - 1) * p + 1
+    return min(chunks, micro_batches * v)
+
+
+def loss_workspace(
+    a: Architecture, layout: Layout, rows: float, supervised: float, wide: int
+) -> float:
+    """Bytes of our fused loss (mcore_sft/ops/head.py): no logits but those of a chunk of rows.
+
+    Supervised rows and their gradients, two chunks of logits where ranks share the vocabulary, so
+    that one's statistics travel beside the other's product, else one, and the gradient of all rows.
+    The weight's gradient is added where it belongs.
+    """
+    vocab = a.padded_vocab(layout.tensor) / layout.tensor
+    chunk = min(supervised * vocab * wide, LOSS_CHUNK_BYTES)
+    buffers = 1 if layout.tensor == 1 or chunk == supervised * vocab * wide else 2
+    share = layout.tensor if layout.sequence else 1
+    return buffers * chunk + wide * a.hidden * (2 * supervised + rows / share)
+
+
+def backward_workspace(a: Architecture, layout: Layout, rows: float, wide: int) -> float:
+    """Bytes where a layer's backward pass holds most: the gradients of one SwiGLU.
+
+    Those of both its factors, that of its product in the place of the product, that of the layer's
+    output, and what sequence parallelism gathers of it (Korthikanti et al. 2022, section 4.2.2).
+    """
+    inside = 2 * a.intermediate / layout.tensor
+    return wide * rows * (inside + a.hidden * (2 if layout.sequence else 1))
+
+
+def table(stages: list[Memory], title: str) -> Table:
+    """A row for each pipeline stage, in GiB."""
+    made = Table(title=title, title_justify="left")
+    parts = ("weights", "gradients", "optimizer", "activations", "workspace", "total")
+    for name in ("stage", *parts):
+        made.add_column(name, justify="right")
+    for one in stages:
+        made.add_row(str(one.stage), *(f"{getattr(one, part) / GIB:.2f}" for part in parts))
+    return made
