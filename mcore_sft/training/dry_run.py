@@ -60,7 +60,6 @@ def held(model: Chunks, optimizer: ChainedOptimizer) -> Held:
     """The bytes of real objects."""
     buffers = [buffer for chunk in model for buffer in chunk.buffers]
     weights = [weight for chunk in model for weight in chunk.parameters()]
-    own = {id(weight) for weight in weights}
     states = 0
     for part in optimizer.chained_optimizers:
         states += sum(
@@ -69,13 +68,11 @@ def held(model: Chunks, optimizer: ChainedOptimizer) -> Held:
             for value in state.values()
             if isinstance(value, torch.Tensor)
         )
-        # Main weights: what is updated and is none of the model's own.
-        states += sum(
-            weight.nbytes
-            for group in part.optimizer.param_groups
-            for weight in group["params"]
-            if id(weight) not in own
-        )
+        # Of fp32 weights, the model's own are updated, or views of them.
+        if any(weight.dtype != torch.float32 for weight in weights):
+            states += sum(
+                main.nbytes for group in part.optimizer.param_groups for main in group["params"]
+            )
     return Held(
         weights=sum(weight.nbytes for weight in weights),
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
