@@ -191,11 +191,14 @@ def loss_workspace(
 def backward_workspace(a: Architecture, layout: Layout, rows: float, wide: int) -> float:
     """Bytes where a layer's backward pass holds most: the gradients of one SwiGLU.
 
-    Those of both its factors, that of its product in the place of the product, that of the layer's
-    output, and what sequence parallelism gathers of it (Korthikanti et al. 2022, section 4.2.2).
+    Those of both its factors, that of its product in the place of the product, and that of the
+    layer's output. Sequence parallelism gathers the last (Korthikanti et al. 2022, section 4.2.2),
+    and has done with it before there are those of the factors.
     """
-    inside = 2 * a.intermediate / layout.tensor
-    return wide * rows * (inside + a.hidden * (2 if layout.sequence else 1))
+    inside = a.intermediate / layout.tensor
+    if layout.sequence:
+        return wide * rows * (inside + max(inside, a.hidden) + a.hidden / layout.tensor)
+    return wide * rows * (2 * inside + a.hidden)
 
 
 def table(stages: list[Memory], title: str) -> Table:
