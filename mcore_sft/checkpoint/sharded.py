@@ -10,12 +10,13 @@ A step is written as `.step_N.tmp`, made durable, and renamed: what bears the na
 Training goes on meanwhile (writer.py).
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,11 @@ class Checkpoints:
         assert self._pending is None, "wait() for the save before"
         temporary = self.folder / f".step_{progress.step}.tmp"
         if self.mesh.is_main:
-            for stale in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(stale)
-            (temporary / "weights").mkdir(parents=True)
-            describe(temporary)
+            with _named(self.folder / f"step_{progress.step}"):
+                for stale in self.folder.glob(".step_*.tmp"):
+                    shutil.rmtree(stale)
+                (temporary / "weights").mkdir(parents=True)
+                describe(temporary)
         self.mesh.barrier()
         with whole_weights(self.model):
             model = self._model_state()
@@ -156,12 +158,16 @@ class Checkpoints:
         dist.all_gather_object(outcomes, pending.writer.outcome(), group=self.mesh.world.group)
         faults = [f"rank {rank}: {x}" for rank, x in enumerate(outcomes) if isinstance(x, str)]
         if faults:
-            raise CheckpointError(
-                f"{final} could not be written ({'; '.join(faults)}); see to the disk and start "
-                "again: the run goes on from the checkpoint before"
-            )
-        for write_metadata in pending.finish:
-            write_metadata()
+            raise _unwritten(final, "; ".join(faults))
+        with _named(final):
+            for write_metadata in pending.finish:
+                write_metadata()
+            self._publish(pending, outcomes, final)
+        self.mesh.barrier()
+        return final
+
+    def _publish(self, pending: "_Pending", outcomes: list[Any], final: Path) -> None:
+        """Give the step its manifest and its name, and remove those that it makes superfluous."""
         if self.mesh.is_main:
             files = {name: file for share in outcomes for name, file in share.items()}
             files |= _small_files(pending.temporary, files)
@@ -175,8 +181,6 @@ class Checkpoints:
             _sync_folder(self.folder)
             for step in superfluous(_scores(self.folder, self.settings.metric), self.settings):
                 shutil.rmtree(self.folder / f"step_{step}")
-        self.mesh.barrier()
-        return final
 
     def restore_latest(self, fixed: dict[str, Any]) -> Progress | None:
         """Load the newest step that is whole; None if the run has no checkpoint yet.
@@ -244,6 +248,22 @@ class _Pending:
     writer: Writer
     finish: list[Callable[[], None]]
     """What Megatron-core does once every rank has written; collective."""
+
+
+@contextlib.contextmanager
+def _named(final: Path) -> Iterator[None]:
+    """`CheckpointError` for what the disk refuses to one rank; the others wait, and end with it."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritten(final, f"{type(error).__name__}: {error}") from error
+
+
+def _unwritten(final: Path, fault: str) -> CheckpointError:
+    return CheckpointError(
+        f"{final} could not be written ({fault}); see to the disk and start again: the run goes on "
+        "from the checkpoint before"
+    )
 
 
 def agree(mesh: Mesh, *flags: int) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_sft.checkpoint import writer
+from mcore_sft.checkpoint import sharded, writer
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.sharded import (
@@ -201,6 +201,20 @@ def _state(here: runs.Loaded) -> dict[str, Tensor]:
     found = {name: weight.detach().clone() for name, weight in here.gpt.named_parameters()}
     states = here.optimizer.optimizer.state.values()
     return found | {str(place): x["exp_avg"].clone() for place, x in enumerate(states)}
+
+
+@pytest.mark.parametrize("name", ["_small_files", "_write_durably"])
+def test_a_disk_that_is_full_at_the_end_of_a_save_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharded, name, full)
+    config = runs.experiment(tmp_path / "run", model, train__steps=1)
+    with pytest.raises(AssertionError, match=r"step_1 could not be written \(OSError: .* No space"):
+        runs.train(config)
+    assert not steps(config.folder)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
+from mcore_sft.checkpoint.sharded import read_manifest
 from mcore_sft.config import RunConfig
 from mcore_sft.errors import UserError
 from mcore_sft.training import loop
@@ -145,6 +147,11 @@ def test_a_run_does_not_begin_anew_among_checkpoints(model: Path, stopped: Path)
     (said,) = run_ranks(1, _message, config)
     assert said is not None
     assert "holds step_1 of another run" in said
+
+
+def test_a_checkpoint_says_what_it_grew_from(model: Path, stopped: Path) -> None:
+    grew_from = read_manifest(stopped / "step_1")["progress"]["fixed"]
+    assert grew_from["base weights"] == SafetensorsFolder(model).fingerprint()
 
 
 def test_no_checkpoint_is_whole(model: Path, stopped: Path, tmp_path: Path) -> None:
