@@ -75,16 +75,23 @@ class Accuracy:
         if kind:
             self.end()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether an evaluation is under way or due."""
+        return not (self._running is None and self._waiting is None)
+
     def poll(self, asked: int) -> None:
         """Tell of an evaluation that has ended, and begin the one that is due; waits for none.
 
-        Nothing where the run is `asked` to stop.
+        Where the run is `asked` to stop, what is due is left to the next start.
         """
-        if asked or not (self._every and self._mesh.is_main):
+        if not (self._every and self._mesh.is_main):
             return
         if self._checkpoints.newest != self._seen:
             self._seen = self._checkpoints.newest
             self._look()
+        if asked:
+            return
         if self._running and self._running.process.poll() is not None:
             ended, self._running = self._running, None
             self._hold()
@@ -115,7 +122,7 @@ class Accuracy:
             with stop:
                 while busy and not asked:
                     self.poll(stop.asked)
-                    asked, busy = agree(self._mesh, stop.asked, int(self._running is not None))
+                    asked, busy = agree(self._mesh, stop.asked, int(self.is_busy))
                     time.sleep(0.2 * busy)
         finally:
             self.end()
@@ -126,13 +133,12 @@ class Accuracy:
         """End the evaluation that is under way; its answers stay for when the run goes on."""
         if self._running is None:
             return
-        process = self._running.process
-        process.terminate()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with self._running.process as process:
+            process.terminate()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
         self._metrics.say(f"the evaluation of step {self._running.step} was ended")
         self._running = None
 
@@ -172,12 +178,11 @@ class Accuracy:
         return _Evaluation(step=step, output=output, process=process)
 
     def _tell(self, ended: _Evaluation) -> None:
-        name, code = self._config.watched.name, ended.process.returncode
-        assert ended.process.stdin is not None
-        ended.process.stdin.close()
-        if code:
-            self._warn(ended.step, f"exit code {code}")
-            return
+        name = self._config.watched.name
+        with ended.process as process:  # which closes its input
+            if process.returncode:
+                self._warn(ended.step, f"exit code {process.returncode}")
+                return
         try:
             report = json.loads((ended.output / name / "report.json").read_text(encoding="utf-8"))
             percent = float(report["score"]["symbolic_correct"]["percent"])

@@ -31,7 +31,7 @@ WATCHED = {
     "train__evaluate_benchmark": "sums",
 }
 
-# The stand-in: it says its environment, waits for `go`, and leaves the percentage that stands there.
+# It says its environment, waits for `go`, and leaves the percentage that stands there.
 _STAND_IN = """
 import json, os, pathlib, sys, time
 output = pathlib.Path(sys.argv[2])
@@ -235,13 +235,15 @@ def test_the_end_waits_for_the_last_unless_it_is_asked_to_stop(
     stop.asked = signal.SIGTERM
     run.accuracy.wait(stop)  # nothing is left
     (run.config.folder / "step_45" / "scores.json").unlink()
-    again = bench()
-    again.accuracy.__enter__().poll(0)
     (run.config.folder / "evaluation" / "step_45" / "go").unlink()
     monkeypatch.setattr(accuracy, "agree", lambda mesh, *flags: list(flags))
-    with pytest.raises(Stopped, match="SIGTERM came; all steps are saved, start again to evaluate"):
-        again.accuracy.wait(stop)
-    assert again.accuracy._running is None
+    for asked in (0, signal.SIGTERM):  # while it is evaluated, and before
+        again = bench()
+        again.accuracy.__enter__().poll(asked)
+        assert (again.accuracy._running is None) == bool(asked)
+        with pytest.raises(Stopped, match="SIGTERM came; all steps are saved, start again to eval"):
+            again.accuracy.wait(stop)
+        assert again.accuracy._running is None
 
 
 def test_a_benchmark_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
