@@ -16,12 +16,7 @@ from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft import config as configuration
-from mcore_sft.checkpoint.export import export
 from mcore_sft.config import RunConfig
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.evaluation import benchmarks
-from mcore_sft.evaluation.run import Evaluation, evaluate
 
 _NICE = 10
 _GRACE_SECONDS = 10.0
@@ -32,6 +27,13 @@ def main() -> None:
     os.nice(_NICE)  # training goes first
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning: the run ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Imported late: it takes seconds, in which the run may end.
+    from mcore_sft.checkpoint.export import export
+    from mcore_sft.data.prompt import Prompt
+    from mcore_sft.data.tokenizer import load_tokenizer
+    from mcore_sft.evaluation import benchmarks
+    from mcore_sft.evaluation.run import Evaluation, evaluate
+
     checkpoint, output = map(Path, sys.argv[1:])
     said = configuration.load(output / "config.yaml").model_dump()
     config = RunConfig.model_validate(configuration.expanded(said))
