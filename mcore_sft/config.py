@@ -9,6 +9,7 @@ This module imports no torch, so that a typo costs a fraction of a second.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -295,6 +296,14 @@ class TrainConfig(Section):
     """Steps between validation losses; 0 is never."""
     validation_packs: CountOrZero = 0
     """Packs of a validation loss; 0 is all of them."""
+    evaluate_every: CountOrZero = 0
+    """Steps between evaluations of checkpoints, in a process beside the training; a multiple of
+    checkpoint.every. The last step is evaluated too. 0 is never."""
+    evaluate_benchmark: str | None = None
+    """Which of evaluation.benchmarks they ask; without it, the first."""
+    evaluate_gpus: str | None = None
+    """CUDA_VISIBLE_DEVICES of that process, such as "7", where no rank computes, or "" for the CPU;
+    without it the run's own, of which it shares the first with a rank."""
     max_minutes: Positive | None = None
     """Save and stop after the step in which so many minutes since the start are over, as after
     SIGTERM and SIGUSR1, with exit code 75 (torchrun makes 1 of it); leave time for the save. When
@@ -353,9 +362,10 @@ class CheckpointConfig(Section):
     keep: CountOrZero = 0
     """Newest checkpoints that stay; 0 is all or, with `best`, the last alone."""
     best: CountOrZero = 0
-    """Checkpoints of the lowest `metric`, which stay beside those; 0 is none."""
-    metric: Literal["validation_loss"] = "validation_loss"
-    """What the best are told by."""
+    """Checkpoints that are best by `metric`, which stay beside those; 0 is none."""
+    metric: Literal["validation_loss", "accuracy"] = "validation_loss"
+    """What the best are told by: the lowest validation loss, or the highest accuracy of those that
+    train.evaluate_every evaluates."""
     keep_every: CountOrZero = 0
     """Checkpoints of every so many steps stay too, to be averaged; 0 is none."""
     resume: bool = True
@@ -511,12 +521,46 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_best(self) -> Self:
         saves, measures = self.checkpoint.every, self.train.validate_every
-        if self.checkpoint.best and not (measures and saves and saves % measures == 0):
+        if not self.checkpoint.best:
+            return self
+        if self.checkpoint.metric == "accuracy":
+            if not self.train.evaluate_every:
+                raise ValueError("checkpoint.metric accuracy needs train.evaluate_every, given 0")
+        elif not (measures and saves and saves % measures == 0):
             raise ValueError(
                 f"checkpoint.best needs the validation loss of each checkpoint, but "
                 f"checkpoint.every {saves} is no multiple of train.validate_every {measures}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_evaluated(self) -> Self:
+        every, saves = self.train.evaluate_every, self.checkpoint.every
+        if not every:
+            return self
+        if not saves or every % saves:
+            raise ValueError(
+                f"train.evaluate_every {every} is no multiple of checkpoint.every {saves}, and "
+                "only checkpoints can be evaluated"
+            )
+        if self.evaluation.engine == "server":
+            raise ValueError(
+                "train.evaluate_every needs evaluation.engine transformers or vllm, which load "
+                "each checkpoint; given server, which answers with the model that it serves"
+            )
+        names, named = [x.name for x in self.evaluation.benchmarks], self.train.evaluate_benchmark
+        if not names or (named and named not in names):
+            raise ValueError(
+                f"train.evaluate_every needs {named or 'a benchmark'} among "
+                f"evaluation.benchmarks, given {', '.join(names) or 'none'}"
+            )
+        return self
+
+    @property
+    def watched(self) -> BenchmarkConfig:
+        """The benchmark of train.evaluate_every."""
+        asked = self.train.evaluate_benchmark
+        return next(x for x in self.evaluation.benchmarks if asked in (None, x.name))
 
     @property
     def folder(self) -> Path:
@@ -572,6 +616,15 @@ def parse_section(
 def dump(config: Section) -> str:
     """The whole configuration, defaults included, as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def expanded(said: Any) -> Any:
+    """What a section's dump says, with the home folder for `~` wherever a path begins so."""
+    if isinstance(said, dict):
+        return {name: expanded(part) for name, part in said.items()}
+    if isinstance(said, list | tuple):
+        return [expanded(part) for part in said]
+    return os.path.expanduser(said) if isinstance(said, str | Path) else said
 
 
 def schema() -> dict[str, Any]:

@@ -43,6 +43,7 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr 2e-05"),
         ("train.validate_every=5", "data.validation names no source"),
         ("checkpoint.best=3", "checkpoint.every 0 is no multiple of train.validate_every 0"),
+        ("train.evaluate_every=5", "5 is no multiple of checkpoint.every 0, and only checkpoints"),
         ("log.profile=[3, 2]", "profile [3, 2]: the first step is after the last"),
         ("data.train.1.path=b", "expected an index below 1, given '1'"),
         ("steps", "expected KEY=VALUE"),
@@ -52,6 +53,42 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         config.parse(TREE, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.evaluate_every=30"], "evaluate_every 30 is no multiple of checkpoint.every 20"),
+        (["evaluation.engine=server"], "given server, which answers with the model that it serves"),
+        (["evaluation.benchmarks=[]"], "needs a benchmark among evaluation.benchmarks, given none"),
+        (
+            ["train.evaluate_benchmark=gsm"],
+            "needs gsm among evaluation.benchmarks, given math, gsm8k",
+        ),
+        (
+            ["train.evaluate_every=0", "checkpoint.best=2", "checkpoint.metric=accuracy"],
+            "checkpoint.metric accuracy needs train.evaluate_every, given 0",
+        ),
+        (["checkpoint.best=2"], "checkpoint.every 20 is no multiple of train.validate_every 0"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.parse(TREE, [*EVALUATED, *overrides])
+    assert message in str(error.value)
+
+
+EVALUATED = [
+    "train.evaluate_every=40",
+    "checkpoint.every=20",
+    "evaluation.benchmarks=[{name: math}, {name: gsm8k}]",
+]
+
+
+def test_what_is_evaluated() -> None:
+    assert config.parse(TREE, EVALUATED).watched.name == "math"
+    named = config.parse(TREE, [*EVALUATED, "train.evaluate_benchmark=gsm8k"])
+    assert named.watched.name == "gsm8k"
 
 
 def test_overrides_are_typed() -> None:

@@ -8,7 +8,6 @@ python tools/evaluate.py --model DIR --config configs/X.yaml evaluation.max_new_
 
 import argparse
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,16 +102,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _path(said: str | Path) -> Path:
-    return Path(_expanded(said))
-
-
-def _expanded(said: Any) -> Any:
-    """What was said, with the home folder for `~` wherever a path begins so."""
-    if isinstance(said, dict):
-        return {name: _expanded(part) for name, part in said.items()}
-    if isinstance(said, list | tuple):
-        return [_expanded(part) for part in said]
-    return os.path.expanduser(said) if isinstance(said, str | Path) else said
+    return Path(configuration.expanded(said))
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -126,7 +116,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
             print(configuration.dump(given), end="")
             raise SystemExit(0)
         said, root = given.model_dump(exclude_unset=True), Path(".")
-    alone = Alone.model_validate(_expanded(said))
+    alone = Alone.model_validate(configuration.expanded(said))
     return Plan(evaluation=alone.evaluation, prompt=alone.prompt, root=root)
 
 

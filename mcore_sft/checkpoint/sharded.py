@@ -4,6 +4,7 @@
                   model/          config.json and the tokenizer of the model it grew from
                   config.yaml     the resolved configuration of the run
                   manifest.json   progress, and size and SHA-256 of every file; written last
+                  scores.json     what was measured of it later
     RUN/latest    the name of the newest complete step
 
 A step is written as `.step_N.tmp`, made durable, and renamed: what bears the name step_N is whole.
@@ -39,6 +40,7 @@ from mcore_sft.runtime.mesh import Mesh
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SCORES = "scores.json"
 POINTER = "latest"
 
 
@@ -88,6 +90,10 @@ class Checkpoints:
         self.model = model
         self.optimizer = optimizer
         self.mesh = mesh
+        self.newest: Path | None = None
+        """The last step that was completed here."""
+        self.held: set[int] = set()
+        """Steps that stay for now, since something reads them."""
         self._pending: _Pending | None = None
 
     def save(
@@ -143,9 +149,10 @@ class Checkpoints:
         """Whether the writer of this rank is at work."""
         return self._pending is not None and self._pending.writer.is_writing
 
-    def wait(self) -> Path | None:
-        """Wait for the save that was begun, if there is one, and complete it."""
+    def wait(self, beat: Callable[[], None] = lambda: None) -> Path | None:
+        """Wait for the save that was begun, if there is one, and complete it; `beat` meanwhile."""
         while any(agree(self.mesh, int(self.is_writing))):
+            beat()
             time.sleep(0.05)
         return self.complete() if self.is_pending else None
 
@@ -164,6 +171,7 @@ class Checkpoints:
                 write_metadata()
             self._publish(pending, outcomes, final)
         self.mesh.barrier()
+        self.newest = final
         return final
 
     def _publish(self, pending: "_Pending", outcomes: list[Any], final: Path) -> None:
@@ -176,10 +184,22 @@ class Checkpoints:
             if final.exists():
                 shutil.rmtree(final)
             pending.temporary.rename(final)
-            _write_durably(self.folder / f".{POINTER}", final.name + "\n")
-            (self.folder / f".{POINTER}").rename(self.folder / POINTER)
-            _sync_folder(self.folder)
-            for step in superfluous(_scores(self.folder, self.settings.metric), self.settings):
+            _replace(self.folder / POINTER, final.name + "
+")
+            self._prune()
+
+    def add_score(self, step: int, name: str, score: float) -> None:
+        """Keep what was measured of a complete step, and drop what is superfluous now.
+
+        For the main process alone.
+        """
+        _replace(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
+        self._prune()
+
+    def _prune(self) -> None:
+        found = scores(self.folder, self.settings.metric)
+        for step in superfluous(found, self.settings):
+            if step not in self.held:
                 shutil.rmtree(self.folder / f"step_{step}")
 
     def restore_latest(self, fixed: dict[str, Any]) -> Progress | None:
@@ -274,29 +294,34 @@ def agree(mesh: Mesh, *flags: int) -> list[int]:
 
 
 def superfluous(scores: Mapping[int, float | None], settings: CheckpointConfig) -> list[int]:
-    """The steps that may go, of the steps that are there with their scores (the lower, the better).
+    """The steps that may go, of the steps that are there with their scores.
 
     With `keep` or `best`, what stays is the newest, the best and the multiples of `keep_every`.
     """
     if not (settings.keep or settings.best):
         return []
     newest = sorted(scores, reverse=True)
-    best = sorted((score, -step) for step, score in scores.items() if score is not None)
+    sign = -1 if settings.metric == "accuracy" else 1
+    best = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
     stay = {*newest[: max(1, settings.keep)], *(-step for _, step in best[: settings.best])}
     if settings.keep_every:
         stay |= {step for step in scores if step % settings.keep_every == 0}
     return [step for step in newest if step not in stay]
 
 
-def _scores(folder: Path, metric: str) -> dict[int, float | None]:
-    """The score of each step by `metric`; None where it was not measured, or cannot be read."""
+def scores(folder: Path, metric: str) -> dict[int, float | None]:
+    """The score of each step by `metric`, the newest first.
+
+    None where it was not measured, or cannot be read.
+    """
     found: dict[int, float | None] = {}
     for path in steps(folder):
-        try:
-            score = read_manifest(path).get("scores", {}).get(metric)
-        except CheckpointError:
-            score = None
-        found[int(path.name.removeprefix("step_"))] = score
+        known: dict[str, float | None] = {}
+        with contextlib.suppress(CheckpointError):
+            known |= read_manifest(path).get("scores", {})
+        with contextlib.suppress(OSError, ValueError):
+            known |= json.loads((path / SCORES).read_text(encoding="utf-8"))
+        found[int(path.name.removeprefix("step_"))] = known.get(metric)
     return found
 
 
@@ -387,6 +412,14 @@ def _write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that holds what it held before, or all of `text`."""
+    beside = path.with_name(f".{path.name}")
+    _write_durably(beside, text)
+    beside.rename(path)
     _sync_folder(path.parent)
 
 

@@ -24,6 +24,7 @@ from mcore_sft.model import build
 from mcore_sft.runtime.hardware import be_deterministic
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import optimizer as optim
+from mcore_sft.training.accuracy import Accuracy, check_benchmark
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
@@ -37,7 +38,7 @@ from mcore_sft.training.watchdog import Watchdog
 def train(config: RunConfig) -> Progress:
     """Fine-tune the model that `config` names on the packs that preprocessing wrote.
 
-    `Stopped` says that it was asked to end before its last step, and has saved.
+    `Stopped` says that it was asked to end before its work was done, and has saved.
     """
     stop = Stop(config.train.max_minutes)
     architecture = arch.read(config.model.path)
@@ -59,6 +60,7 @@ def train_on(
     dataset = open_dataset(config, "train", mesh)
     loader = load(config, "train", dataset, architecture, mesh)
     loader.check()
+    check_benchmark(config, mesh)
     validation = None
     if config.train.validate_every:
         held_out = open_dataset(config, "validation", mesh)
@@ -84,8 +86,16 @@ def train_on(
     guard = Guard(config.train, dataset, loader, config.packed, gpt, optimizer, mesh, metrics)
     own = OwnTime(gpt, mesh)
     watchdog = Watchdog(config.folder, config.train.hang_seconds, gpt, mesh)
+    accuracy = Accuracy(config, checkpoints, metrics, mesh)
     steps, asked = config.train.steps, 0
-    with metrics.logging(progress.step), stop, watchdog, completed(checkpoints, metrics), profile:
+    with (
+        accuracy,
+        metrics.logging(progress.step),
+        stop,
+        watchdog,
+        completed(checkpoints, metrics, watchdog),
+        profile,
+    ):
         while progress.step < steps and not asked:
             profile.before(progress.step + 1)
             own.begin()
@@ -115,25 +125,28 @@ def train_on(
             if checkpoints.is_pending and not writing:
                 metrics.saved(checkpoints.complete())
             if asked or due(progress.step, config.checkpoint.every, steps):
-                metrics.saved(checkpoints.wait())
+                metrics.saved(checkpoints.wait(watchdog.beat))
                 checkpoints.save(progress, partial(describe, config, dataset), scores)
+            accuracy.poll(asked)
             metrics.lap("checkpoint")
     if asked and progress.step < steps:
+        accuracy.end()
         raise Stopped(
             f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
         )
+    accuracy.wait(stop)
     return progress
 
 
 @contextlib.contextmanager
-def completed(checkpoints: Checkpoints, metrics: Metrics) -> Iterator[None]:
+def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) -> Iterator[None]:
     """Complete the save that what happens inside has begun, if it ends on all ranks alike."""
     try:
         yield
     except TrainingError:
-        metrics.saved(checkpoints.wait())
+        metrics.saved(checkpoints.wait(watchdog.beat))
         raise
-    metrics.saved(checkpoints.wait())
+    metrics.saved(checkpoints.wait(watchdog.beat))
 
 
 def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:

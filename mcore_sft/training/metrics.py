@@ -143,6 +143,14 @@ class Metrics:
             f"step {progress.step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}"
         )
 
+    def accuracy(self, step: int, percent: float, benchmark: str) -> None:
+        """Log the accuracy of a checkpoint, which steps may have followed."""
+        self._write({"step": step, "accuracy": percent, "benchmark": benchmark})
+        self.say(
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  "
+            f"accuracy {percent:.2f} % ({benchmark})"
+        )
+
     def saved(self, path: Path | None) -> None:
         """Say that a checkpoint is complete, if there is one."""
         if path:

@@ -56,8 +56,14 @@ def _wandb(project: str, folder: Path, name: str) -> Tracker:
     known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
     run = wandb.init(project=project, name=name, dir=str(folder), id=known, resume="allow")
     kept.write_text(run.id + "\n", encoding="utf-8")
+    run.define_metric("accuracy", step_metric="evaluated_step")
 
     def track(step: int, numbers: dict[str, float]) -> None:
-        run.log(numbers, step=step)
+        if "accuracy" in numbers:
+            # Steps have followed, and W&B takes no numbers of an earlier one.
+            late = {"accuracy": numbers["accuracy"], "evaluated_step": step}
+            run.log(late, commit=False)
+        else:
+            run.log(numbers, step=step)
 
     return track

@@ -119,6 +119,8 @@ SCORES = {1: 0.9, 2: 0.5, 3: None, 4: 0.5, 5: 0.8, 6: 0.7}
         ({"best": 4, "keep": 2}, [2, 4, 5, 6]),
         ({"best": 9}, [1, 2, 4, 5, 6]),  # without a score, none is among the best
         ({"best": 1, "keep": 1, "keep_every": 3}, [3, 4, 6]),
+        ({"best": 1, "metric": "accuracy"}, [1, 6]),
+        ({"best": 5, "metric": "accuracy"}, [1, 2, 4, 5, 6]),
     ],
 )
 def test_what_stays(settings: dict[str, int], stay: list[int]) -> None:

@@ -162,15 +162,21 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
 
     def init(**settings: Any) -> Any:
         calls.append(settings)
-        return SimpleNamespace(id="abc", log=lambda numbers, step: calls.append((step, numbers)))
+        return SimpleNamespace(
+            id="abc",
+            define_metric=lambda *names, **settings: None,
+            log=lambda numbers, **settings: calls.append((settings, numbers)),
+        )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for known in (None, "abc"):
         (track,) = trackers.open_trackers(LogConfig(wandb="mine"), tmp_path, "name", 0)
         track(3, {"loss": 1.0})
-        settings, line = calls[-2:]
+        track(2, {"step": 2, "accuracy": 50.0})
+        settings, line, late = calls[-3:]
         assert (settings["project"], settings["name"], settings["id"]) == ("mine", "name", known)
-        assert line == (3, {"loss": 1.0})
+        assert line == ({"step": 3}, {"loss": 1.0})
+        assert late == ({"commit": False}, {"accuracy": 50.0, "evaluated_step": 2})
 
 
 def test_profiled_steps(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""A checkpoint in, answers and a report on a benchmark out: a process beside the training.
+
+    python -m mcore_sft.training.accuracy_process RUN/step_N RUN/evaluation/step_N
+
+How it is evaluated stands in config.yaml of the second folder. The process ends when standard input
+does: then whoever started it has ended, or wants no answer any more.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from mcore_sft import command
+from mcore_sft import config as configuration
+from mcore_sft.config import RunConfig
+
+_NICE = 10
+_GRACE_SECONDS = 10.0
+
+
+def main() -> None:
+    """Evaluate what the command line names."""
+    os.nice(_NICE)  # training goes first
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning: the run ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Imported late: it takes seconds, in which the run may end.
+    from mcore_sft.checkpoint.export import export
+    from mcore_sft.data.prompt import Prompt
+    from mcore_sft.data.tokenizer import load_tokenizer
+    from mcore_sft.evaluation import benchmarks
+    from mcore_sft.evaluation.run import Evaluation, evaluate
+
+    checkpoint, output = map(Path, sys.argv[1:])
+    said = configuration.load(output / "config.yaml").model_dump()
+    config = RunConfig.model_validate(configuration.expanded(said))
+    model = output.parent / f"hf_{checkpoint.name}"
+    _clear(output.parent)
+    try:
+        export(checkpoint, model)
+        tokenizer = load_tokenizer(model)
+        evaluation = Evaluation(
+            model=model,
+            benchmark=benchmarks.load(config.watched, config.data.root),
+            prompt=Prompt.load(config.prompt, tokenizer),
+            tokenizer=tokenizer,
+            config=config.evaluation,
+            output=output / config.watched.name,
+            samples=config.watched.samples,
+        )
+        evaluate([evaluation], lambda _, report: print(report["text"]))
+    finally:
+        _clear(output.parent)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the models that were made here, whole and begun."""
+    for model in folder.glob("*hf_step_*"):
+        shutil.rmtree(model)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # nothing ever comes
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    command.run(main)
