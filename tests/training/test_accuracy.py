@@ -66,14 +66,14 @@ class Bench:
         )
         self.accuracy = Accuracy(self.config, self.checkpoints, told, mesh)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, asked: int = 0) -> None:
         """Complete a step, prune, and poll, as training does."""
         path = self.config.folder / f"step_{step}"
         path.mkdir(parents=True)
         (path / "manifest.json").write_text(json.dumps({"format": 1, "scores": {}}))
         self.checkpoints._prune()
         self.checkpoints.newest = path
-        self.accuracy.poll(0)
+        self.accuracy.poll(asked)
 
     def end(self, step: int, said: str) -> None:
         """Let the evaluation of a step end, and poll until that is known."""
@@ -142,6 +142,14 @@ def test_the_best_by_accuracy_stay_and_those_not_measured_yet(bench: Callable[..
     assert run.there == [40, 10]
     run.end(40, "60")
     assert run.there == [40]
+
+
+def test_what_is_due_as_the_run_stops_stays_for_the_next_start(bench: Callable[..., Bench]) -> None:
+    run = bench(checkpoint={"every": 10, "best": 1, "metric": "accuracy"})
+    run.save(10)
+    run.save(20, signal.SIGTERM)
+    run.save(25, signal.SIGTERM)
+    assert run.there == [25, 20, 10]
 
 
 @pytest.mark.parametrize(
