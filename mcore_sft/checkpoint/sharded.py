@@ -184,8 +184,7 @@ class Checkpoints:
             if final.exists():
                 shutil.rmtree(final)
             pending.temporary.rename(final)
-            _replace(self.folder / POINTER, final.name + "
-")
+            _replace(self.folder / POINTER, final.name + "\n")
             self._prune()
 
     def add_score(self, step: int, name: str, score: float) -> None:
