@@ -285,6 +285,12 @@ class TrainConfig(Section):
     """Packs joined in one row of a forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Parameters and activations; gradients, moments and main weights are fp32 in both."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """How the matrix products of the layers are scaled to 8 bits (Transformer Engine alone): by the
+    largest values of past steps, by one scale a tensor, or by one for each block, in which no
+    document of a pack touches another."""
+    fp8_bf16_ends: CountOrZero = 0
+    """Layers at either end of the model that stay in bf16 all the same."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them: those of
     attention (`selective`), or of whole layers but for their inputs (`full`)."""
@@ -323,6 +329,17 @@ class TrainConfig(Section):
     is random in a run is drawn from the seeds of its configuration alone, always."""
     spike_window: Annotated[int, Field(ge=2)] = 128
     """Steps of that mean; while there are fewer than half of them, there are no spikes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fp8 != "none" and self.precision != "bf16":
+            raise ValueError(f"fp8: {self.fp8} needs precision: bf16, given {self.precision}")
+        if self.fp8_bf16_ends and self.fp8 in ("none", "delayed"):
+            raise ValueError(
+                f"fp8_bf16_ends: {self.fp8_bf16_ends} needs fp8: tensorwise or blockwise, given "
+                f"{self.fp8}"
+            )
+        return self
 
 
 class OptimizerConfig(Section):

@@ -25,6 +25,16 @@ def test_a_smoke_form_differs_in_size_alone(name):
                 assert small[section][key] == value, key
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in Path("configs").glob("*_fp8.yaml")))
+def test_an_fp8_form_differs_in_precision_alone(name):
+    plain = config.load(f"configs/{name.removesuffix('_fp8')}.yaml")
+    expected = plain.model_dump()
+    expected["name"] = name
+    expected["data"]["packed"] = plain.packed
+    expected["train"]["fp8"] = "blockwise"
+    assert config.load(f"configs/{name}.yaml").model_dump() == expected
+
+
 EIGHT = "llama31_8b_openmathinstruct2"
 SEVENTY = "llama31_70b_openmathinstruct2"
 

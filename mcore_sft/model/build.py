@@ -81,7 +81,7 @@ def build(
 ) -> Chunks:
     """This rank's part of the model, its weights not yet loaded, in DDP."""
     config = transformer_config(architecture, train, mesh)
-    spec = block_spec(layer_implementation(settings, mesh), architecture, mesh)
+    spec = block_spec(layer_implementation(settings, train, mesh), architecture, mesh)
     parallel = mesh.parallel
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -138,6 +138,19 @@ def whole_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
         chunk.enable_forward_pre_hook()
 
 
+# Megatron-core's words for how products are scaled to 8 bits. The long history is NVIDIA's own.
+_FP8: dict[str, dict[str, Any]] = {
+    "none": {},
+    "delayed": {
+        "fp8": "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    },
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
+
 # Megatron-core's words for what is computed again in the backward pass.
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -154,6 +167,12 @@ def transformer_config(
     architecture: Architecture, train: TrainConfig, mesh: Mesh
 ) -> TransformerConfig:
     """Megatron-core's configuration of `architecture`, split as `mesh` is."""
+    stage_layers = architecture.layers // mesh.pipeline.size
+    if train.fp8_bf16_ends > stage_layers:
+        raise ConfigError(
+            f"train.fp8_bf16_ends {train.fp8_bf16_ends} is more than the {stage_layers} layers of "
+            "a pipeline stage"
+        )
     dtype = DTYPES[train.precision]
     return TransformerConfig(
         num_layers=architecture.layers,
@@ -194,6 +213,10 @@ def transformer_config(
         # Each layer under its own key, so that a checkpoint can be read one tensor at a time.
         hetereogenous_dist_checkpoint=True,
         **_RECOMPUTE[train.recompute],
+        **_FP8[train.fp8],
+        first_last_layers_bf16=train.fp8_bf16_ends > 0,
+        num_layers_at_start_in_bf16=train.fp8_bf16_ends,
+        num_layers_at_end_in_bf16=train.fp8_bf16_ends,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -202,7 +225,7 @@ def transformer_config(
     )
 
 
-def layer_implementation(settings: ModelConfig, mesh: Mesh) -> str:
+def layer_implementation(settings: ModelConfig, train: TrainConfig, mesh: Mesh) -> str:
     """`local` or `transformer_engine`; an error that names the mend where it cannot be had."""
     cuda = mesh.device.type == "cuda"
     chosen = settings.layers
@@ -221,6 +244,11 @@ def layer_implementation(settings: ModelConfig, mesh: Mesh) -> str:
                 f"model.layers: transformer_engine cannot be imported ({error}); install the "
                 "`gpu` extra, or use model.layers=local"
             ) from None
+    elif train.fp8 != "none":
+        raise ConfigError(
+            f"train.fp8: {train.fp8} needs Transformer Engine's layers, which take an NVIDIA GPU, "
+            f"but model.layers is {chosen} here; use train.fp8=none"
+        )
     return chosen
 
 

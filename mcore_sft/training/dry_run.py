@@ -50,9 +50,10 @@ def dry_run(config: RunConfig, architecture: Architecture, gpus: int) -> list[He
 
 def _held(config: RunConfig, architecture: Architecture, gpus: int, rank: int) -> Held:
     settings = config.model.model_copy(update={"layers": "local"})
+    train = config.train.model_copy(update={"fp8": "none", "fp8_bf16_ends": 0})
     with megatron_on_cpu(), _alone(config, rank, gpus) as mesh, META, _OnMeta():
-        model = build.build(architecture, settings, config.train, mesh)
-        optimizer = optim.build(config.optimizer, config.train, model, mesh)
+        model = build.build(architecture, settings, train, mesh)
+        optimizer = optim.build(config.optimizer, train, model, mesh)
         return held(model, optimizer)
 
 

@@ -194,7 +194,9 @@ def load(
         rank=mesh.data.rank,
         size=mesh.data.size,
         pad_id=tokenizer.pad_id,
-        align=mesh.tensor.size if mesh.parallel.sequence else 1,
+        # Of 8-bit products, the rows of each rank are a multiple of 16.
+        align=(mesh.tensor.size if mesh.parallel.sequence else 1)
+        * (16 if config.train.fp8 != "none" else 1),
         # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
         rounds=mesh.pipeline.size if mesh.parallel.virtual > 1 else 1,
         context=mesh.context.size,

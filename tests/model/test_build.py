@@ -1,14 +1,54 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mcore_sft.config import ParallelConfig
+from mcore_sft.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from mcore_sft.data.batch import collate
+from mcore_sft.model import build
+from mcore_sft.model.architecture import read
 from mcore_sft.model.layers import PackedAttention
+from mcore_sft.runtime.mesh import connect
 from tests import tiny
+from tests.distributed import run_ranks
 from tests.runs import gradients, loaded, on_layout
+
+
+@pytest.mark.parametrize(
+    ("train", "fp8", "refusal"),
+    [
+        ({}, None, ""),
+        ({"fp8": "delayed"}, "hybrid", "delayed needs Transformer Engine's layers"),
+        ({"fp8": "tensorwise", "fp8_bf16_ends": 1}, "hybrid", "model.layers is local here"),
+        ({"fp8": "blockwise", "fp8_bf16_ends": 2}, "e4m3", "use train.fp8=none"),
+        ({"fp8": "blockwise", "fp8_bf16_ends": 3}, None, "more than the 2 layers of a pipeline"),
+    ],
+)
+def test_eight_bits_are_configured_and_refused_without_a_gpu(
+    model: Path, train: dict[str, Any], fp8: str | None, refusal: str
+) -> None:
+    for found, refused in run_ranks(2, _eight_bits, ParallelConfig(pipeline=2), model, train):
+        assert found == fp8
+        assert refusal in refused
+        assert bool(refused) == bool(refusal)
+
+
+def _eight_bits(
+    parallel: ParallelConfig, model: Path, train: dict[str, Any]
+) -> tuple[str | None, str]:
+    """Megatron-core's number format, and why there is no such model here."""
+    settings, fp8 = TrainConfig(**train), None
+    with connect(parallel) as mesh:
+        try:
+            config = build.transformer_config(read(model), settings, mesh)
+            fp8 = config.fp8
+            assert config.first_last_layers_bf16 == bool(settings.fp8_bf16_ends)
+            build.layer_implementation(ModelConfig(path=model), settings, mesh)
+        except ConfigError as error:
+            return fp8, str(error)
+    return fp8, ""
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2_vp2", "cp2"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import read_manifest
 from mcore_sft.config import RunConfig
 from mcore_sft.errors import UserError
+from mcore_sft.model.architecture import read
 from mcore_sft.training import loop
 from tests import runs
 from tests.distributed import run_ranks
@@ -53,6 +55,34 @@ def test_too_few_processes(place: Path) -> None:
 def test_transformer_engine_on_cpu(place: Path) -> None:
     message = refused(place, model__layers="transformer_engine")
     assert "needs an NVIDIA GPU, but this process runs on CPU" in message
+
+
+def test_eight_bits_on_cpu(place: Path) -> None:
+    message = refused(place, train__fp8="blockwise", train__precision="bf16")
+    assert "train.fp8: blockwise needs Transformer Engine's layers" in message
+
+
+@pytest.mark.parametrize(
+    ("fp8", "context", "length"),
+    [("none", 1, 513), ("tensorwise", 1, 528), ("blockwise", 2, 576), ("none", 2, 516)],
+)
+def test_rows_are_as_long_as_what_splits_them_needs(
+    place: Path, fp8: str, context: int, length: int
+) -> None:
+    """512 tokens over three tensor ranks; of 8 bits, each rank's are a multiple of 16."""
+    config = runs.experiment(place.parent / "run", place, train__fp8=fp8, train__precision="bf16")
+    mesh: Any = SimpleNamespace(
+        tensor=SimpleNamespace(size=3),
+        pipeline=SimpleNamespace(size=1),
+        context=SimpleNamespace(size=context, rank=0),
+        data=SimpleNamespace(size=1, rank=0),
+        parallel=SimpleNamespace(sequence=True, virtual=1),
+        local_rank=0,
+    )
+    dataset = loop.open_dataset(config, "train", mesh)
+    loader = loop.load(config, "train", dataset, read(place), mesh)
+    assert loader.length == length
+    assert loader.batches(0)[0].length == length // context
 
 
 def test_nsight_systems_on_cpu(place: Path) -> None:
