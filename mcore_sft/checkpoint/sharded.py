@@ -38,7 +38,7 @@ from mcore_sft.config import CheckpointConfig
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
 POINTER = "latest"
@@ -375,7 +375,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST}: not valid JSON: {error}") from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: checkpoint format {manifest.get('format')!r}, expected {FORMAT}"
+            f"{path}: checkpoint format {manifest.get('format')!r}, expected {FORMAT}: go on with "
+            "the version that wrote it, or name another output and start anew"
         )
     return manifest
 
