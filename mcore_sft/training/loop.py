@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import describe
@@ -17,8 +17,6 @@ from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
 from mcore_sft.runtime.hardware import be_deterministic
@@ -28,8 +26,9 @@ from mcore_sft.training.accuracy import Accuracy, check_benchmark
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.packs import load, open_dataset
 from mcore_sft.training.profiling import Profile
-from mcore_sft.training.step import validation_loss
+from mcore_sft.training.step import StepResult, validation_loss
 from mcore_sft.training.stop import Stop, reason
 from mcore_sft.training.stragglers import OwnTime
 from mcore_sft.training.watchdog import Watchdog
@@ -71,11 +70,7 @@ def train_on(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
     )
     fixed = what_stays(config, dataset, loader, architecture)
-    progress = None
-    if config.checkpoint.resume:
-        progress = checkpoints.restore_latest(fixed)
-    else:
-        checkpoints.begin_anew()
+    progress = resumed(config, checkpoints, fixed)
     if progress is None:
         folder = SafetensorsFolder(config.model.path)
         progress = Progress(fixed=fixed | {"base weights": folder.fingerprint()})
@@ -104,11 +99,7 @@ def train_on(
             own.pause()
             metrics.lap("data")
             result = guard.step(progress, batches, config.optimizer, lr)
-            progress.step += 1
-            progress.examples += result.examples
-            progress.tokens += result.tokens
-            progress.supervised += result.supervised
-            progress.skipped += result.skipped or result.withheld
+            advance(progress, result)
             asked, writing = agree(mesh, stop.asked, int(checkpoints.is_writing))
             metrics.lap("optimizer")
             profile.after(progress.step)
@@ -138,6 +129,23 @@ def train_on(
     return progress
 
 
+def resumed(config: RunConfig, checkpoints: Checkpoints, fixed: dict[str, Any]) -> Progress | None:
+    """Where the run was, its weights and moments restored; None if it begins."""
+    if config.checkpoint.resume:
+        return checkpoints.restore_latest(fixed)
+    checkpoints.begin_anew()
+    return None
+
+
+def advance(progress: Progress, result: StepResult) -> None:
+    """Count the step that was taken."""
+    progress.step += 1
+    progress.examples += result.examples
+    progress.tokens += result.tokens
+    progress.supervised += result.supervised
+    progress.skipped += result.skipped or result.withheld
+
+
 @contextlib.contextmanager
 def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) -> Iterator[None]:
     """Complete the save that what happens inside has begun, if it ends on all ranks alike."""
@@ -147,61 +155,6 @@ def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) ->
         metrics.saved(checkpoints.wait(watchdog.beat))
         raise
     metrics.saved(checkpoints.wait(watchdog.beat))
-
-
-def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:
-    """One split of the packed dataset; one process of each machine compares the checksums."""
-    return PackedDataset(config.packed, split, verify=mesh.local_rank == 0)
-
-
-def load(
-    config: RunConfig,
-    split: Literal["train", "validation"],
-    dataset: PackedDataset,
-    architecture: arch.Architecture,
-    mesh: Mesh,
-) -> Loader:
-    """The share of `dataset` that this rank reads, once it is sure to fit model and prompt."""
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    if tokenizer.vocab_size > architecture.vocab:
-        raise TrainingError(
-            f"the tokenizer {config.model.tokenizer_path} has {tokenizer.vocab_size} tokens, but "
-            f"the model {config.model.path} embeds {architecture.vocab}; name the one that "
-            "belongs to it with model.tokenizer"
-        )
-    made = dataset.manifest["inputs"]
-    prompt = Prompt.load(config.prompt, tokenizer)
-    sources = config.data.model_dump(mode="json")[split]
-    for what, then, now in (
-        # A dataset that is named by its folder alone needs no sources.
-        (f"data.{split}", made["data"][split], sources or made["data"][split]),
-        ("data.seed", made["data"]["seed"], config.data.seed),
-        ("tokenizer", made["tokenizer"]["fingerprint"], tokenizer.fingerprint),
-        ("prompt", made["prompt"]["fingerprint"], prompt.fingerprint),
-        ("data.sequence_length", dataset.sequence_length, config.data.sequence_length),
-    ):
-        if then != now:
-            raise TrainingError(
-                f"the dataset {config.packed} was made with another {what} ({then}) than the "
-                f"configuration names ({now}); run tools/preprocess.py again, or name the other"
-            )
-    return Loader(
-        dataset,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        seed=config.train.seed,
-        last_step=config.train.last_step,
-        rank=mesh.data.rank,
-        size=mesh.data.size,
-        pad_id=tokenizer.pad_id,
-        # Of 8-bit products, the rows of each rank are a multiple of 16.
-        align=(mesh.tensor.size if mesh.parallel.sequence else 1)
-        * (16 if config.train.fp8 != "none" else 1),
-        # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
-        rounds=mesh.pipeline.size if mesh.parallel.virtual > 1 else 1,
-        context=mesh.context.size,
-        context_rank=mesh.context.rank,
-    )
 
 
 def what_stays(

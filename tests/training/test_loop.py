@@ -13,7 +13,7 @@ from mcore_sft.checkpoint.sharded import read_manifest
 from mcore_sft.config import RunConfig
 from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import read
-from mcore_sft.training import loop
+from mcore_sft.training import loop, packs
 from tests import runs
 from tests.distributed import run_ranks
 
@@ -79,8 +79,8 @@ def test_rows_are_as_long_as_what_splits_them_needs(
         parallel=SimpleNamespace(sequence=True, virtual=1),
         local_rank=0,
     )
-    dataset = loop.open_dataset(config, "train", mesh)
-    loader = loop.load(config, "train", dataset, read(place), mesh)
+    dataset = packs.open_dataset(config, "train", mesh)
+    loader = packs.load(config, "train", dataset, read(place), mesh)
     assert loader.length == length
     assert loader.batches(0)[0].length == length // context
 

@@ -1,0 +1,70 @@
+"""The packs of a run: those of the dataset that belong to its model, its prompt and its ranks.
+
+RunConfig + Mesh -> PackedDataset, Loader
+"""
+
+from typing import Literal
+
+from mcore_sft.config import RunConfig
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.loader import Loader
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.model.architecture import Architecture
+from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training.errors import TrainingError
+
+
+def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:
+    """One split of the packed dataset; one process of each machine compares the checksums."""
+    return PackedDataset(config.packed, split, verify=mesh.local_rank == 0)
+
+
+def load(
+    config: RunConfig,
+    split: Literal["train", "validation"],
+    dataset: PackedDataset,
+    architecture: Architecture,
+    mesh: Mesh,
+) -> Loader:
+    """The share of `dataset` that this rank reads, once it is sure to fit model and prompt."""
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    if tokenizer.vocab_size > architecture.vocab:
+        raise TrainingError(
+            f"the tokenizer {config.model.tokenizer_path} has {tokenizer.vocab_size} tokens, but "
+            f"the model {config.model.path} embeds {architecture.vocab}; name the one that "
+            "belongs to it with model.tokenizer"
+        )
+    made = dataset.manifest["inputs"]
+    prompt = Prompt.load(config.prompt, tokenizer)
+    sources = config.data.model_dump(mode="json")[split]
+    for what, then, now in (
+        # A dataset that is named by its folder alone needs no sources.
+        (f"data.{split}", made["data"][split], sources or made["data"][split]),
+        ("data.seed", made["data"]["seed"], config.data.seed),
+        ("tokenizer", made["tokenizer"]["fingerprint"], tokenizer.fingerprint),
+        ("prompt", made["prompt"]["fingerprint"], prompt.fingerprint),
+        ("data.sequence_length", dataset.sequence_length, config.data.sequence_length),
+    ):
+        if then != now:
+            raise TrainingError(
+                f"the dataset {config.packed} was made with another {what} ({then}) than the "
+                f"configuration names ({now}); run tools/preprocess.py again, or name the other"
+            )
+    return Loader(
+        dataset,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        seed=config.train.seed,
+        last_step=config.train.last_step,
+        rank=mesh.data.rank,
+        size=mesh.data.size,
+        pad_id=tokenizer.pad_id,
+        # Of 8-bit products, the rows of each rank are a multiple of 16.
+        align=(mesh.tensor.size if mesh.parallel.sequence else 1)
+        * (16 if config.train.fp8 != "none" else 1),
+        # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
+        rounds=mesh.pipeline.size if mesh.parallel.virtual > 1 else 1,
+        context=mesh.context.size,
+        context_rank=mesh.context.rank,
+    )
