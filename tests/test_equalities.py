@@ -508,12 +508,14 @@ def _killed(config: RunConfig, before: int) -> None:
     loop.train(config)
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2", "dp2_do"])
+@pytest.mark.parametrize(
+    ("before", "layout"), [("one", "tp2_sp"), ("pp2_vp2", "dp2_do"), ("dp2_do", "one")]
+)
 def test_6_resume_on_another_layout(
-    model: Path, reference_run: list[dict[str, float]], tmp_path: Path, layout: str
+    model: Path, reference_run: list[dict[str, float]], tmp_path: Path, before: str, layout: str
 ) -> None:
-    first = runs.experiment(tmp_path / "first", model, checkpoint__every=3)
-    runs.train(first)
+    first = runs.experiment(tmp_path / "first", model, train__steps=3)
+    runs.train(first, before)
     config = runs.experiment(tmp_path / "second", model)
     _copy_until(first.folder, config.folder, 3)
     found = runs.train(config, layout)

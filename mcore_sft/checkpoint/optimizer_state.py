@@ -48,6 +48,8 @@ def wanted(optimizer: ChainedOptimizer, model_state: Mapping[str, Any]) -> Any:
     """What to read for `optimizer`: the whole of each weight that this rank has a run of."""
     found: dict[str, Any] = {}
     for weight in _weights(optimizer, model_state):
+        if weight.main is None:
+            continue
         for name in weight.names:
             tensor = torch.empty(weight.model.shape, dtype=torch.float32)
             found[f"{name}.{weight.sharded.key}"] = _sharded(

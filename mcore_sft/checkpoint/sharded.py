@@ -219,7 +219,10 @@ class Checkpoints:
             progress.check(fixed)
             model = self._model_state()
             wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
-            read = dist_checkpointing.load(wanted, str(path / "weights"))
+            # A weight's states are wanted by the ranks that update it, be it its first or not.
+            read = dist_checkpointing.load(
+                wanted, str(path / "weights"), validate_access_integrity=False
+            )
             for chunk, state in zip(self.model, read["model"].values(), strict=True):
                 chunk.module.load_state_dict(state)
             optimizer_state.restore(self.optimizer, self._model_state(), read["optimizer"])
