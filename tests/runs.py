@@ -90,13 +90,15 @@ def loaded(
     parallel: ParallelConfig,
     precision: str = "fp32",
     optimizer: OptimizerConfig | None = None,
+    layers: str = "auto",
     **train: Any,
 ) -> Iterator[Loaded]:
     """Connect and load the model of `folder`."""
     architecture = arch.read(folder)
     settings = TrainConfig(precision=precision, **train)
     with connect(parallel) as mesh:
-        model = build.build(architecture, ModelConfig(path=folder), settings, mesh)
+        named = ModelConfig.model_validate({"path": folder, "layers": layers})
+        model = build.build(architecture, named, settings, mesh)
         made = optim.build(optimizer or OptimizerConfig(), settings, model, mesh)
         weights.load_pretrained(SafetensorsFolder(folder), model, architecture)
         made.reload_model_params()

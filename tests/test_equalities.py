@@ -61,13 +61,13 @@ def test_1_documents_of_a_pack_do_not_touch(model: Path, layout: str, precision:
     check_1(model, layout, precision)
 
 
-def check_1(model: Path, layout: str, precision: str = "fp32") -> None:
+def check_1(model: Path, layout: str, precision: str = "fp32", fp8: str = "none") -> None:
     """Another second document: all else of the pack is bit-identical, on every pipeline stage."""
     lengths = [20, 32, 52] if layout == "cp2" else [20, 31, 50]  # which no rank fills up
     pack = tiny.make_pack(lengths, seed=1)
     changed = Pack(examples=(pack.examples[0], _other_tokens(pack.examples[1]), pack.examples[2]))
     inside = slice(lengths[0], lengths[0] + lengths[1])
-    for first, second in on_layout(layout, _traces, model, [pack, changed], precision):
+    for first, second in on_layout(layout, _traces, model, [pack, changed], precision, fp8):
         assert first.keys() == second.keys()
         assert first
         for name in first:
@@ -82,10 +82,10 @@ def _other_tokens(example: Example) -> Example:
 
 
 def _traces(
-    parallel: ParallelConfig, model: Path, packs: list[Pack], precision: str
+    parallel: ParallelConfig, model: Path, packs: list[Pack], precision: str, fp8: str
 ) -> list[dict[str, Tensor]]:
     """Each pack's activations and gradients [T, ...] on this stage, and logits or embeddings."""
-    with loaded(model, parallel, precision) as here:
+    with loaded(model, parallel, precision, fp8=fp8) as here:
         return [_trace(here, pack) for pack in packs]
 
 
@@ -110,7 +110,7 @@ def _trace(here: Any, pack: Pack) -> dict[str, Tensor]:
             parts = [torch.empty_like(rows) for _ in range(context.size)]
             torch.distributed.all_gather(parts, rows.contiguous(), group=context.group)
             rows = torch.cat(parts)[places]
-        found[name] = rows.reshape(rows.shape[0], -1).clone()
+        found[name] = rows.reshape(rows.shape[0], -1).clone().cpu()
 
     def watch(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
@@ -133,9 +133,10 @@ def _trace(here: Any, pack: Pack) -> dict[str, Tensor]:
         hook.remove()
     if here.mesh.pipeline.size == 1:
         with torch.no_grad():
-            logits = gpt(batch.tokens, batch.positions, None, packed_seq_params=packed(batch))
+            there = batch.to(here.mesh.device)
+            logits = gpt(there.tokens, there.positions, None, packed_seq_params=packed(there))
         if context.size == 1:
-            found["logits"] = logits[0]
+            found["logits"] = logits[0].cpu()
     return found
 
 
