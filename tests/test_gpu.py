@@ -37,14 +37,10 @@ def _steps(device: str, layers: str, model: Path, train: dict[str, Any]) -> list
 
 
 def compare(
-    model: Path,
-    first: tuple[str, str],
-    second: tuple[str, str],
-    train: dict[str, Any],
-    share: float,
+    model: Path, places: list[tuple[str, str]], train: dict[str, Any], share: float
 ) -> None:
     """Losses within `share` of each other, gradient norms within ten times as much."""
-    results = [run_ranks(1, _steps, *place, model, train)[0] for place in (first, second)]
+    results = [run_ranks(1, _steps, *place, model, train)[0] for place in places]
     for ours, theirs in zip(*results, strict=True):
         assert relative(ours.loss, theirs.loss) < share
         assert relative(ours.grad_norm, theirs.grad_norm) < 10 * share
