@@ -110,7 +110,12 @@ def live(
 
 @pytest.mark.parametrize(
     ("precision", "recompute"),
-    [("fp32", "none"), ("bf16", "none"), ("bf16", "selective"), ("fp32", "full")],
+    [
+        pytest.param("fp32", "none", marks=pytest.mark.slow),
+        ("bf16", "none"),
+        pytest.param("bf16", "selective", marks=pytest.mark.slow),
+        ("fp32", "full"),
+    ],
 )
 @pytest.mark.parametrize(
     ("family", "parallel", "micro_batch", "micro_batches"),

@@ -46,7 +46,7 @@ def test_a_shifted_mask_is_caught_by_the_ids(model: Path, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("shifted_mask")
 def test_a_shifted_mask_is_caught_by_the_plain_loop(model: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        equalities.check_10(model, tmp_path)
+        equalities.check_10(model, tmp_path, steps=6)
 
 
 def test_mean_of_means_is_caught(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_dropped_micro_batch_is_caught(
 
     plant(monkeypatch, step, "run", wrap)
     with pytest.raises(AssertionError):
-        equalities.check_10(model, tmp_path)
+        equalities.check_10(model, tmp_path, steps=6)
 
 
 @pytest.mark.parametrize("decay_1d", [True, False])
@@ -177,7 +177,7 @@ def test_decay_on_the_wrong_parameters_is_caught(
 
     plant(monkeypatch, optim, "build", wrap)
     with pytest.raises(AssertionError):
-        equalities.check_10(model, tmp_path, decay_1d)
+        equalities.check_10(model, tmp_path, decay_1d, steps=6)
 
 
 def test_a_learning_rate_off_by_one_step_is_caught(
@@ -188,7 +188,7 @@ def test_a_learning_rate_off_by_one_step_is_caught(
 
     plant(monkeypatch, optim, "learning_rate", wrap)
     with pytest.raises(AssertionError):
-        equalities.check_10(model, tmp_path)
+        equalities.check_10(model, tmp_path, steps=6)
 
 
 def test_norms_of_heads_that_are_not_summed_over_tensor_ranks_are_caught(
