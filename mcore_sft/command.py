@@ -1,9 +1,11 @@
 """What the commands share: `--config FILE key=value ...` in, one clear sentence on failure out."""
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -103,3 +105,15 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _terminate(number: int, _: object) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # timeout(1) sends it twice, and cleaning must go on
     raise Terminated
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it by multiprocessing has ended."""
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
+
+
+def _outlive_nobody() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # the pipe from it has come to its end, even if it was killed
+    os._exit(1)

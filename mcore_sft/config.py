@@ -265,6 +265,19 @@ class ParallelConfig(Section):
     """Whether gradients are reduced while the backward pass goes on and, with the distributed
     optimizer, weights are gathered while the forward pass does."""
 
+    @property
+    def model_size(self) -> int:
+        """Processes that hold the model once; data parallelism takes a multiple of them."""
+        return self.tensor * self.pipeline * self.context
+
+    def require_split(self, size: int, named: str, mend: str) -> None:
+        """Raise `ConfigError` unless `size` processes, which are `named`, hold whole models."""
+        if size % self.model_size:
+            raise ConfigError(
+                f"{size} {named} cannot be split into parallel.tensor {self.tensor} x "
+                f"parallel.pipeline {self.pipeline} x parallel.context {self.context}: {mend}"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.sequence and self.tensor == 1:

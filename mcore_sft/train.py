@@ -23,9 +23,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = command.experiment(arguments)
     if arguments.dry_run:
-        parallel = config.parallel
-        least = parallel.tensor * parallel.pipeline * parallel.context
-        dry_run(config, arguments.gpus or least)
+        dry_run(config, arguments.gpus or config.parallel.model_size)
         return
     if arguments.gpus is not None:
         parser.error("--gpus goes with --dry-run; a run takes the processes that torchrun starts")

@@ -17,8 +17,9 @@ from mcore_sft import config as configuration
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
-from mcore_sft.data.batch import Batch
+from mcore_sft.data.batch import Batch, collate
 from mcore_sft.data.job import Job
+from mcore_sft.data.pack import Pack
 from mcore_sft.data.prepare import prepare
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
@@ -109,6 +110,12 @@ def on_layout(layout: str, function: Any, *args: Any) -> list[Any]:
     """Call `function(parallel, *args)` on every rank of a layout."""
     size, parallel = LAYOUTS[layout]
     return run_ranks(size, function, ParallelConfig(**parallel), *args)
+
+
+def batch_of(here: Loaded, packs: Sequence[Pack], length: int = 128) -> Batch:
+    """This context-parallel rank's share of packs in one row."""
+    context = here.mesh.context
+    return collate(packs, length, pad_id=0, context=context.size, rank=context.rank)
 
 
 def gradients(here: Loaded, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:

@@ -92,7 +92,7 @@ def _traces(
 def _trace(here: Any, pack: Pack) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     context = here.mesh.context
-    batch = collate([pack], 128, pad_id=0, context=context.size, rank=context.rank)
+    batch = runs.batch_of(here, [pack])
     # Where in the row the rows of each rank lie, one rank after another.
     starts = batch.starts.numpy()
     shares = [_share(starts, context.size, rank) for rank in range(context.size)]
@@ -171,10 +171,7 @@ def _gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     with loaded(model, parallel) as here:
         rows = [packs[i : i + micro_batch] for i in range(0, len(packs), micro_batch)]
-        context = here.mesh.context
-        batches = [
-            collate(row, 128, pad_id=0, context=context.size, rank=context.rank) for row in rows
-        ]
+        batches = [runs.batch_of(here, row) for row in rows]
         return runs.gradients(here, batches[here.mesh.data.rank :: here.mesh.data.size])
 
 
@@ -265,9 +262,8 @@ def _steps(parallel: ParallelConfig, model: Path) -> list[StepResult]:
         tiny.make_pack([10, 10, 10], seed=4),
     ]
     with loaded(model, parallel) as here:
-        context = here.mesh.context
         batches = [
-            collate([pack], 128, pad_id=0, context=context.size, rank=context.rank)
+            runs.batch_of(here, [pack])
             for pack in packs[here.mesh.data.rank :: here.mesh.data.size]
         ]
         settings = OptimizerConfig(clip_grad=1.0)
@@ -454,13 +450,15 @@ def test_6_resume_is_bitwise_at_every_step(
     uninterrupted = runs.metrics(whole)
     for step, config in enumerate(again, start=1):
         assert_bitwise(runs.metrics(config), uninterrupted[: step + 1])
-        files = [
-            json.loads((c.folder / f"step_{step + 1}" / "manifest.json").read_text())["files"]
-            for c in (whole, config)
-        ]
-        states = [{k: v for k, v in f.items() if k.endswith(".distcp")} for f in files]
-        assert states[0] == states[1]
-        assert states[0]
+        assert_same_states(config.folder / f"step_{step + 1}", whole.folder / f"step_{step + 1}")
+
+
+def assert_same_states(resumed: Path, whole: Path) -> None:
+    """What two checkpoints hold of weights and optimizer is the same, byte for byte."""
+    files = [json.loads((step / "manifest.json").read_text())["files"] for step in (resumed, whole)]
+    states = [{k: v for k, v in f.items() if k.endswith(".distcp")} for f in files]
+    assert states[0] == states[1]
+    assert states[0]
 
 
 def _in_one_process_group(configs: list[RunConfig]) -> None:
@@ -496,12 +494,7 @@ def test_6_resume_after_a_kill_is_bitwise(
         run_ranks(size, _killed, placed, killed_before)
     assert len(runs.metrics(config)) == killed_before
     assert_bitwise(runs.train(config, layout), uninterrupted)
-    ends = [path / "step_20" / "manifest.json" for path in (whole.folder, config.folder)]
-    files = [json.loads(end.read_text())["files"] for end in ends]
-    assert [file for file in files[0] if file.endswith(".distcp")]
-    for file in files[0]:
-        if file.endswith(".distcp"):
-            assert files[0][file] == files[1][file]
+    assert_same_states(config.folder / "step_20", whole.folder / "step_20")
 
 
 def _killed(config: RunConfig, before: int) -> None:

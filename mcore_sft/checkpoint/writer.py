@@ -11,13 +11,14 @@ import multiprocessing
 import os
 import queue
 import signal
-import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from mcore_sft.command import end_with_parent
 
 File = dict[str, Any]
 """Size and SHA-256."""
@@ -77,7 +78,7 @@ def _run(end: Connection, transforms: list[Any], buckets: list[Any], folder: Pat
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the run ends itself, and waits for this process
     gc.disable()  # tensors of the GPU are not this process's to free
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         results = {place: _write(transforms, bucket) for place, bucket in enumerate(buckets)}
         paths = [Path(bucket[0]) for bucket in buckets]
@@ -98,10 +99,3 @@ def _write(transforms: list[Any], bucket: Any) -> list[Any]:
     if isinstance(written, Exception):
         raise written
     return list(written)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

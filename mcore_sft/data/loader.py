@@ -16,6 +16,11 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.pack import Pack
 
 
+def nearest_multiple(packs: float, unit: int) -> int:
+    """The multiple of `unit`, and at least one, that is nearest to `packs`: those of a step."""
+    return max(1, round(packs / unit)) * unit
+
+
 class Loader:
     """Batches of every step for one data-parallel rank.
 
@@ -60,7 +65,7 @@ class Loader:
         self.length = -(-longest // align) * align
         unit = size * micro_batch * rounds
         examples_per_pack = dataset.num_examples / len(dataset)
-        self.packs_per_step = max(1, round(global_batch / examples_per_pack / unit)) * unit
+        self.packs_per_step = nearest_multiple(global_batch / examples_per_pack, unit)
         self.examples_per_step = self.packs_per_step * examples_per_pack
         whole, rest = divmod(len(dataset), self.packs_per_step)
         self.steps_per_epoch = whole + (1 if rest and last_step == "pad" else 0)

@@ -3,7 +3,6 @@
 They end with the process that started them, however that ends. Ctrl-C is for that one alone.
 """
 
-import os
 import signal
 import threading
 from collections import deque
@@ -12,8 +11,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 
+from mcore_sft.command import end_with_parent
 from mcore_sft.data.blocks import Block
 from mcore_sft.data.encode import Encoded, Encoder, Recipe
 from mcore_sft.data.errors import DataError
@@ -81,16 +81,9 @@ _make_encoder: Callable[[], Encoder]  # of a worker process: one encoder, whatev
 
 def _start(recipe: Recipe) -> None:
     global _make_encoder
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     # Made with the first block: an error there is told, one in here only ends the process.
     _make_encoder = cache(partial(Encoder, recipe))
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()  # the pipe from it has come to its end, even if it was killed
-    os._exit(1)
 
 
 def _encode(block: Block, source: int) -> Encoded:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mcore_sft.config import ConfigError, RunConfig
+from mcore_sft.config import RunConfig
+from mcore_sft.data.loader import nearest_multiple
 from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import Architecture
 
@@ -53,7 +54,7 @@ class Layout:
 
     def packs(self, wanted: float) -> int:
         """Packs of a step: the multiple that is nearest to `wanted`."""
-        return max(1, round(wanted / self.smallest_step)) * self.smallest_step
+        return nearest_multiple(wanted, self.smallest_step)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -81,20 +82,14 @@ class Workload:
 def configured(config: RunConfig, gpus: int) -> Layout:
     """The layout that `config` asks for on so many GPUs."""
     parallel = config.parallel
-    model = parallel.tensor * parallel.pipeline * parallel.context
-    if gpus % model:
-        raise ConfigError(
-            f"{gpus} GPU(s) cannot be split into parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context}: give a "
-            f"multiple of {model}"
-        )
+    parallel.require_split(gpus, "GPU(s)", f"give a multiple of {parallel.model_size}")
     return Layout(
         tensor=parallel.tensor,
         sequence=parallel.sequence,
         pipeline=parallel.pipeline,
         virtual=parallel.virtual,
         context=parallel.context,
-        data=gpus // model,
+        data=gpus // parallel.model_size,
         distributed_optimizer=parallel.distributed_optimizer,
         overlap=parallel.overlap,
         recompute=config.train.recompute,

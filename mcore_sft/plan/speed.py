@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.plan.layout import Layout, Workload
 from mcore_sft.plan.memory import GIB, parameters
+from mcore_sft.runtime.hardware import PEAK_TFLOPS
 from mcore_sft.training.flops import step_flops
 
 GPUS_PER_MACHINE = 8
@@ -29,16 +30,17 @@ class Gpu:
     network: float
 
 
-# NVIDIA's data sheets of the SXM modules: bf16 matrix products without sparsity; half of the NVLink
-# bandwidth, which they state for both directions. Memory: what torch calls the total capacity in
-# its out-of-memory error, rounded down. Network: one port a GPU as in DGX A100 (HDR, 200 Gb/s) and
-# DGX H100, H200 and B200 (NDR, 400 Gb/s).
+_PEAKS = {name: 1e12 * peak for name, peak in PEAK_TFLOPS.items()}
+
+# NVIDIA's data sheets of the SXM modules: half of the NVLink bandwidth, which they state for both
+# directions. Memory: what torch calls the total capacity in its out-of-memory error, rounded down.
+# Network: one port a GPU as in DGX A100 (HDR, 200 Gb/s), DGX H100, H200 and B200 (NDR, 400 Gb/s).
 GPUS = {
-    "a100-40": Gpu(memory=39 * GIB, peak_flops=312e12, nvlink=300e9, network=25e9),
-    "a100-80": Gpu(memory=79 * GIB, peak_flops=312e12, nvlink=300e9, network=25e9),
-    "h100": Gpu(memory=79 * GIB, peak_flops=989.4e12, nvlink=450e9, network=50e9),
-    "h200": Gpu(memory=139 * GIB, peak_flops=989.4e12, nvlink=450e9, network=50e9),
-    "b200": Gpu(memory=178 * GIB, peak_flops=2250e12, nvlink=900e9, network=50e9),
+    "a100-40": Gpu(memory=39 * GIB, peak_flops=_PEAKS["A100"], nvlink=300e9, network=25e9),
+    "a100-80": Gpu(memory=79 * GIB, peak_flops=_PEAKS["A100"], nvlink=300e9, network=25e9),
+    "h100": Gpu(memory=79 * GIB, peak_flops=_PEAKS["H100"], nvlink=450e9, network=50e9),
+    "h200": Gpu(memory=139 * GIB, peak_flops=_PEAKS["H200"], nvlink=450e9, network=50e9),
+    "b200": Gpu(memory=178 * GIB, peak_flops=_PEAKS["B200"], nvlink=900e9, network=50e9),
 }
 
 

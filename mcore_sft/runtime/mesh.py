@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
-from mcore_sft.config import ConfigError, ParallelConfig
+from mcore_sft.config import ParallelConfig
 from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.device import device as this_device
@@ -113,13 +113,9 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
 
 def check(parallel: ParallelConfig, world_size: int) -> None:
     """Raise `ConfigError` where `world_size` processes cannot be laid out as asked."""
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_size:
-        raise ConfigError(
-            f"{world_size} process(es) cannot be split into parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context}: start a "
-            f"multiple of {model_size}, as torchrun --nproc-per-node {model_size} does"
-        )
+    least = parallel.model_size
+    mend = f"start a multiple of {least}, as torchrun --nproc-per-node {least} does"
+    parallel.require_split(world_size, "process(es)", mend)
 
 
 def lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:

@@ -17,6 +17,7 @@ from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
+from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
 from mcore_sft.runtime.hardware import be_deterministic
@@ -57,13 +58,14 @@ def train_on(
     )
     profile = Profile(config.log, config.folder, mesh)
     dataset = open_dataset(config, "train", mesh)
-    loader = load(config, "train", dataset, architecture, mesh)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    loader = load(config, "train", dataset, tokenizer, architecture, mesh)
     loader.check()
     check_benchmark(config, mesh)
     validation = None
     if config.train.validate_every:
         held_out = open_dataset(config, "validation", mesh)
-        validation = load(config, "validation", held_out, architecture, mesh)
+        validation = load(config, "validation", held_out, tokenizer, architecture, mesh)
     gpt = build.build(architecture, config.model, config.train, mesh)
     optimizer = optim.build(config.optimizer, config.train, gpt, mesh)
     checkpoints = Checkpoints(

@@ -9,7 +9,7 @@ from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
@@ -24,11 +24,11 @@ def load(
     config: RunConfig,
     split: Literal["train", "validation"],
     dataset: PackedDataset,
+    tokenizer: Tokenizer,
     architecture: Architecture,
     mesh: Mesh,
 ) -> Loader:
     """The share of `dataset` that this rank reads, once it is sure to fit model and prompt."""
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
     if tokenizer.vocab_size > architecture.vocab:
         raise TrainingError(
             f"the tokenizer {config.model.tokenizer_path} has {tokenizer.vocab_size} tokens, but "

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from mcore_sft.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
-from mcore_sft.data.batch import collate
 from mcore_sft.model import build
 from mcore_sft.model.architecture import read
 from mcore_sft.model.layers import PackedAttention
 from mcore_sft.runtime.mesh import connect
 from tests import tiny
 from tests.distributed import run_ranks
-from tests.runs import gradients, loaded, on_layout
+from tests.runs import batch_of, gradients, loaded, on_layout
 
 
 @pytest.mark.parametrize(
@@ -80,9 +79,4 @@ def _gradients(
     PackedAttention.forward = counted
     packs = [tiny.make_pack([20, 31, 50], seed=1), tiny.make_pack([60, 64], seed=2)]
     with loaded(model, parallel, recompute=recompute) as here:
-        context = here.mesh.context
-        batches = [
-            collate([pack], 128, pad_id=0, context=context.size, rank=context.rank)
-            for pack in packs
-        ]
-        return *gradients(here, batches), calls
+        return *gradients(here, [batch_of(here, [pack]) for pack in packs]), calls

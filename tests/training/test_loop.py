@@ -11,6 +11,7 @@ import pytest
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import read_manifest
 from mcore_sft.config import RunConfig
+from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import read
 from mcore_sft.training import loop, packs
@@ -80,7 +81,8 @@ def test_rows_are_as_long_as_what_splits_them_needs(
         local_rank=0,
     )
     dataset = packs.open_dataset(config, "train", mesh)
-    loader = packs.load(config, "train", dataset, read(place), mesh)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    loader = packs.load(config, "train", dataset, tokenizer, read(place), mesh)
     assert loader.length == length
     assert loader.batches(0)[0].length == length // context
 
