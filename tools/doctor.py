@@ -163,6 +163,8 @@ def experiment(file: str, overrides: Sequence[str], gpus: int | None) -> Iterato
     yield attempt("parallel", lambda: _parallel(config, gpus), WRONG)
     yield attempt("log", lambda: _log(config), WRONG)
     yield attempt("evaluation.engine", lambda: _engine(config), WRONG)
+    if config.evaluation.vllm.python and config.evaluation.engine != "vllm":
+        yield attempt("evaluation.vllm.python", lambda: _vllm(config), NOTE)
     packed = config.packed / "manifest.json"
     yield Finding(
         what="packed data",
@@ -350,16 +352,20 @@ def _log(config: "RunConfig") -> str:
 def _engine(config: "RunConfig") -> str:
     settings = config.evaluation
     if settings.engine == "vllm":
-        from mcore_sft.evaluation import vllm_engine
-
-        python, versions = vllm_engine.interpreter(settings.vllm.python)
-        return f"vllm: {python} has {json.dumps(versions)}"
+        return _vllm(config)
     if settings.engine == "server":
         from mcore_sft.evaluation import server_engine
 
         server_engine.check(settings.server)
         return f"server: {settings.server.url} (not asked)"
     return settings.engine
+
+
+def _vllm(config: "RunConfig") -> str:
+    from mcore_sft.evaluation import vllm_engine
+
+    python, versions = vllm_engine.interpreter(config.evaluation.vllm.python)
+    return f"vllm: {python} has {json.dumps(versions)}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -371,6 +377,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.overrides and not arguments.config:
         parser.error("KEY=VALUE goes with --config")
+    if arguments.gpus is not None and arguments.gpus < 1:
+        parser.error(f"--gpus: expected 1 or more, given {arguments.gpus}")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""What this device can do, and what is in use of it: peak speed, memory, waiting for its work."""
+"""What this device can do, and what is in use of it: layers, peak speed, memory, its work."""
 
 import contextlib
 import os

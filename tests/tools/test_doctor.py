@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-DOCTOR = Path(__file__).parents[2] / "tools" / "doctor.py"
+ROOT = Path(__file__).parents[2]
+DOCTOR, TRAIN = ROOT / "tools" / "doctor.py", ROOT / "mcore_sft" / "train.py"
 
 
 @pytest.fixture
@@ -17,6 +19,14 @@ def config(model: Path, tmp_path: Path) -> Path:
     folders = {"path": str(model), "tokenizer": str(FIXTURES / "tokenizer")}
     file.write_text(json.dumps({"name": "here", "model": folders, "output": str(tmp_path)}))
     return file
+
+
+def run(folder: Path, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command in a process that finds packages in `folder` before any other."""
+    path = os.pathsep.join([str(folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    command = [sys.executable, str(script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -126,13 +136,21 @@ def test_packages(tmp_path, monkeypatch):
         assert mend in told.mend
 
 
+def test_training_refuses_in_the_same_words(config, tmp_path, monkeypatch):
+    """Before Megatron-core imports a Transformer Engine whose import raises what nobody awaits."""
+    (tmp_path / "transformer_engine.py").write_text("raise RuntimeError('no libcudnn')")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    override = "train.fp8=delayed"
+    found = {one.what: one for one in doctor.experiment(str(config), [override], None)}
+    ran = run(tmp_path, TRAIN, "--config", config, override)
+    assert ran.returncode == 2
+    assert ran.stderr == f"error: {found['model.layers, train.fp8'].found}\n"
+
+
 def test_without_a_torch_that_can_be_imported(config, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: not there')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[0] = 'doctor.py'; "
-    code += f"import runpy; runpy.run_path({str(DOCTOR)!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, "--config", str(config)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = run(tmp_path, DOCTOR, "--config", config)
     assert ran.returncode == 1
     assert "cannot be imported: OSError: libcudart.so.13: not there" in ran.stdout
     assert "CANNOT run here" in ran.stdout
