@@ -28,6 +28,11 @@ def main() -> None:
     if arguments.gpus is not None:
         parser.error("--gpus goes with --dry-run; a run takes the processes that torchrun starts")
     # Imported late: torch and Megatron-core take seconds, and a typo should cost none of them.
+    from mcore_sft.runtime.device import device
+    from mcore_sft.runtime.hardware import layer_implementation
+
+    # Megatron-core imports Transformer Engine, and a broken one would end it with a traceback.
+    layer_implementation(config.model, config.train, device())
     from mcore_sft.training.loop import train
 
     train(config)

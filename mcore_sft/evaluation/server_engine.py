@@ -135,6 +135,11 @@ class ServerEngine(Engine):
         )
 
 
+def check(config: ServerConfig) -> None:
+    """Raise `EvaluationError` where `config` is not enough to ask a server."""
+    _Api(config)
+
+
 class _Api:
     """HTTP to one server: what passes is tried again, what does not is an `EvaluationError`."""
 

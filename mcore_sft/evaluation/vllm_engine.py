@@ -68,7 +68,7 @@ class VllmEngine(Engine):
         check_weights(folder)
         self._log = log
         self._longest = 0
-        self._python, self._versions = _interpreter(config.vllm.python)
+        self._python, self._versions = interpreter(config.vllm.python)
         self._process: _Process | None = None
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class _Process:
         )
 
 
-def _interpreter(python: Path | None) -> tuple[Path, dict[str, str]]:
+def interpreter(python: Path | None) -> tuple[Path, dict[str, str]]:
     """The interpreter with vLLM, and the versions that it has."""
     if python is None:
         raise EvaluationError(f"evaluation.engine is vllm, but not whose Python runs it; {_MEND}")

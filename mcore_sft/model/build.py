@@ -27,6 +27,7 @@ from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
 from mcore_sft.model.architecture import Architecture, rope_frequencies
 from mcore_sft.model.layers import PackedAttention, RMSNorm
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
+from mcore_sft.runtime.hardware import layer_implementation
 from mcore_sft.runtime.mesh import Mesh
 
 Chunks = list[DistributedDataParallel]
@@ -81,7 +82,7 @@ def build(
 ) -> Chunks:
     """This rank's part of the model, its weights not yet loaded, in DDP."""
     config = transformer_config(architecture, train, mesh)
-    spec = block_spec(layer_implementation(settings, train, mesh), architecture, mesh)
+    spec = block_spec(layer_implementation(settings, train, mesh.device), architecture, mesh)
     parallel = mesh.parallel
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -108,6 +109,7 @@ def build(
         # Megatron-core hard-wires three of the numbers of Llama 3 scaling: ours take their place.
         model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
         model.to(mesh.device)
+        _add_gradients_in_place(model)
         chunks.append(
             DistributedDataParallel(
                 config,
@@ -122,6 +124,17 @@ def build(
         waiting = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = waiting if parallel.virtual > 1 else waiting[0]
     return chunks
+
+
+def _add_gradients_in_place(model: Gpt) -> None:
+    """Let Transformer Engine's products add the weights' gradients to fp32 main_grad as they go.
+
+    Megatron-core's gradient_accumulation_fusion would do so too, but its output layer, in whose
+    place ours computes, cannot be made with it where Apex is absent.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 @contextlib.contextmanager
@@ -223,33 +236,6 @@ def transformer_config(
         bias_dropout_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def layer_implementation(settings: ModelConfig, train: TrainConfig, mesh: Mesh) -> str:
-    """`local` or `transformer_engine`; an error that names the mend where it cannot be had."""
-    cuda = mesh.device.type == "cuda"
-    chosen = settings.layers
-    if chosen == "auto":
-        chosen = "transformer_engine" if cuda else "local"
-    if chosen == "transformer_engine":
-        if not cuda:
-            raise ConfigError(
-                "model.layers: transformer_engine needs an NVIDIA GPU, but this process runs on "
-                "CPU; use model.layers=local"
-            )
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(
-                f"model.layers: transformer_engine cannot be imported ({error}); install the "
-                "`gpu` extra, or use model.layers=local"
-            ) from None
-    elif train.fp8 != "none":
-        raise ConfigError(
-            f"train.fp8: {train.fp8} needs Transformer Engine's layers, which take an NVIDIA GPU, "
-            f"but model.layers is {chosen} here; use train.fp8=none"
-        )
-    return chosen
 
 
 def block_spec(layers: str, architecture: Architecture, mesh: Mesh) -> TransformerBlockSubmodules:

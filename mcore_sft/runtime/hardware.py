@@ -1,4 +1,4 @@
-"""What this device can do, and what is in use of it: peak speed, memory, waiting for its work."""
+"""What this device can do, and what is in use of it: layers, peak speed, memory, its work."""
 
 import contextlib
 import os
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from mcore_sft.config import ConfigError
+from mcore_sft import installed
+from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -20,6 +21,107 @@ PEAK_TFLOPS = {
 }
 """bf16 matrix products without sparsity, 1e12 operations a second, from NVIDIA's data sheets; the
 first that is part of the device's name counts."""
+
+
+_OLDEST = (8, 0)
+_FP8_OLDEST = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+"""Least compute capability, as Transformer Engine 2.9 to 2.11 asks itself; on Blackwell (10.0) and
+newer it computes blockwise products as MXFP8."""
+_BLOCKWISE_CUDA = (12, 9)
+_TELLS_MORE = "`python tools/doctor.py --config FILE` tells more"
+
+
+def gpus() -> list[str]:
+    """Name, memory and compute capability of each GPU that torch sees."""
+    found = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    return [
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {_dotted((gpu.major, gpu.minor))}"
+        for gpu in found
+    ]
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raise `ConfigError` for a GPU older than what bf16 and our operators are made for."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST:
+        raise ConfigError(
+            f"{_named(device)}; training needs {_dotted(_OLDEST)} (A100) or newer: take such a "
+            "GPU, or hide this one and train on the CPU (CUDA_VISIBLE_DEVICES=)"
+        )
+
+
+def layer_implementation(settings: ModelConfig, train: TrainConfig, device: torch.device) -> str:
+    """`local` or `transformer_engine`; an error that names the mend where it cannot be had."""
+    cuda = device.type == "cuda"
+    chosen = settings.layers
+    if chosen == "auto":
+        chosen = "transformer_engine" if cuda else "local"
+    if chosen == "transformer_engine":
+        if not cuda:
+            raise ConfigError(
+                "model.layers: transformer_engine needs an NVIDIA GPU, but this process runs on "
+                "CPU; use model.layers=local"
+            )
+        check_transformer_engine()
+        check_fp8(train.fp8, device)
+    elif train.fp8 != "none":
+        raise ConfigError(
+            f"train.fp8: {train.fp8} needs Transformer Engine's layers, which take an NVIDIA GPU, "
+            f"but model.layers is {chosen} here; use train.fp8=none"
+        )
+    return chosen
+
+
+def check_transformer_engine() -> None:
+    """Raise `ConfigError` unless Transformer Engine is there, fits what is around it, and loads."""
+    found, cores = installed.version("transformer-engine"), ("cu12", "cu13")
+    wanted = installed.transformer_engine().specifier
+    cuda = f"cu{(torch.version.cuda or '13').partition('.')[0]}"
+    built = [core for core in cores if installed.version(f"transformer-engine-{core}")]
+    if found is None:
+        trouble: str | None = "is not installed"
+    elif found not in wanted:
+        trouble = f"is {found}"
+    elif built not in ([], [cuda]):  # one that was built from its source names none
+        trouble = f"is built for {' and '.join(built)}, and torch for {cuda}"
+    elif trouble := installed.import_error("transformer-engine"):
+        trouble = f"{found} cannot be imported ({trouble})"
+    if trouble:
+        # pip keeps what it has built for another CUDA, under the same name.
+        install = "pip install --no-cache-dir --no-build-isolation"
+        remove = "pip uninstall -y transformer-engine{,-torch,-cu12,-cu13} && " if found else ""
+        raise ConfigError(
+            f"model.layers: transformer_engine: Transformer Engine {trouble}; run `{remove}"
+            f"{install} 'transformer-engine[pytorch]{wanted}'` (needs nvcc), or use "
+            f"model.layers=local and train.fp8=none; {_TELLS_MORE}"
+        )
+
+
+def check_fp8(fp8: str, device: torch.device) -> None:
+    """Raise `ConfigError` where the GPU, or torch's CUDA, has no products of this `train.fp8`."""
+    if fp8 == "none":
+        return
+    if torch.cuda.get_device_capability(device) < _FP8_OLDEST[fp8]:
+        least = _dotted(_FP8_OLDEST[fp8])
+        raise ConfigError(
+            f"train.fp8: {fp8} needs compute capability {least} or newer, but {_named(device)}; "
+            f"use train.fp8=none or another GPU (8.9 is L40S, 9.0 H100); {_TELLS_MORE}"
+        )
+    cuda = tuple(int(number) for number in (torch.version.cuda or "0").split("."))
+    if fp8 == "blockwise" and cuda < _BLOCKWISE_CUDA:
+        raise ConfigError(
+            f"train.fp8: blockwise needs CUDA {_dotted(_BLOCKWISE_CUDA)} or newer, and torch "
+            f"{torch.__version__} is built for {torch.version.cuda}; install a build of torch for "
+            f"CUDA 13, or use train.fp8=tensorwise; {_TELLS_MORE}"
+        )
+
+
+def _named(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} has compute capability {_dotted(capability)}"
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -19,6 +19,7 @@ from mcore_sft.config import ParallelConfig
 from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.device import device as this_device
+from mcore_sft.runtime.hardware import check_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
     host = megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
     with host:
         if device.type == "cuda":
+            check_architecture(device)
             library.load_cuda()
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -9,6 +9,7 @@ from mcore_sft.config import ConfigError, ModelConfig, ParallelConfig, TrainConf
 from mcore_sft.model import build
 from mcore_sft.model.architecture import read
 from mcore_sft.model.layers import PackedAttention
+from mcore_sft.runtime.hardware import layer_implementation
 from mcore_sft.runtime.mesh import connect
 from tests import tiny
 from tests.distributed import run_ranks
@@ -44,10 +45,26 @@ def _eight_bits(
             config = build.transformer_config(read(model), settings, mesh)
             fp8 = config.fp8
             assert config.first_last_layers_bf16 == bool(settings.fp8_bf16_ends)
-            build.layer_implementation(ModelConfig(path=model), settings, mesh)
+            layer_implementation(ModelConfig(path=model), settings, mesh.device)
         except ConfigError as error:
             return fp8, str(error)
     return fp8, ""
+
+
+def test_layers_that_can_add_their_gradients_in_place(model: Path) -> None:
+    """As Transformer Engine's do; Megatron-core's own need Apex for it, and are never asked to."""
+    ((fusion, asked),) = on_layout("one", _asked_to_add_gradients, model)
+    assert not fusion
+    assert asked == [True] * read(model).layers
+
+
+def _asked_to_add_gradients(parallel: ParallelConfig, model: Path) -> tuple[bool, list[bool]]:
+    """Megatron-core's switch for all layers, and those of the layers that have one."""
+    PackedAttention.fuse_wgrad_accumulation = False  # type: ignore[attr-defined]
+    with loaded(model, parallel) as here:
+        name, modules = "fuse_wgrad_accumulation", here.gpt.modules()
+        asked = [getattr(module, name) for module in modules if hasattr(module, name)]
+        return here.gpt.config.gradient_accumulation_fusion, asked
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2_vp2", "cp2"])

@@ -1,0 +1,55 @@
+"""Which packages are installed, which versions are wanted, and whether they can be imported.
+
+Versions are wanted by what packages declare: ours in pyproject.toml, Megatron-core's by itself.
+"""
+
+import importlib
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+_MODULES = {
+    "megatron-core": "megatron.core.models.gpt",
+    "protobuf": "google.protobuf",
+    "pyyaml": "yaml",
+    "transformer-engine": "transformer_engine.pytorch",
+}
+
+
+def version(package: str) -> str | None:
+    """The installed version of `package`; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def requirements(package: str, extra: str = "") -> list[Requirement]:
+    """What `package` declares that it needs: always, or for one of its extras."""
+    declared = [Requirement(line) for line in metadata.requires(package) or ()]
+    if not extra:
+        return [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [
+        one
+        for one in declared
+        if one.marker is not None
+        and one.marker.evaluate({"extra": extra})
+        and not one.marker.evaluate({"extra": ""})
+    ]
+
+
+def transformer_engine() -> Requirement:
+    """The versions of Transformer Engine that the installed Megatron-core is made for."""
+    return next(one for one in requirements("megatron-core", "dev") if "transformer" in one.name)
+
+
+def import_error(package: str) -> str | None:
+    """Why `package` cannot be imported, on one line; None where it can.
+
+    A package with compiled parts that do not fit raises whatever it likes.
+    """
+    try:
+        importlib.import_module(_MODULES.get(package, package.replace("-", "_")))
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None

@@ -1,0 +1,34 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from mcore_sft import installed
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_extra_takes_the_transformer_engine_that_megatron_core_is_made_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ours,) = map(Requirement, project["optional-dependencies"]["gpu"])
+    theirs = installed.transformer_engine()
+    assert ours.name == theirs.name == "transformer-engine"
+    for version, fits in (("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)):
+        assert (version in ours.specifier) == (version in theirs.specifier) == fits
+
+
+def test_requirements_are_those_of_always_or_of_an_extra() -> None:
+    always = {one.name for one in installed.requirements("mcore-sft")}
+    assert {"torch", "megatron-core", "psutil"} <= always
+    assert not {"matplotlib", "wandb", "pytest"} & always
+    assert [one.name for one in installed.requirements("mcore-sft", "plot")] == ["matplotlib"]
+
+
+def test_whatever_an_import_raises_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "an_odd_one.py").write_text("raise RuntimeError('no such\\nsymbol')")
+    assert installed.import_error("an-odd-one") == "RuntimeError: no such symbol"
+    assert "No module named" in (installed.import_error("not-there-at-all") or "")
+    assert installed.import_error("pyyaml") is None
+    assert installed.version("not-there-at-all") is None
