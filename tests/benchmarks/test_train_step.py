@@ -64,3 +64,33 @@ def test_layers_are_as_many_as_fit() -> None:
     assert 4 <= small < large < 32
     with pytest.raises(SystemExit, match="larger GPU"):
         train_step.layers_that_fit(train_step.LLAMA_8B, 8192, 10**9)
+
+
+def test_documents_have_the_lengths_that_are_told() -> None:
+    case = train_step.Case(
+        device="cuda",
+        shape=train_step.LLAMA_8B | {"num_hidden_layers": 1},
+        length=4096,
+        packs=8,
+        mean=512,
+        steps=1,
+    )
+    work = train_step.workload(case)
+    assert 460 < sum(work["lengths"]) / len(work["lengths"]) < 560
+    assert 0.95 < work["useful"] / work["total"] <= 1
+    assert 0.6 < work["supervised"] / work["useful"] < 0.75
+
+
+def test_goals_are_judged_where_both_sides_have_run() -> None:
+    rows = [
+        {"length": 8, "contestant": train_step.OURS, "fp8": "none", "mfu": 0.4},
+        {"length": 8, "contestant": "ours, fp8 x", "fp8": "x", "layers_speedup": 1.4},
+        {"length": 8, "contestant": "peer", "fp8": "none", "step_speedup": 0.8},
+    ]
+    verdicts = {goal["goal"]: goal["met"] for goal in train_step.goals_of(rows)}
+    assert verdicts == {
+        "bf16 MFU": False,
+        "ours, fp8 x: layers over bf16": True,
+        "ours, fp8 x: step over bf16": None,
+        f"{train_step.OURS}: step over peer": True,
+    }
