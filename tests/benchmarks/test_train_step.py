@@ -1,0 +1,96 @@
+"""The benchmark of the training step runs from end to end, here in one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import train_step
+from benchmarks.train_step_turn import take_turn
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One case whose steps take milliseconds."""
+    case = train_step.Case(
+        device="cpu",
+        shape=train_step.TINY | {"num_hidden_layers": 2},
+        length=128,
+        packs=2,
+        mean=32,
+        steps=train_step.WARM + 1,
+    )
+    monkeypatch.setattr(train_step, "cases_of", lambda *_, **__: [case])
+    monkeypatch.setattr(train_step, "in_own_process", take_turn)
+
+
+@pytest.mark.usefixtures("small")
+def test_contestants_agree_with_the_reference_and_are_measured_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_step.main(["--quick", "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["contestant"]: row for row in report["rows"]}
+    for name, row in rows.items():
+        if "fp8" in name:
+            assert "NVIDIA GPU" in row["reason"]
+            continue
+        assert row["reason"] == "", name
+        assert 0 < row["layers_ms"] < row["step_ms"]
+        assert row["useful_per_second"] < row["total_per_second"]
+    assert "Megatron-core's own loss" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_wrong_is_shown_as_wrong_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def turn(job: dict[str, Any]) -> dict[str, Any]:
+        told = take_turn(job)
+        if job["contestant"]["kind"] == "reference":
+            told["loss"] *= 1.01
+        return told
+
+    monkeypatch.setattr(train_step, "in_own_process", turn)
+    monkeypatch.setattr(train_step, "CONTESTANTS", train_step.CONTESTANTS[:1])
+    assert train_step.main(["--quick"]) == 1
+    assert "WRONG: loss of the first step" in capsys.readouterr().out
+
+
+def test_layers_are_as_many_as_fit() -> None:
+    room = [int(gigabytes * 0.9e9) for gigabytes in (85, 150)]
+    small, large = (train_step.layers_that_fit(train_step.LLAMA_8B, 8192, r) for r in room)
+    assert 4 <= small < large < 32
+    with pytest.raises(SystemExit, match="larger GPU"):
+        train_step.layers_that_fit(train_step.LLAMA_8B, 8192, 10**9)
+
+
+def test_documents_have_the_lengths_that_are_told() -> None:
+    case = train_step.Case(
+        device="cuda",
+        shape=train_step.LLAMA_8B | {"num_hidden_layers": 1},
+        length=4096,
+        packs=8,
+        mean=512,
+        steps=1,
+    )
+    work = train_step.workload(case)
+    assert 460 < sum(work["lengths"]) / len(work["lengths"]) < 560
+    assert 0.95 < work["useful"] / work["total"] <= 1
+    assert 0.6 < work["supervised"] / work["useful"] < 0.75
+
+
+def test_goals_are_judged_where_both_sides_have_run() -> None:
+    rows = [
+        {"length": 8, "contestant": train_step.OURS, "fp8": "none", "mfu": 0.4},
+        {"length": 8, "contestant": "ours, fp8 x", "fp8": "x", "layers_speedup": 1.4},
+        {"length": 8, "contestant": "peer", "fp8": "none", "step_speedup": 0.8},
+    ]
+    verdicts = {goal["goal"]: goal["met"] for goal in train_step.goals_of(rows)}
+    assert verdicts == {
+        "bf16 MFU": False,
+        "ours, fp8 x: layers over bf16": True,
+        "ours, fp8 x: step over bf16": None,
+        f"{train_step.OURS}: step over peer": True,
+    }
