@@ -204,6 +204,8 @@ def _saved(
         checkpoints = _checkpoints(folder, here)
         checkpoints.save(Progress(step=2), lambda folder: None)
         checkpoints.wait()
+        other = [batch_of(here, [tiny.make_pack([90, 38], seed=3)])]
+        validation_loss(here.model, other, here.mesh)  # of which the resumed run knows nothing
         third = _step(here)
         return third.loss, third.grad_norm
 
