@@ -25,6 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -218,6 +221,7 @@ class Checkpoints:
             progress = Progress(**manifest["progress"])
             progress.check(fixed)
             model = self._model_state()
+            _keep_what_was_not_saved(model, path)
             wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
             # A weight's states are wanted by the ranks that update it, be it its first or not.
             read = dist_checkpointing.load(
@@ -259,6 +263,21 @@ class Checkpoints:
             f"chunk{number}": chunk.module.sharded_state_dict(prefix="")
             for number, chunk in enumerate(self.model)
         }
+
+
+def _keep_what_was_not_saved(model: dict[str, Any], path: Path) -> None:
+    """Leave layers what they hold beside weights, where the run was saved with other layers.
+
+    It is the scales of 8-bit products; local layers hold nothing.
+    """
+    saved = load_sharded_metadata(str(path / "weights"))
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, ShardedObject) and value.unique_key not in saved:
+            return LocalNonpersistentObject(value.data)
+        return value
+
+    dict_list_map_inplace(kept, model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,7 @@ def transformer_config(
             f"train.fp8_bf16_ends {train.fp8_bf16_ends} is more than the {stage_layers} layers of "
             "a pipeline stage"
         )
+    _require_eight_bit_sizes(architecture, train, mesh)
     dtype = DTYPES[train.precision]
     return TransformerConfig(
         num_layers=architecture.layers,
@@ -236,6 +237,33 @@ def transformer_config(
         bias_dropout_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def eight_bit_unit(train: TrainConfig, *, gathered: bool) -> int:
+    """What rows and columns of 8-bit products are a multiple of, on each rank.
+
+    Blocks of 128 stay whole where tensor ranks gather each other's rows.
+    """
+    if train.fp8 == "none":
+        return 1
+    return 128 if train.fp8 == "blockwise" and gathered else 16
+
+
+def _require_eight_bit_sizes(a: Architecture, train: TrainConfig, mesh: Mesh) -> None:
+    """Raise `ConfigError` where a weight of a layer is of a size that 8-bit products refuse."""
+    ranks = mesh.tensor.size
+    unit = eight_bit_unit(train, gathered=False)
+    for what, size, needed in (
+        ("hidden size", a.hidden, eight_bit_unit(train, gathered=mesh.parallel.sequence)),
+        ("width of the query heads of a tensor rank", a.heads * a.head_dim // ranks, unit),
+        ("width of the key heads of a tensor rank", a.kv_heads * a.head_dim // ranks, unit),
+        ("intermediate size of a tensor rank", a.intermediate // ranks, unit),
+    ):
+        if size % needed:
+            raise ConfigError(
+                f"train.fp8: {train.fp8} needs a {what} that is a multiple of {needed}, but this "
+                f"model has {size}; use train.fp8=none, another recipe or another parallel section"
+            )
 
 
 def block_spec(layers: str, architecture: Architecture, mesh: Mesh) -> TransformerBlockSubmodules:

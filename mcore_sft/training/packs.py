@@ -5,12 +5,13 @@ RunConfig + Mesh -> PackedDataset, Loader
 
 from typing import Literal
 
-from mcore_sft.config import RunConfig
+from mcore_sft.config import RunConfig, TrainConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
+from mcore_sft.model.build import eight_bit_unit
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 
@@ -60,11 +61,16 @@ def load(
         rank=mesh.data.rank,
         size=mesh.data.size,
         pad_id=tokenizer.pad_id,
-        # Of 8-bit products, the rows of each rank are a multiple of 16.
-        align=(mesh.tensor.size if mesh.parallel.sequence else 1)
-        * (16 if config.train.fp8 != "none" else 1),
+        align=row_unit(config.train, mesh),
         # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
         rounds=mesh.pipeline.size if mesh.parallel.virtual > 1 else 1,
         context=mesh.context.size,
         context_rank=mesh.context.rank,
     )
+
+
+def row_unit(train: TrainConfig, mesh: Mesh) -> int:
+    """What the rows of a pack are a multiple of, for the ranks and the 8-bit products."""
+    if not mesh.parallel.sequence:
+        return eight_bit_unit(train, gathered=False)
+    return mesh.tensor.size * eight_bit_unit(train, gathered=True)

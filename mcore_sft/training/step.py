@@ -5,6 +5,7 @@ whole global batch: Megatron-core sums both over micro-batches and data-parallel
 the gradients, so that how a batch is split changes nothing.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,9 +87,26 @@ def validation_loss(model: Chunks, batches: Sequence[Batch], mesh: Mesh) -> floa
     supervised, _, _ = count(batches, mesh)
     for chunk in model:
         chunk.eval()
-    with torch.no_grad(), whole_weights(model):
+    with torch.no_grad(), whole_weights(model), _same_scales(model):
         total = run(model, batches, mesh, forward_only=True)
     return total / supervised if supervised else math.nan
+
+
+@contextlib.contextmanager
+def _same_scales(model: Chunks) -> Iterator[None]:
+    """Put back what layers hold beside weights.
+
+    A forward pass alone would add to the largest values that delayed 8-bit scaling goes by.
+    """
+    kept = [
+        (module, module.get_extra_state())
+        for chunk in model
+        for module in chunk.modules()
+        if type(module).get_extra_state is not torch.nn.Module.get_extra_state
+    ]
+    yield
+    for module, state in kept:
+        module.set_extra_state(state)
 
 
 def count(batches: Sequence[Batch], mesh: Mesh) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mcore_sft.model.architecture import read
 from mcore_sft.model.layers import PackedAttention
 from mcore_sft.runtime.hardware import layer_implementation
 from mcore_sft.runtime.mesh import connect
+from mcore_sft.training.packs import row_unit
 from tests import tiny
 from tests.distributed import run_ranks
 from tests.runs import batch_of, gradients, loaded, on_layout
@@ -33,6 +35,43 @@ def test_eight_bits_are_configured_and_refused_without_a_gpu(
         assert found == fp8
         assert refusal in refused
         assert bool(refused) == bool(refusal)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "parallel", "sizes", "refusal"),
+    [
+        ("blockwise", {"tensor": 2}, {}, ""),
+        ("tensorwise", {"tensor": 2, "sequence": True}, {}, ""),
+        ("blockwise", {"tensor": 2, "sequence": True}, {}, "a hidden size that is a multiple of 1"),
+        ("delayed", {}, {"hidden_size": 72}, "a multiple of 16, but this model has 72"),
+        ("delayed", {"tensor": 2}, {"intermediate_size": 112}, "multiple of 16, but this model"),
+        ("tensorwise", {}, {"head_dim": 4}, "width of the key heads"),
+    ],
+)
+def test_sizes_that_eight_bits_refuse(
+    tmp_path: Path, fp8: str, parallel: dict[str, Any], sizes: dict[str, int], refusal: str
+) -> None:
+    model = tiny.make_model(tmp_path, num_hidden_layers=1, **sizes)
+    asked = ParallelConfig(**parallel)
+    for _, refused in run_ranks(asked.tensor, _eight_bits, asked, model, {"fp8": fp8}):
+        assert (refusal or "model.layers is local here") in refused
+
+
+@pytest.mark.parametrize(
+    ("fp8", "sequence", "unit"),
+    [
+        ("none", False, 1),
+        ("none", True, 4),
+        ("delayed", False, 16),
+        ("tensorwise", True, 64),
+        ("blockwise", False, 16),
+        ("blockwise", True, 512),
+    ],
+)
+def test_rows_of_each_rank_fit_eight_bits(fp8: str, sequence: bool, unit: int) -> None:
+    parallel = ParallelConfig(tensor=4, sequence=sequence)
+    mesh = Mock(spec=["parallel", "tensor"], parallel=parallel, tensor=Mock(size=4))
+    assert row_unit(TrainConfig.model_validate({"fp8": fp8}), mesh) == unit
 
 
 def _eight_bits(
