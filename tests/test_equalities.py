@@ -45,7 +45,7 @@ from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.model import architecture as arch
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import loop
-from mcore_sft.training.step import StepResult, packed, train_step
+from mcore_sft.training.step import StepResult, packed, same_scales, train_step
 from mcore_sft.training.stop import Stop
 from tests import runs, tiny
 from tests.distributed import run_ranks
@@ -62,8 +62,13 @@ def test_1_documents_of_a_pack_do_not_touch(model: Path, layout: str, precision:
     check_1(model, layout, precision)
 
 
-def check_1(model: Path, layout: str, precision: str = "fp32", fp8: str = "none") -> None:
-    """Another second document: all else of the pack is bit-identical, on every pipeline stage."""
+def check_1(
+    model: Path, layout: str, precision: str = "fp32", fp8: str = "none", within: float = 0.0
+) -> None:
+    """Another second document: all else of the pack is bit-identical, on every pipeline stage.
+
+    Or, where a document has a part in the scale of all, the same but for so much of its norm.
+    """
     lengths = [20, 32, 52] if layout == "cp2" else [20, 31, 50]  # which no rank fills up
     pack = tiny.make_pack(lengths, seed=1)
     changed = Pack(examples=(pack.examples[0], _other_tokens(pack.examples[1]), pack.examples[2]))
@@ -75,7 +80,8 @@ def check_1(model: Path, layout: str, precision: str = "fp32", fp8: str = "none"
             kept = torch.ones(128, dtype=torch.bool)
             kept[inside] = False
             assert not torch.equal(first[name][~kept], second[name][~kept]), f"{name}: no change"
-            assert torch.equal(first[name][kept], second[name][kept]), f"{name}: documents touch"
+            one, other = first[name][kept].double(), second[name][kept].double()
+            assert (one - other).norm() <= within * one.norm(), f"{name}: documents touch"
 
 
 def _other_tokens(example: Example) -> Example:
@@ -87,7 +93,13 @@ def _traces(
 ) -> list[dict[str, Tensor]]:
     """Each pack's activations and gradients [T, ...] on this stage, and logits or embeddings."""
     with loaded(model, parallel, precision, fp8=fp8) as here:
-        return [_trace(here, pack) for pack in packs]
+        if fp8 == "delayed":
+            _trace(here, packs[0])  # scales of their own, which both packs then find
+        traces = []
+        for pack in packs:
+            with same_scales(here.model):
+                traces.append(_trace(here, pack))
+        return traces
 
 
 def _trace(here: Any, pack: Pack) -> dict[str, Tensor]:
@@ -411,9 +423,9 @@ def test_6_resume_is_bitwise(model: Path, tmp_path: Path, layout: str, precision
     check_6(model, tmp_path, layout, precision)
 
 
-def check_6(model: Path, tmp_path: Path, layout: str, precision: str) -> None:
+def check_6(model: Path, tmp_path: Path, layout: str, precision: str, **train: Any) -> None:
     """Stopped after the first and the third of four steps."""
-    changes = {"train__steps": 4, "train__precision": precision, "checkpoint__every": 1}
+    changes = {"train__steps": 4, "train__precision": precision, "checkpoint__every": 1} | train
     whole = runs.experiment(tmp_path / "whole", model, **changes)
     uninterrupted = runs.train(whole, layout)
     for stopped_after in (1, 3):

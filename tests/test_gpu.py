@@ -1,6 +1,6 @@
 """What must hold on one GPU, link by link: CPU local = GPU local = GPU Transformer Engine.
 
-`make gpu-report` runs it. Ranks are forked, and this process never touches the GPU.
+`make test-gpu` runs it, with the operators' own tests of tests/ops. None of it has run yet.
 """
 
 from pathlib import Path
@@ -13,20 +13,32 @@ from mcore_sft.config import OptimizerConfig, ParallelConfig
 from mcore_sft.data.batch import collate
 from mcore_sft.runtime import mesh
 from mcore_sft.training.step import StepResult, train_step
+from tests import distributed, tiny
 from tests import test_equalities as equalities
-from tests import tiny
 from tests.distributed import run_ranks
 from tests.runs import loaded, relative
 
 pytestmark = pytest.mark.gpu
+ALONE = ParallelConfig()
 
 
-def _steps(device: str, layers: str, model: Path, train: dict[str, Any]) -> list[StepResult]:
+@pytest.fixture(autouse=True)
+def _ranks_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "METHOD", "spawn")
+
+
+def _steps(
+    device: str,
+    layers: str,
+    model: Path,
+    train: dict[str, Any],
+    parallel: ParallelConfig = ALONE,
+) -> list[StepResult]:
     """Three steps on one rank of a device."""
     if device == "cpu":
         mesh.this_device = lambda: torch.device("cpu")
     packs = [tiny.make_pack([20, 31, 50], seed=1), tiny.make_pack([60, 64], seed=2)]
-    with loaded(model, ParallelConfig(), layers=layers, **train) as here:
+    with loaded(model, parallel, layers=layers, **train) as here:
         assert here.mesh.device.type == device
         batches = [collate([pack], 128, pad_id=0) for pack in packs]
         settings = OptimizerConfig(clip_grad=1.0)
@@ -65,6 +77,32 @@ def test_eight_bits_are_near_sixteen(model: Path, fp8: str) -> None:
         assert relative(ours.loss, theirs.loss) < 2e-2
 
 
-@pytest.mark.parametrize("fp8", ["none", "blockwise"])
-def test_documents_of_a_pack_do_not_touch(model: Path, fp8: str) -> None:
-    equalities.check_1(model, "one", "bf16", fp8=fp8)
+@pytest.mark.parametrize(
+    ("fp8", "within"),
+    [("none", 0.0), ("blockwise", 0.0), ("delayed", 0.0), ("tensorwise", 0.1)],
+)
+def test_documents_of_a_pack_do_not_touch(model: Path, fp8: str, within: float) -> None:
+    equalities.check_1(model, "one", "bf16", fp8=fp8, within=within)
+
+
+@pytest.mark.parametrize("fp8", ["none", "delayed", "tensorwise", "blockwise"])
+def test_resume_is_bitwise(model: Path, tmp_path: Path, fp8: str) -> None:
+    train = {"train__fp8": fp8, "train__deterministic": True}
+    equalities.check_6(model, tmp_path, "one", "bf16", **train)
+
+
+def test_the_distributed_optimizer_of_one_rank_is_the_plain_one(model: Path) -> None:
+    train = {"precision": "bf16"}
+    parallel = ParallelConfig(distributed_optimizer=True, overlap=True)
+    (shared,) = run_ranks(1, _steps, "cuda", "transformer_engine", model, train, parallel)
+    (plain,) = run_ranks(1, _steps, "cuda", "transformer_engine", model, train)
+    for ours, theirs in zip(shared, plain, strict=True):
+        assert relative(ours.loss, theirs.loss) < 1e-5
+
+
+def test_masked_packs_change_nothing(model: Path) -> None:
+    equalities.test_8_masked_packs_change_nothing(model, "one")
+
+
+def test_a_step_without_supervised_tokens_is_skipped(model: Path) -> None:
+    equalities.test_8_a_step_without_supervised_tokens_is_skipped(model, "one")

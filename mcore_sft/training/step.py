@@ -87,13 +87,13 @@ def validation_loss(model: Chunks, batches: Sequence[Batch], mesh: Mesh) -> floa
     supervised, _, _ = count(batches, mesh)
     for chunk in model:
         chunk.eval()
-    with torch.no_grad(), whole_weights(model), _same_scales(model):
+    with torch.no_grad(), whole_weights(model), same_scales(model):
         total = run(model, batches, mesh, forward_only=True)
     return total / supervised if supervised else math.nan
 
 
 @contextlib.contextmanager
-def _same_scales(model: Chunks) -> Iterator[None]:
+def same_scales(model: Chunks) -> Iterator[None]:
     """Put back what layers hold beside weights.
 
     A forward pass alone would add to the largest values that delayed 8-bit scaling goes by.
