@@ -85,8 +85,8 @@ def _compared(measured: Curve, reference: Curve | None, gates: Gates) -> Iterato
 
 
 def _pointwise(name: str, measured: Curve, reference: Curve, gate: CurveGate) -> Finding:
-    """The first step whose difference is above its tolerance, or the one that comes nearest."""
-    nearest, at = -1.0, 0
+    """The first step whose difference is above its tolerance; else the largest difference."""
+    largest, at = -1.0, 0
     for step, ours, theirs in _pairs(measured, reference, name):
         limit = next((limit for until, limit in gate.items() if step <= until), None)
         if limit is None:
@@ -103,16 +103,16 @@ def _pointwise(name: str, measured: Curve, reference: Curve, gate: CurveGate) ->
                 sentence=f"{name} departs at step {step}: {ours:.6g}, reference {theirs:.6g}, "
                 f"{share:.2g} apart, at most {limit:g}",
             )
-        if share > nearest:
-            nearest, at = share, step
+        if share > largest:
+            largest, at = share, step
     if not at:
         return _missing(name, "step that is in both curves")
     return Finding(
         gate=name,
         passed=True,
-        value=nearest,
+        value=largest,
         limit=next(limit for until, limit in gate.items() if at <= until),
-        sentence=f"{name} is within its tolerance at every step; {nearest:.2g} apart at step {at}",
+        sentence=f"{name} is within its tolerance; at most {largest:.2g} apart, at step {at}",
     )
 
 

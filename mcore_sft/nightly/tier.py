@@ -121,11 +121,13 @@ class Tier(Section):
     """Address that the summary is sent to."""
     inputs: dict[Name, Inputs] = Field(default_factory=dict)
     """Name -> what is made before the benchmarks."""
-    benchmarks: Annotated[tuple[Benchmark, ...], Field(min_length=1)]
+    benchmarks: tuple[Benchmark, ...]
     """In this order."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.benchmarks:
+            raise ValueError("benchmarks: expected at least one")
         earlier: list[str] = [PLAIN, GOLDEN]
         for benchmark in self.benchmarks:
             name, against, inputs = benchmark.name, benchmark.against, benchmark.inputs
@@ -154,8 +156,9 @@ class Tier(Section):
 
 def read(path: Path) -> Tier:
     """The tier in `path`; raises `ConfigError`."""
+    tree = read_tree(path)
     try:
-        return cast(Tier, parse_section(Tier, read_tree(path)))
+        return cast(Tier, parse_section(Tier, tree))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
