@@ -164,7 +164,7 @@ def _accuracy(accuracy: Share | None, least: float) -> Finding:
     return Finding(
         gate="accuracy",
         passed=high >= 100 * least,
-        value=accuracy.percent / 100,
+        value=accuracy.hits / accuracy.total,
         limit=least,
         sentence=f"{accuracy.hits} of {accuracy.total} answers are right: {accuracy.percent:.1f} % "
         f"(95 % interval {low:.1f} to {high:.1f}), which must reach {100 * least:g} %",

@@ -244,5 +244,5 @@ def test_a_record_is_one_line_and_comes_back():
     "line", ["", "{}", "[]", "3", record().to_json()[:-9], record(outcome="fine").to_json()]
 )
 def test_a_line_that_is_no_record_is_a_value_error(line):
-    with pytest.raises(ValueError, match="no record|Expecting value|Unterminated|delimiter"):
+    with pytest.raises(ValueError, match=r"no record|Expecting value|Unterminated|delimiter"):
         Record.from_json(line)

@@ -78,7 +78,7 @@ def test_steps_of_a_gate_are_numbers_in_the_order_of_the_file(tmp_path):
         ({"against": None, "gates": {"speed": 2}}, "speed needs peer_steps or against: plain"),
         (
             {"gates": {"loss": {"1": float("nan")}}},
-            r"loss\.1: input should be a valid number, given 'NaN'$",
+            "should be a valid number, given 'NaN'$",
         ),
     ],
 )
@@ -93,7 +93,7 @@ def test_speed_needs_a_peer_that_either_way_brings(tmp_path):
 
 
 def test_an_unknown_tier_or_benchmark_names_those_there_are(tmp_path):
-    with pytest.raises(ConfigError, match="no tier gpu .* expected one of cluster, cpu, gpu1"):
+    with pytest.raises(ConfigError, match=r"no tier gpu .* expected one of cluster, cpu, gpu1"):
         tier.named("gpu")
     with pytest.raises(ConfigError, match="no benchmark long; expected one of short"):
         tier.read(write(tmp_path)).benchmark("long")
