@@ -605,7 +605,11 @@ class RunConfig(Section):
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the experiment at `path`, apply `overrides` ("optimizer.lr=1e-5") and check it all."""
-    path = Path(path)
+    return parse(read_tree(Path(path)), overrides)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The keys and values in `path`, unchecked; raises `ConfigError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -622,7 +626,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return parse(tree, overrides)
+    return tree
 
 
 def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from demo_data import make_rows, texts_of, train_tokenizer, write_rows
+from demo_data import write_data
 from rich.console import Console
 
 from mcore_sft import command, config
@@ -28,11 +28,6 @@ from mcore_sft.evaluation.statistics import Share
 from mcore_sft.training import curve
 
 EXPERIMENT = Path("configs/demo.yaml")
-TRAIN_ROWS = 20_000
-HELD_OUT_ROWS = 500
-SEED = 7
-VOCAB_SIZE = 381
-"""Every word of the problems whole, and odd, so that tensor parallelism of 2 has to pad it."""
 PACKS = 8
 """Packs of a step."""
 PASS = 90.0
@@ -150,14 +145,7 @@ def main() -> None:
 
 def make_data(demo: Demo) -> None:
     """Write the rows to train on, the rows held out, and a tokenizer of their text."""
-    data = demo.folder / "text"
-    data.mkdir()
-    learned, held_out = make_rows(train=TRAIN_ROWS, held_out=HELD_OUT_ROWS, seed=SEED)
-    write_rows(learned, data / "train.jsonl")
-    write_rows(held_out, data / "held_out.jsonl")
-    tokenizer = train_tokenizer(texts_of(learned), vocab_size=VOCAB_SIZE)
-    (demo.folder / "tokenizer").mkdir()
-    tokenizer.save(str(demo.folder / "tokenizer" / "tokenizer.json"))
+    learned, held_out, tokenizer = write_data(demo.folder)
     example = learned[0]
     console.print(
         f"{len(learned):,} word problems to learn from, {len(held_out)} held out with other "

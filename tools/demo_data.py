@@ -2,10 +2,13 @@
 
     Random -> template and numbers -> row (problem, generated_solution, expected_answer, source)
 
+    python tools/demo_data.py --output FOLDER
+
 The working goes digit by digit and the tokenizer keeps every digit apart, so that a small model
 sees each step of the arithmetic it is to learn.
 """
 
+import argparse
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +17,14 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mcore_sft import command
+
+TRAIN_ROWS = 20_000
+HELD_OUT_ROWS = 500
+SEED = 7
+VOCAB_SIZE = 381
+"""Every word of the problems whole, and odd, so that tensor parallelism of 2 has to pad it."""
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -202,3 +213,26 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def write_data(folder: Path) -> tuple[list[Row], list[Row], Tokenizer]:
+    """Write text/train.jsonl, text/held_out.jsonl and tokenizer/ into `folder`."""
+    (folder / "text").mkdir(parents=True)
+    learned, held_out = make_rows(train=TRAIN_ROWS, held_out=HELD_OUT_ROWS, seed=SEED)
+    write_rows(learned, folder / "text" / "train.jsonl")
+    write_rows(held_out, folder / "text" / "held_out.jsonl")
+    tokenizer = train_tokenizer(texts_of(learned), vocab_size=VOCAB_SIZE)
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return learned, held_out, tokenizer
+
+
+def main() -> None:
+    """Write the demo's data and tokenizer."""
+    made = argparse.ArgumentParser(description="Write the demo's word problems and tokenizer.")
+    made.add_argument("--output", type=Path, required=True, help="folder; text/ must be new there")
+    write_data(made.parse_args().output)
+
+
+if __name__ == "__main__":
+    command.run(main)

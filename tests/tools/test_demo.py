@@ -6,7 +6,7 @@ import pytest
 from mcore_sft import config
 from tools import demo
 from tools.demo import Demo, DemoError, Layout, finish, read_shares
-from tools.demo_data import NAMES, THINGS, make_rows, texts_of, train_tokenizer
+from tools.demo_data import NAMES, THINGS, VOCAB_SIZE, write_data
 
 
 @pytest.fixture
@@ -86,10 +86,12 @@ def test_every_run_has_a_new_folder(tmp_path, monkeypatch):
     assert len({demo._new_folder() for _ in range(3)}) == 3
 
 
-def test_every_word_of_the_demo_is_one_token_and_the_vocabulary_is_odd():
-    learned, _ = make_rows(train=demo.TRAIN_ROWS, held_out=demo.HELD_OUT_ROWS, seed=demo.SEED)
-    tokenizer = train_tokenizer(texts_of(learned), vocab_size=demo.VOCAB_SIZE)
-    assert tokenizer.get_vocab_size() == demo.VOCAB_SIZE
-    assert demo.VOCAB_SIZE % 2 == 1
+def test_every_word_of_the_demo_is_one_token_and_the_vocabulary_is_odd(tmp_path):
+    learned, held_out, tokenizer = write_data(tmp_path)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert VOCAB_SIZE % 2 == 1
     for word in (*NAMES, *THINGS):
         assert tokenizer.encode(f" {word}").tokens == [f"Ġ{word}"]
+    for name, rows in (("train", learned), ("held_out", held_out)):
+        assert len((tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()) == len(rows)
+    assert (tmp_path / "tokenizer" / "tokenizer.json").exists()

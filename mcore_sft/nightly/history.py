@@ -1,0 +1,57 @@
+"""What a night found out of each benchmark in, a line of JSON out."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from mcore_sft.nightly.judge import Finding
+
+Outcome = Literal["passed", "failed", "crashed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One benchmark at one commit."""
+
+    tier: str
+    benchmark: str
+    commit: str
+    commit_time: str
+    """ISO 8601."""
+    date: str
+    """When it was judged, ISO 8601."""
+    machine: dict[str, str | int]
+    """`device`, a name, and `cores`, a number."""
+    outcome: Outcome
+    findings: tuple[Finding, ...]
+    figures: dict[str, float]
+    """Those of final_loss, validation_loss, accuracy, accuracy_low, accuracy_high (percent),
+    tokens_per_second, speed_ratio, peak_memory_gib and seconds that are known."""
+    curve: str | None
+    """File of the measured curve, seen from the history's folder."""
+    reference: str | None
+    """File of the curve that it was held against."""
+    narrowed: str | None = None
+    """What a failure departs without, and since when."""
+    crash: str | None = None
+    """The stage that ended badly, and the last lines of its log."""
+
+    def to_json(self) -> str:
+        """One line; a figure that is no finite number is left out."""
+        said = asdict(self)
+        said["figures"] = {name: x for name, x in self.figures.items() if math.isfinite(x)}
+        return json.dumps(said, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Record":
+        """Read one line; raises ValueError if it is torn or no record."""
+        said: dict[str, Any] = json.loads(line)
+        try:
+            found = {field.name: said[field.name] for field in fields(cls)}
+            found["findings"] = tuple(Finding(**finding) for finding in found["findings"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no record ({type(error).__name__}: {error})") from None
+        if found["outcome"] not in get_args(Outcome):
+            raise ValueError(f"no record (outcome {found['outcome']!r})")
+        return cls(**found)
