@@ -35,7 +35,6 @@ from mcore_sft.config import (
 )
 from mcore_sft.data.batch import Batch, _share, collate
 from mcore_sft.data.conversation import Conversation, Message
-from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
@@ -43,6 +42,7 @@ from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation.engine import Request, open_engine
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.model import architecture as arch
+from mcore_sft.nightly import plain
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import loop
 from mcore_sft.training.step import StepResult, packed, same_scales, train_step
@@ -703,76 +703,8 @@ def check_10(model: Path, scratch: Path, decay_1d: bool = True, steps: int = 20)
         optimizer__clip_grad=1.0,
     )
     ours = runs.train(config)
-    theirs = _plain_loop(config)
-    assert relative(ours[0]["loss"], theirs[0]) < 1e-6
-    for line, loss in zip(ours, theirs, strict=True):
+    theirs = plain.run(config)
+    assert relative(ours[0]["loss"], theirs.loss[0]) < 1e-6
+    assert relative(ours[0]["grad_norm"], theirs.grad_norm[0]) < 1e-5
+    for line, loss in zip(ours, theirs.loss, strict=True):
         assert relative(line["loss"], loss) < 1e-4
-
-
-def _plain_loop(config: Any) -> list[float]:
-    """Each document by itself through transformers; one sum, divided once; torch's AdamW."""
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    o = config.optimizer
-    decayed = [w for w in model.parameters() if o.decay_1d or w.dim() > 1]
-    rest = [w for w in model.parameters() if not (o.decay_1d or w.dim() > 1)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": o.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ],
-        betas=o.betas,
-        eps=o.eps,
-    )
-    losses = []
-    for step, examples in enumerate(_examples_of_steps(config)):
-        total, count = torch.zeros(()), 0
-        for example in examples:
-            tokens = torch.from_numpy(example.tokens.astype(np.int64))
-            start, end = example.spans[0].tolist()
-            logits = model(tokens[None]).logits[0, start - 1 : end - 1]
-            total = total + torch.nn.functional.cross_entropy(
-                logits, tokens[start:end], reduction="sum"
-            )
-            count += end - start
-        optimizer.zero_grad()
-        (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = _plain_lr(o, step, config.train.steps)
-        optimizer.step()
-        losses.append(total.item() / count)
-    return losses
-
-
-def _plain_lr(o: Any, step: int, steps: int) -> float:
-    if step < o.warmup_steps:
-        return float(o.lr * (step + 1) / o.warmup_steps)
-    share = (step - o.warmup_steps) / (steps - o.warmup_steps)
-    return float(o.min_lr + (o.lr - o.min_lr) * (1 + math.cos(math.pi * share)) / 2)
-
-
-def _examples_of_steps(config: Any) -> Any:
-    """The examples of each step, found by the tokens of the loader's batches, taken apart again."""
-    dataset = PackedDataset(config.packed)
-    by_tokens = {
-        dataset.example(i).tokens.tobytes(): dataset.example(i) for i in range(dataset.num_distinct)
-    }
-    loader = Loader(
-        dataset,
-        global_batch=config.train.global_batch,
-        micro_batch=1,
-        seed=config.train.seed,
-        last_step="drop",
-        rank=0,
-        size=1,
-        pad_id=0,
-    )
-    for step in range(config.train.steps):
-        found = []
-        for batch in loader.batches(step):
-            starts = batch.starts.tolist()
-            for start, end in itertools.pairwise(starts):
-                tokens = batch.tokens[0, start:end].numpy().astype(np.int32).tobytes()
-                if tokens in by_tokens:
-                    found.append(by_tokens[tokens])
-        yield found

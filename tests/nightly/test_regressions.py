@@ -13,13 +13,12 @@ import torch
 from mcore_sft.config import RunConfig
 from mcore_sft.data import batch as batches
 from mcore_sft.model import build
-from mcore_sft.nightly import tier
+from mcore_sft.nightly import plain, tier
 from mcore_sft.nightly.curve import Curve
 from mcore_sft.nightly.judge import judge
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
 from tests import runs
-from tests import test_equalities as equalities
 from tests.test_planted import plant
 
 STEPS = 4
@@ -52,24 +51,7 @@ def trained(folder: Path, model: Path) -> Curve:
 @pytest.fixture(scope="module")
 def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
     """What the plain loop measures."""
-    norms: list[float] = []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        norms.append(float(norm := clip(*args, **kwargs)))
-        return norm
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
-        losses = equalities._plain_loop(experiment(tmp_path_factory.mktemp("plain"), model))
-    return Curve(
-        steps=tuple(range(1, STEPS + 1)),
-        loss=tuple(losses),
-        grad_norm=tuple(norms),
-        tokens_per_second=(1.0,) * STEPS,
-        validation={},
-        peak_memory=0,
-    )
+    return plain.run(experiment(tmp_path_factory.mktemp("plain"), model))
 
 
 def departures(measured: Curve, reference: Curve) -> list[int | None]:
