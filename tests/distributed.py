@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 # Imported before the fork, and costly: every rank has them at once.
@@ -34,12 +36,12 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         ends.append(ours)
         processes.append(process)
     try:
-        results = [_receive(end, rank) for rank, end in enumerate(ends)]
+        answers = _answers(ends, processes)
     finally:
         for process in processes:
             process.join(5)
             process.kill()
-    return results
+    return [answers[rank] for rank in range(size)]
 
 
 def _rank(
@@ -52,7 +54,7 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    faulthandler.dump_traceback_later(TIMEOUT - 10)
+    faulthandler.dump_traceback_later(TIMEOUT - 10, file=2)  # pytest may hold sys.stderr
     try:
         # Plain pickle: multiprocessing's own would send tensors by shared memory of this process.
         end.send_bytes(pickle.dumps((True, function(*args))))
@@ -60,13 +62,26 @@ def _rank(
         end.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
-def _receive(end: Any, rank: int) -> Any:
-    if not end.poll(TIMEOUT):
-        raise TimeoutError(f"rank {rank} gave no answer in {TIMEOUT} s")
-    good, value = pickle.loads(end.recv_bytes())
-    if not good:
-        raise AssertionError(f"rank {rank} failed:\n{value}")
-    return value
+def _answers(ends: list[Any], processes: list[Any]) -> dict[int, Any]:
+    """What each rank gives; the first that fails or dies ends the wait for those that need it."""
+    answers: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT
+    while len(answers) < len(ends):
+        silent = [end for rank, end in enumerate(ends) if rank not in answers]
+        spoken = wait(silent, deadline - time.monotonic())
+        if not spoken:
+            raise TimeoutError(f"{len(silent)} of {len(ends)} ranks: no answer in {TIMEOUT} s")
+        for end in spoken:
+            rank = ends.index(end)
+            try:
+                good, answers[rank] = pickle.loads(end.recv_bytes())
+            except EOFError:
+                processes[rank].join(5)
+                code = processes[rank].exitcode
+                raise AssertionError(f"rank {rank} died, exit code {code}") from None
+            if not good:
+                raise AssertionError(f"rank {rank} failed:\n{answers[rank]}")
+    return answers
 
 
 def _free_port() -> int:

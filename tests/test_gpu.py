@@ -77,12 +77,9 @@ def test_eight_bits_are_near_sixteen(model: Path, fp8: str) -> None:
         assert relative(ours.loss, theirs.loss) < 2e-2
 
 
-@pytest.mark.parametrize(
-    ("fp8", "within"),
-    [("none", 0.0), ("blockwise", 0.0), ("delayed", 0.0), ("tensorwise", 0.1)],
-)
-def test_documents_of_a_pack_do_not_touch(model: Path, fp8: str, within: float) -> None:
-    equalities.check_1(model, "one", "bf16", fp8=fp8, within=within)
+@pytest.mark.parametrize("fp8", ["none", "delayed", "tensorwise", "blockwise"])
+def test_documents_of_a_pack_do_not_touch(model: Path, fp8: str) -> None:
+    equalities.check_1(model, "one", "bf16", fp8=fp8)
 
 
 @pytest.mark.parametrize("fp8", ["none", "delayed", "tensorwise", "blockwise"])

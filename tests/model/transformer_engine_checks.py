@@ -24,6 +24,7 @@ from tests.runs import Loaded, batch_of, gradients, loaded, on_layout, relative_
 assert "stand-in" in (transformer_engine.__doc__ or "")
 build.layer_implementation = lambda settings, train, mesh: settings.layers  # a GPU is asked for
 
+SLOW = pytest.mark.slow
 ENGINE = "transformer_engine"
 RECIPES = {
     "delayed": "TEDelayedScaling",
@@ -110,7 +111,10 @@ def test_every_layout_trains_as_with_local_layers(model: Path, layout: str, reco
     _is_local(model, layout, recompute=recompute)
 
 
-@pytest.mark.parametrize("fp8", [pytest.param("none", marks=pytest.mark.slow), "blockwise"])
+@pytest.mark.parametrize(
+    "fp8",
+    ["blockwise", *(pytest.param(x, marks=SLOW) for x in ("none", "delayed", "tensorwise"))],
+)
 def test_documents_of_a_pack_do_not_touch(
     model: Path, fp8: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
