@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +62,43 @@ class Curve:
     def read(cls, path: Path) -> "Curve":
         """Read what `write` wrote; raises `CurveError`."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                steps=tuple(found["steps"]),
-                **{name: _numbers_of(found[name]) for name in SERIES},
-                validation={int(step): _number(x) for step, x in found["validation"].items()},
-                peak_memory=found["peak_memory"],
-            )
+            return cls.of_tree(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CurveError(
                 f"{path}: no curve ({type(error).__name__}: {error}); remove it and run again"
             ) from None
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, which knows no NaN: null."""
+        """Write it as JSON."""
+        path.write_text(json.dumps(self.to_tree(), allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def of_tree(cls, tree: dict[str, Any]) -> "Curve":
+        """What `to_tree` made; raises KeyError, TypeError or ValueError of anything else."""
+        return cls(
+            steps=tuple(tree["steps"]),
+            **{name: _numbers_of(tree[name]) for name in SERIES},
+            validation={int(step): _number(x) for step, x in tree["validation"].items()},
+            peak_memory=tree["peak_memory"],
+        )
+
+    def until(self, last: int) -> "Curve":
+        """The steps up to `last`."""
+        count = sum(step <= last for step in self.steps)
+        return replace(
+            self,
+            steps=self.steps[:count],
+            **{name: getattr(self, name)[:count] for name in SERIES},
+            validation={step: x for step, x in self.validation.items() if step <= last},
+        )
+
+    def to_tree(self) -> dict[str, Any]:
+        """For JSON, which knows no NaN: null."""
         said = asdict(self)
         for name in SERIES:
             said[name] = [_or_null(x) for x in said[name]]
-        said["validation"] = {step: _or_null(x) for step, x in self.validation.items()}
-        path.write_text(json.dumps(said, allow_nan=False) + "\n", encoding="utf-8")
+        said["validation"] = {str(step): _or_null(x) for step, x in self.validation.items()}
+        return said
 
 
 SERIES = ("loss", "grad_norm", "tokens_per_second")

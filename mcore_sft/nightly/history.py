@@ -1,8 +1,10 @@
-"""What a night found out of each benchmark in, a line of JSON out."""
+"""What a night found out of each benchmark in, a line of JSON at the end of a file out."""
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mcore_sft.nightly.judge import Finding
@@ -55,3 +57,30 @@ class Record:
         if found["outcome"] not in get_args(Outcome):
             raise ValueError(f"no record (outcome {found['outcome']!r})")
         return cls(**found)
+
+
+def append(file: Path, record: Record) -> None:
+    """Add a line; one that was torn before it stays, and is by itself."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as history:
+        end = history.seek(0, os.SEEK_END)
+        if end:
+            history.seek(end - 1)
+        begin = b"" if not end or history.read(1) == b"\n" else b"\n"
+        history.write(begin + record.to_json().encode() + b"\n")
+        history.flush()
+        os.fsync(history.fileno())
+
+
+def read(file: Path) -> tuple[list[Record], str | None]:
+    """All records in their order, and a sentence about lines that are none."""
+    if not file.exists():
+        return [], None
+    records, torn = [], []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(Record.from_json(line))
+        except ValueError as error:
+            torn.append(f"line {number}: {error}")
+    return records, f"{file}: not read: {'; '.join(torn)}" if torn else None

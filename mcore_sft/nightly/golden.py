@@ -1,0 +1,59 @@
+"""Curves of the oracle that are kept in configs/nightly/golden, each with what made it."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
+from mcore_sft.config import RunConfig
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.errors import UserError
+from mcore_sft.nightly.curve import Curve
+
+FOLDER = Path("configs/nightly/golden")
+_TRAIN = ("steps", "global_batch", "seed", "last_step", "validate_every", "validation_packs")
+
+
+class GoldenError(UserError):
+    """A kept curve is not there, or was made from something else than this run."""
+
+
+def made_from(config: RunConfig, packs_of_a_step: int) -> dict[str, Any]:
+    """What decides the curve: weights, packs, their number in a step, and the optimizer."""
+    train = config.train.model_dump(mode="json")
+    return {
+        "base weights": SafetensorsFolder(config.model.path).fingerprint(),
+        "dataset": PackedDataset(config.packed, verify=False).fingerprint,
+        "packs of a step": packs_of_a_step,
+        **{f"train.{name}": train[name] for name in _TRAIN},
+        **{f"optimizer.{name}": x for name, x in config.optimizer.model_dump(mode="json").items()},
+    }
+
+
+def keep(file: Path, curve: Curve, made: dict[str, Any], *, command: str, reason: str) -> None:
+    """Write `curve` with what made it, and why it is kept anew."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    told = {"reason": reason, "command": command, "versions": versions, "made": made}
+    content = told | {"curve": curve.to_tree()}
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read(file: Path, made: dict[str, Any]) -> Curve:
+    """The curve in `file`; raises `GoldenError` unless it was made from `made`."""
+    mend = f"python tools/nightly.py --golden {file.stem} --reason TEXT makes it"
+    if not file.exists():
+        raise GoldenError(f"{file} is not there; {mend}")
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        theirs, curve = dict(kept["made"]), Curve.of_tree(kept["curve"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise GoldenError(f"{file}: no golden curve ({error}); {mend} again") from None
+    for name in sorted(made.keys() | theirs.keys()):
+        if made.get(name) != theirs.get(name):
+            raise GoldenError(
+                f"{file} was made with another {name} ({theirs.get(name)}) than this run has "
+                f"({made.get(name)}); where that is meant, {mend} again"
+            )
+    return curve

@@ -1,0 +1,3 @@
+"""Stand-in."""
+from pathlib import Path
+def write(history: Path, html: Path) -> None: ...

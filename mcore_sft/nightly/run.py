@@ -1,0 +1,371 @@
+"""One benchmark of a tier in, its record out; what is done is not done again.
+
+    inputs -> dataset -> training -> reference, peer -> killed and started again -> evaluation
+    -> judgement -> (a failure: narrowed) -> Record
+
+Every stage leaves a file in <output>/<tier>/<commit>/<benchmark>/, and is passed over where that is
+there: a night that was stopped goes on. A reference that is an earlier benchmark is read there.
+"""
+
+import json
+import os
+import random
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from mcore_sft import config as configuration
+from mcore_sft.config import RunConfig
+from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.loader import nearest_multiple
+from mcore_sft.errors import UserError
+from mcore_sft.evaluation.statistics import Share
+from mcore_sft.nightly import golden, judge, work
+from mcore_sft.nightly.curve import METRICS, Curve, CurveError
+from mcore_sft.nightly.history import Outcome, Record
+from mcore_sft.nightly.judge import Finding
+from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
+from mcore_sft.nightly.work import Crash
+
+ALONE = (
+    *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.virtual=1"),
+    *("parallel.context=1", "parallel.distributed_optimizer=false", "parallel.overlap=false"),
+)
+EXACT = ("train.precision=fp32", "train.fp8=none", "train.fp8_bf16_ends=0")
+NARROW_BEYOND = 2
+"""Steps after the first that departs, up to which a narrowing run goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """A tier at a commit on this machine; `until` is when all must have ended (monotonic)."""
+
+    tier: Tier
+    commit: str
+    commit_time: str
+    machine: dict[str, str | int]
+    output: Path
+    data: Path | None
+    until: float
+    passed_before: dict[str, str]
+    """Benchmark -> the last commit at which it passed."""
+
+    @property
+    def folder(self) -> Path:
+        """Where all of this night is."""
+        return self.output / self.tier.name / self.commit
+
+
+class Run:
+    """The stages of one benchmark of a night."""
+
+    def __init__(self, night: Night, benchmark: Benchmark) -> None:
+        self.night, self.benchmark = night, benchmark
+        self.folder = night.folder / benchmark.name
+        self.work = night.folder / "inputs" / (benchmark.inputs or benchmark.name)
+
+    # ---- what is run
+
+    @property
+    def overrides(self) -> list[str]:
+        """Those of the benchmark, with its folders."""
+        return [self._named(text) for text in self.benchmark.overrides]
+
+    def config(self, folder: Path, changes: Sequence[str] = ()) -> RunConfig:
+        """The experiment, to be trained in `folder`."""
+        words = [*self.overrides, *changes, f"output={folder}"]
+        return configuration.load(str(self.benchmark.config), words)
+
+    def record(self) -> Record:
+        """Run what has not been run yet, and judge."""
+        kept = self.folder / "record.json"
+        if kept.exists():
+            return Record.from_json(kept.read_text(encoding="utf-8"))
+        begun = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            made = self._judged(begun)
+        except (Crash, UserError) as error:
+            return self._record("crashed", crash=str(error))
+        kept.write_text(made.to_json() + "\n", encoding="utf-8")
+        return made
+
+    def _judged(self, begun: float) -> Record:
+        self.inputs()
+        self.dataset()
+        measured = self.trained()
+        reference = self.reference()
+        peer = self.peer()
+        resumed = self.resumed() if self.benchmark.gates.resume else None
+        accuracy = self.accuracy() if self.benchmark.evaluate else None
+        findings = judge.judge(
+            measured,
+            reference,
+            self.benchmark.gates,
+            accuracy=accuracy,
+            peer_tokens_per_second=judge.speed(peer) if peer else None,
+            resumed=resumed,
+        )
+        failed = [finding for finding in findings if not finding.passed]
+        figures = {
+            "final_loss": measured.loss[-1] if measured.steps else float("nan"),
+            "validation_loss": judge.last_validation(measured),
+            "tokens_per_second": judge.speed(measured),
+            "peak_memory_gib": measured.peak_memory / judge.GIB,
+            "seconds": time.monotonic() - begun,
+        }
+        if accuracy:
+            low, high = accuracy.interval
+            shares = ("accuracy", "accuracy_low", "accuracy_high")
+            figures |= dict(zip(shares, (accuracy.percent, low, high), strict=True))
+        if peer:
+            figures["speed_ratio"] = judge.speed(measured) / judge.speed(peer)
+        return self._record(
+            "failed" if failed else "passed",
+            findings=findings,
+            figures=figures,
+            narrowed=self.narrowed(failed, reference) if failed else None,
+        )
+
+    def _record(
+        self,
+        outcome: Outcome,
+        findings: Sequence[Finding] = (),
+        figures: dict[str, float] | None = None,
+        narrowed: str | None = None,
+        crash: str | None = None,
+    ) -> Record:
+        night = self.night
+        curve, reference = (
+            str(file.relative_to(night.output)) if file.exists() else None
+            for file in (self.folder / "curve.json", self.folder / "reference.json")
+        )
+        return Record(
+            tier=night.tier.name,
+            benchmark=self.benchmark.name,
+            commit=night.commit,
+            commit_time=night.commit_time,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=night.machine,
+            outcome=outcome,
+            findings=tuple(findings),
+            figures=figures or {},
+            curve=curve,
+            reference=reference,
+            narrowed=narrowed,
+            crash=crash,
+        )
+
+    # ---- the stages
+
+    def inputs(self) -> None:
+        """What the tier's commands make, once for all that share it."""
+        done = self.work / "made"
+        if self.benchmark.inputs is None or done.exists():
+            return
+        for command in self.night.tier.inputs[self.benchmark.inputs].commands:
+            self._run("inputs", shlex.split(self._named(command)), self.work / "inputs.log")
+        done.touch()
+
+    def dataset(self) -> None:
+        """The packed dataset."""
+        config = self.config(self.folder)
+        if not (config.packed / "manifest.json").exists():
+            self._run("dataset", ["python", "tools/preprocess.py", *self._words(self.folder)])
+
+    def trained(self) -> Curve:
+        """The curve of the run itself."""
+        file = self.folder / "curve.json"
+        if not file.exists():
+            folder = self.folder / "run"
+            self._run("training", self._training(folder))
+            Curve.of_run(folder).write(file)
+        return Curve.read(file)
+
+    def reference(self) -> Curve | None:
+        """What the run is held against: of the oracle, kept, or of an earlier benchmark."""
+        against, file = self.benchmark.against, self.folder / "reference.json"
+        if against is None:
+            return None
+        if not file.exists():
+            if against == PLAIN:
+                self._oracle("reference", file)
+            elif against == GOLDEN:
+                kept = golden.FOLDER / f"{self.benchmark.name}.json"
+                golden.read(kept, self.made_from()).write(file)
+            else:
+                Curve.read(self.night.folder / against / "curve.json").write(file)
+        return Curve.read(file)
+
+    def peer(self) -> Curve | None:
+        """Some steps of the oracle in the same job, for its speed."""
+        if self.benchmark.against == PLAIN:
+            return self.reference()
+        if not self.benchmark.peer_steps:
+            return None
+        file = self.folder / "peer.json"
+        if not file.exists():
+            self._oracle("peer", file, "--steps", str(self.benchmark.peer_steps))
+        return Curve.read(file)
+
+    def resumed(self) -> Curve:
+        """The same run, killed at a step that the commit and the name choose, and started again."""
+        file, folder = self.folder / "resumed.json", self.folder / "resumed"
+        if not file.exists():
+            config = self.config(folder)
+            draw = random.Random(f"{self.night.commit} {self.benchmark.name}")
+            step = draw.randint(config.checkpoint.every or 1, config.train.steps - 1)
+            (self.folder / "killed_at").write_text(f"{step}\n")
+            if not folder.exists():
+                self._run_until("training that is killed", folder, step)
+            self._run("training that is started again", self._training(folder))
+            Curve.of_run(folder).write(file)
+        return Curve.read(file)
+
+    def accuracy(self) -> Share:
+        """Of the experiment's first benchmark, by the exported model."""
+        file = self.folder / "evaluation" / "report.json"
+        if not file.exists():
+            run, model = self.folder / "run", self.folder / "model"
+            steps = self.config(run).train.steps
+            if not (model / "config.json").exists():
+                export = ["python", "tools/to_hf.py", "--checkpoint", str(run / f"step_{steps}")]
+                self._run("export", [*export, "--output", str(model)])
+            ask = ["python", "tools/evaluate.py", "--model", str(model)]
+            words = ["--output", str(file.parent), *self._words(run)]
+            self._run("evaluation", [*ask, *words])
+        score = json.loads(file.read_text(encoding="utf-8"))["score"]["symbolic_correct"]
+        return Share(hits=score["hits"], total=score["total"])
+
+    def made_from(self) -> dict[str, object]:
+        """What decides the curve of the oracle."""
+        config = self.config(self.folder)
+        data = PackedDataset(config.packed, verify=False)
+        unit = self._unit(config)
+        packs = nearest_multiple(config.train.global_batch / (data.num_examples / len(data)), unit)
+        return golden.made_from(config, packs)
+
+    def keep_golden(self, reason: str) -> Path:
+        """Run the oracle and keep its curve."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.inputs()
+        self.dataset()
+        file, kept = self.folder / "oracle.json", golden.FOLDER / f"{self.benchmark.name}.json"
+        if not file.exists():
+            self._oracle("golden", file)
+        command = f"python tools/nightly.py --tier {self.night.tier.name} --golden {kept.stem}"
+        golden.keep(kept, Curve.read(file), self.made_from(), command=command, reason=reason)
+        return kept
+
+    # ---- a failure, narrowed
+
+    def narrowed(self, failed: list[Finding], reference: Curve | None) -> str:
+        """With what a departure goes away, and since which commit it may be there."""
+        found = [self._since()]
+        steps = [f.step for f in failed if f.step and f.gate in ("loss", "grad_norm")]
+        if reference and steps:
+            found.append(self._without(min(steps), reference))
+        return "; ".join(found)
+
+    def _since(self) -> str:
+        last = self.night.passed_before.get(self.benchmark.name)
+        return f"passed last at {last}" if last else "no earlier commit is known to pass"
+
+    def _without(self, step: int, reference: Curve) -> str:
+        config = self.config(self.folder)
+        spread = self.benchmark.processes > 1
+        rough = config.train.precision != "fp32" or config.train.fp8 != "none"
+        alone = (*ALONE, f"train.micro_batch={self._unit(config)}")
+        choices = [
+            ("in one process", spread, alone, 1),
+            ("in fp32", rough, EXACT, self.benchmark.processes),
+            ("in one process and fp32", spread and rough, (*alone, *EXACT), 1),
+        ]
+        told = []
+        for name, sensible, changes, processes in choices:
+            if sensible:
+                departs = self._departs(step, changes, processes, reference, name)
+                told.append(f"{'still departs' if departs else 'does not depart'} {name}")
+        return ", ".join(told) or "it runs in one process and in fp32 already"
+
+    def _departs(
+        self, step: int, changes: Sequence[str], processes: int, reference: Curve, name: str
+    ) -> bool:
+        """Whether the same run with `changes` departs up to `step` and a little beyond."""
+        folder = self.folder / f"narrowed {name}".replace(" ", "_")
+        last = min(step + NARROW_BEYOND, self.config(folder).train.steps - 1)
+        if not (folder / METRICS).exists():
+            self._run_until(f"training {name}", folder, last, changes, processes)
+        gates = self.benchmark.gates
+        judged = judge.judge(
+            Curve.of_run(folder).until(last),
+            reference.until(last),
+            type(gates)(loss=gates.loss, grad_norm=gates.grad_norm),
+        )
+        return not all(finding.passed for finding in judged)
+
+    # ---- how it is run
+
+    def _training(
+        self, folder: Path, changes: Sequence[str] = (), processes: int | None = None
+    ) -> list[str]:
+        ranks = processes or self.benchmark.processes
+        start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        return [*start, "mcore_sft/train.py", *self._words(folder, changes)]
+
+    def _words(self, folder: Path, changes: Sequence[str] = ()) -> list[str]:
+        config = ["--config", str(self.benchmark.config)]
+        return [*config, *self.overrides, *changes, f"output={folder}"]
+
+    def _oracle(self, stage: str, file: Path, *words: str) -> None:
+        oracle = ["python", "-m", "mcore_sft.nightly.plain", "--curve", str(file)]
+        ranks = ["--processes", str(self.benchmark.processes)]
+        self._run(stage, [*oracle, *ranks, *words, *self._words(self.folder)])
+
+    def _run(self, stage: str, command: list[str], log: Path | None = None) -> None:
+        file = log or self.folder / f"{stage.replace(' ', '_')}.log"
+        work.run(command, file, threads=self._threads(command), until=self.night.until)
+
+    def _run_until(
+        self,
+        stage: str,
+        folder: Path,
+        step: int,
+        changes: Sequence[str] = (),
+        processes: int | None = None,
+    ) -> None:
+        """Train until the metrics show `step`, and kill it then."""
+        command = self._training(folder, changes, processes)
+        log = self.folder / f"{stage.replace(' ', '_')}.log"
+        reached = partial(_has_reached, folder, step)
+        threads = self._threads(command)
+        work.run_and_kill(command, log, reached, threads=threads, until=self.night.until)
+
+    def _threads(self, command: list[str]) -> int:
+        ranks = int(command[3]) if command[0] == "torchrun" else 1
+        return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+    def _unit(self, config: RunConfig) -> int:
+        """Packs that all ranks take at once."""
+        parallel = config.parallel
+        rounds = parallel.pipeline if parallel.virtual > 1 else 1
+        ranks = self.benchmark.processes // parallel.model_size
+        return ranks * config.train.micro_batch * rounds
+
+    def _named(self, text: str) -> str:
+        if "{data}" in text and self.night.data is None:
+            raise configuration.ConfigError(
+                f"benchmark {self.benchmark.name} needs --data, the folder for {{data}} in {text!r}"
+            )
+        return text.replace("{work}", str(self.work)).replace("{data}", str(self.night.data))
+
+
+def _has_reached(folder: Path, step: int) -> bool:
+    try:
+        return bool(Curve.of_run(folder).until(step).steps[-1:] == (step,))
+    except CurveError:
+        return False

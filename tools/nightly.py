@@ -1,0 +1,164 @@
+"""Convergence benchmarks: a tier of configs/nightly in, judged runs, their history and a page out.
+
+    python tools/nightly.py --tier cpu --data DIR [--only NAME ...] [--webhook URL]
+    python tools/nightly.py --tier cpu --data DIR --golden NAME --reason TEXT
+
+All of it lies in results/nightly: history.jsonl, index.html, and each run by tier and commit.
+Stopped and started again at the same commit, it goes on. Exit code 0: all passed, 1: something
+failed, 2: it could not begin, 3: something crashed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcore_sft import command
+from mcore_sft.errors import UserError
+from mcore_sft.nightly import history, page, tier
+from mcore_sft.nightly.history import Record
+from mcore_sft.nightly.run import Night, Run
+
+OUTPUT = Path("results/nightly")
+FAILED, CRASHED = 1, 3
+
+
+def main() -> None:
+    """Run what the command line names."""
+    arguments = _arguments()
+    wanted = tier.named(arguments.tier)
+    night = _night(wanted, arguments.output, arguments.data)
+    if arguments.golden:
+        if not arguments.reason:
+            raise UserError("--golden needs --reason TEXT: why the curve is made (anew)")
+        kept = Run(night, wanted.benchmark(arguments.golden)).keep_golden(arguments.reason)
+        print(f"{kept}: commit it, and say the reason there too")
+        return
+    names = arguments.only or [benchmark.name for benchmark in wanted.benchmarks]
+    benchmarks = [wanted.benchmark(name) for name in names]
+    for benchmark in benchmarks:
+        Run(night, benchmark).config(night.folder)  # whatever is wrong in it is said before hours
+    print(f"{wanted.name} at {night.commit}: {', '.join(names)}", flush=True)
+    records = []
+    file = arguments.output / "history.jsonl"
+    for benchmark in benchmarks:
+        print(f"{benchmark.name} ...", flush=True)
+        record = Run(night, benchmark).record()
+        if record not in history.read(file)[0]:  # it was kept when this night was stopped
+            history.append(file, record)
+        page.write(file, arguments.output / "index.html")
+        records.append(record)
+        print(told(record), flush=True)
+    text = summary(records)
+    print(f"{text}\n{arguments.output / 'index.html'}")
+    if url := arguments.webhook or wanted.webhook:
+        send(url, text, records)
+    sys.exit(exit_code(records))
+
+
+def told(record: Record) -> str:
+    """A benchmark on the console: what it came to, and what did not pass."""
+    lines = [f"{record.benchmark}: {record.outcome.upper()}"]
+    lines += [f"  {'ok   ' if f.passed else 'WRONG'} {f.sentence}" for f in record.findings]
+    lines += [f"  {text}" for text in (record.narrowed, record.crash) if text]
+    return "\n".join(lines)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """One line of the night."""
+    bad = [
+        f"{record.benchmark} {record.outcome}" for record in records if record.outcome != "passed"
+    ]
+    passed = len(records) - len(bad)
+    first = records[0]
+    return f"nightly {first.tier} at {first.commit}: {passed} of {len(records)} passed" + (
+        f"; {', '.join(bad)}" if bad else ""
+    )
+
+
+def exit_code(records: Sequence[Record]) -> int:
+    """The worst of what happened."""
+    outcomes = {record.outcome for record in records}
+    return CRASHED if "crashed" in outcomes else FAILED if "failed" in outcomes else 0
+
+
+def send(url: str, text: str, records: Sequence[Record]) -> None:
+    """POST the summary as JSON (`text`, as chat services read it, and the records)."""
+    content = {"text": text, "records": [json.loads(record.to_json()) for record in records]}
+    request = urllib.request.Request(
+        url, json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30):
+            pass
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        print(f"the webhook did not take the summary: {error}", file=sys.stderr)
+
+
+def _night(wanted: tier.Tier, output: Path, data: Path | None) -> Night:
+    commit = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    time_of_commit = _git("log", "-1", "--format=%cI")
+    folder = output.absolute() / wanted.name / commit
+    if commit.endswith("-dirty") and folder.exists():
+        shutil.rmtree(folder)  # of other files than those of now
+    records, torn = history.read(output / "history.jsonl")
+    if torn:
+        print(torn, file=sys.stderr)
+    passed = {
+        record.benchmark: record.commit
+        for record in records
+        if record.tier == wanted.name and record.outcome == "passed" and record.commit != commit
+    }
+    return Night(
+        tier=wanted,
+        commit=commit,
+        commit_time=time_of_commit,
+        machine={"device": _device(), "cores": len(os.sched_getaffinity(0))},
+        output=output.absolute(),
+        data=data and data.absolute(),
+        until=time.monotonic() + 60 * wanted.minutes,
+        passed_before=passed,
+    )
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"git {words[0]} fails here ({done.stderr.strip()}); run this in a clone of the project"
+        )
+    return done.stdout.strip()
+
+
+def _device() -> str:
+    """The first GPU, or the processor."""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if shutil.which(asked[0]):
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if names := done.stdout.splitlines():
+            return f"{len(names)} x {names[0]}"
+    return platform.machine()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tier", required=True, metavar="NAME", help="of configs/nightly")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="what {data} is in the tier")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR")
+    parser.add_argument("--webhook", metavar="URL", help="where the summary is sent")
+    parser.add_argument("--golden", metavar="NAME", help="make this benchmark's golden curve")
+    parser.add_argument("--reason", metavar="TEXT", help="why")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    command.run(main)
