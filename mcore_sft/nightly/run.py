@@ -8,6 +8,7 @@ there: a night that was stopped goes on. A reference that is an earlier benchmar
 """
 
 import json
+import math
 import os
 import random
 import shlex
@@ -112,7 +113,7 @@ class Run:
         )
         failed = [finding for finding in findings if not finding.passed]
         figures = {
-            "final_loss": measured.loss[-1] if measured.steps else float("nan"),
+            "final_loss": measured.loss[-1] if measured.steps else math.nan,
             "validation_loss": judge.last_validation(measured),
             "tokens_per_second": judge.speed(measured),
             "peak_memory_gib": measured.peak_memory / judge.GIB,
@@ -153,7 +154,7 @@ class Run:
             machine=night.machine,
             outcome=outcome,
             findings=tuple(findings),
-            figures=figures or {},
+            figures={name: x for name, x in (figures or {}).items() if math.isfinite(x)},
             curve=curve,
             reference=reference,
             narrowed=narrowed,

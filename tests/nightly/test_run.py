@@ -1,0 +1,272 @@
+"""A night of tiny runs: what is done, what is not done again, and what a failure says."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from mcore_sft.nightly import golden, work
+from mcore_sft.nightly.curve import METRICS, Curve
+from mcore_sft.nightly.run import Night, Run
+from mcore_sft.nightly.tier import Tier
+from mcore_sft.nightly.work import Crash
+from tests import runs
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment file whose dataset is there."""
+    tree = {
+        "name": "night",
+        "model": {"path": str(model), "tokenizer": str(runs.FIXTURES / "tokenizer")},
+        "data": {
+            "root": str(runs.FIXTURES),
+            "packed": str(model / "packed"),
+            "train": [{"path": "rows.jsonl"}],
+            "sequence_length": 512,
+        },
+        "train": {"steps": STEPS, "global_batch": 10, "precision": "fp32", "micro_batch": 2},
+        "optimizer": {"lr": 1e-4},
+        "checkpoint": {"every": 2},
+    }
+    file = tmp_path_factory.mktemp("night") / "night.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+class Commands:
+    """Stands for the commands: training, the oracle and the rest leave what they would."""
+
+    def __init__(self) -> None:
+        self.run: list[str] = []
+        self.spoiled: dict[str, int] = {}
+        """Part of a training's folder -> the step from which its loss is wrong."""
+
+    def __call__(self, command: Sequence[str], log: Path, **_: Any) -> None:
+        words = dict(word.split("=", 1) for word in command if "=" in word)
+        if "mcore_sft/train.py" in command:
+            self.train(Path(words["output"]), STEPS)
+        elif "mcore_sft.nightly.plain" in command:
+            self.run.append("oracle")
+            last = int(command[command.index("--steps") + 1]) if "--steps" in command else STEPS
+            file = Path(command[command.index("--curve") + 1])
+            curve(last).write(file)
+        else:
+            self.run.append(Path(command[1]).stem)
+            if "tools/evaluate.py" in command:
+                folder = Path(command[command.index("--output") + 1])
+                folder.mkdir()
+                score = {"score": {"symbolic_correct": {"hits": 9, "total": 10}}}
+                (folder / "report.json").write_text(json.dumps(score))
+
+    def kill(self, command: Sequence[str], log: Path, when: Any, **_: Any) -> None:
+        """A training that is killed as soon as it may be."""
+        folder = next(Path(word.split("=", 1)[1]) for word in command if "output=" in word)
+        for step in range(1, STEPS + 1):
+            self.train(folder, step, told=False)
+            if when():
+                self.run.append(f"killed at {step}")
+                return
+        raise AssertionError("it was to be killed")
+
+    def train(self, folder: Path, steps: int, told: bool = True) -> None:
+        """Metrics of a run, wrong where it is spoiled."""
+        wrong = next((at for part, at in self.spoiled.items() if part in folder.name), STEPS + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {
+                "step": step,
+                "loss": loss * (1.5 if step >= wrong else 1),
+                "grad_norm": 1.0,
+                "tokens_per_second": 200.0,
+                "peak_memory_bytes": 2**30,
+            }
+            for step, loss in zip(range(1, steps + 1), curve(steps).loss, strict=True)
+        ]
+        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if told:
+            self.run.append(f"training {folder.name}")
+
+
+def curve(steps: int) -> Curve:
+    """What the oracle measures here."""
+    return Curve(
+        steps=tuple(range(1, steps + 1)),
+        loss=tuple(4.0 / step for step in range(1, steps + 1)),
+        grad_norm=(1.0,) * steps,
+        tokens_per_second=(100.0,) * steps,
+        validation={},
+        peak_memory=2**30,
+    )
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """Nothing is really run."""
+    fake = Commands()
+    monkeypatch.setattr(work, "run", fake)
+    monkeypatch.setattr(work, "run_and_kill", fake.kill)
+    return fake
+
+
+def night(
+    tmp_path: Path, config: Path, passed: dict[str, str] | None = None, **changes: Any
+) -> Run:
+    """A benchmark `short` of a tier of its own."""
+    gates = {"loss": {STEPS: 1e-3}}
+    told = {"name": "short", "config": str(config), "against": "plain", "gates": gates}
+    told |= changes
+    made = Tier.model_validate({"name": "tiny", "minutes": 5, "benchmarks": [told]})
+    here = Night(
+        tier=made,
+        commit="abc",
+        commit_time="2026-01-01T00:00:00+00:00",
+        machine={"device": "none", "cores": 2},
+        output=tmp_path,
+        data=None,
+        until=time.monotonic() + 300,
+        passed_before=passed or {},
+    )
+    return Run(here, made.benchmarks[0])
+
+
+def test_all_stages_run_once(tmp_path: Path, config: Path, commands: Commands) -> None:
+    gates = {"loss": {STEPS: 1e-3}, "speed": 1.5, "resume": True, "accuracy": 0.8}
+    run = night(tmp_path, config, evaluate=True, gates=gates)
+    record = run.record()
+    assert record.outcome == "passed", record
+    killed = next(text for text in commands.run if "killed" in text)
+    assert commands.run == [
+        *("training run", "oracle", killed, "training resumed", "to_hf", "evaluate")
+    ]
+    assert 2 <= int(killed.split()[-1]) < STEPS
+    assert record.figures["speed_ratio"] == 2.0
+    assert record.figures["accuracy"] == 90.0
+    assert (tmp_path / str(record.curve)).exists()
+    assert (tmp_path / str(record.reference)).exists()
+    assert night(tmp_path, config, evaluate=True, gates=gates).record() == record
+    assert len(commands.run) == 6
+
+
+def test_a_night_that_was_stopped_goes_on(
+    tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "reference", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            night(tmp_path, config).record()
+    assert commands.run == ["training run"]
+    assert night(tmp_path, config).record().outcome == "passed"
+    assert commands.run == ["training run", "oracle"]
+
+
+def test_what_crashes_is_recorded_and_tried_again(
+    tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashed(*_: Any, **__: Any) -> None:
+        raise Crash("torchrun, training.log:\nout of memory\nexit code 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "run", crashed)
+        record = night(tmp_path, config).record()
+    assert record.outcome == "crashed"
+    assert "out of memory" in str(record.crash)
+    assert record.curve is None
+    assert night(tmp_path, config).record().outcome == "passed"
+
+
+def test_a_departure_is_narrowed_to_the_layout(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    commands.spoiled = {"run": 3}
+    changes = {"processes": 2, "overrides": ["parallel.pipeline=2", "train.precision=bf16"]}
+    commands.spoiled["narrowed_in_fp32"] = 3
+    record = night(tmp_path, config, {"short": "0ld"}, **changes).record()
+    assert record.outcome == "failed"
+    assert [finding.step for finding in record.findings if not finding.passed] == [3]
+    assert record.narrowed == (
+        "passed last at 0ld; does not depart in one process, still departs in fp32, does not "
+        "depart in one process and fp32"
+    )
+    assert "killed at 5" in commands.run
+
+
+def test_what_cannot_be_narrowed_says_so(tmp_path: Path, config: Path, commands: Commands) -> None:
+    commands.spoiled = {"run": 1}
+    record = night(tmp_path, config).record()
+    assert record.narrowed == (
+        "no earlier commit is known to pass; it runs in one process and in fp32 already"
+    )
+
+
+def test_data_that_is_not_given_is_a_sentence(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    record = night(tmp_path, config, overrides=["data.root={data}"]).record()
+    assert record.outcome == "crashed"
+    assert "needs --data" in str(record.crash)
+
+
+# ---- golden curves
+
+
+def test_a_golden_is_kept_with_what_made_it(
+    tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden, "FOLDER", tmp_path / "golden")
+    absent = night(tmp_path / "0", config, against="golden").record()
+    assert absent.outcome == "crashed"
+    assert "short.json is not there; python tools/nightly.py --golden" in str(absent.crash)
+    file = night(tmp_path / "1", config, against="golden").keep_golden("the first")
+    assert json.loads(file.read_text())["reason"] == "the first"
+    assert night(tmp_path / "2", config, against="golden").record().outcome == "passed"
+    other = night(tmp_path / "3", config, against="golden", overrides=["optimizer.lr=1e-3"])
+    assert "another optimizer.lr (0.0001) than this run has (0.001)" in str(other.record().crash)
+    more = night(tmp_path / "4", config, against="golden", overrides=["train.micro_batch=16"])
+    assert "another packs of a step" in str(more.record().crash)
+
+
+# ---- commands
+
+
+def test_a_command_that_fails_says_its_last_lines(tmp_path: Path) -> None:
+    program = "print('first'); raise SystemExit('no room')"
+    with pytest.raises(Crash, match=r"no room\nexit code 1"):
+        work.run(["python", "-c", program], tmp_path / "log", threads=1, until=1e18)
+
+
+@pytest.mark.parametrize("how", ["late", "killed"])
+def test_a_command_ends_with_all_that_it_has_started(tmp_path: Path, how: str) -> None:
+    mark = tmp_path / "pid"
+    child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        "time.sleep(60)"
+    )
+    command = ["python", "-c", program]
+    if how == "killed":
+        there = lambda: mark.exists() and mark.read_text() != ""  # noqa: E731
+        work.run_and_kill(command, tmp_path / "log", there, threads=1, until=1e18)
+    else:
+        with pytest.raises(Crash, match="no end within the time of the tier"):
+            work.run(command, tmp_path / "log", threads=1, until=time.monotonic() + 3)
+    assert not psutil.pid_exists(int(mark.read_text()))
+
+
+@pytest.mark.slow
+def test_a_real_night(tmp_path: Path, config: Path) -> None:
+    gates = {"loss": {1: 1e-6, STEPS: 1e-4}, "grad_norm": {STEPS: 1e-3}, "resume": True}
+    changes = {"processes": 2, "overrides": ["parallel.pipeline=2"], "gates": gates}
+    record = night(tmp_path, config, **changes).record()
+    assert record.outcome == "passed", record
