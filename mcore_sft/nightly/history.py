@@ -1,8 +1,10 @@
-"""What a night found out of each benchmark in, a line of JSON out."""
+"""What a night found out of each benchmark in, a line of JSON out, which is only ever added to."""
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mcore_sft.nightly.judge import Finding
@@ -55,3 +57,36 @@ class Record:
         if found["outcome"] not in get_args(Outcome):
             raise ValueError(f"no record (outcome {found['outcome']!r})")
         return cls(**found)
+
+
+def append(file: Path, record: Record) -> None:
+    """Add one line, on the disk when this returns; raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        # a writer that was killed leaves a line without its end
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        line = b"\n" * torn + record.to_json().encode() + b"\n"
+        written = os.write(handle, line)
+        if written != len(line):
+            raise OSError(f"{file}: {written} of {len(line)} bytes were written; is the disk full?")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(file: Path) -> tuple[list[Record], str | None]:
+    """The records in the order they were added, none of no file, and which lines hold no record.
+
+    Raises OSError.
+    """
+    if not file.exists():
+        return [], None
+    records, torn = [], []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            records.append(Record.from_json(line.decode()))
+        except ValueError as error:
+            torn.append(f"{file.name}:{number} is ignored: {error}")
+    return records, "; ".join(torn) or None
