@@ -1,4 +1,4 @@
-"""What a night found out of each benchmark in, a line of JSON at the end of a file out."""
+"""What a night found out of each benchmark in, a line of JSON out, which is only ever added to."""
 
 import json
 import math
@@ -60,27 +60,33 @@ class Record:
 
 
 def append(file: Path, record: Record) -> None:
-    """Add a line; one that was torn before it stays, and is by itself."""
+    """Add one line, on the disk when this returns; raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+b") as history:
-        end = history.seek(0, os.SEEK_END)
-        if end:
-            history.seek(end - 1)
-        begin = b"" if not end or history.read(1) == b"\n" else b"\n"
-        history.write(begin + record.to_json().encode() + b"\n")
-        history.flush()
-        os.fsync(history.fileno())
+    handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        # a writer that was killed leaves a line without its end
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        line = b"\n" * torn + record.to_json().encode() + b"\n"
+        written = os.write(handle, line)
+        if written != len(line):
+            raise OSError(f"{file}: {written} of {len(line)} bytes were written; is the disk full?")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read(file: Path) -> tuple[list[Record], str | None]:
-    """All records in their order, and a sentence about lines that are none."""
+    """The records in the order they were added, none of no file, and which lines hold no record.
+
+    Raises OSError.
+    """
     if not file.exists():
         return [], None
     records, torn = [], []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
-            records.append(Record.from_json(line))
+            records.append(Record.from_json(line.decode()))
         except ValueError as error:
-            torn.append(f"line {number}: {error}")
-    return records, f"{file}: not read: {'; '.join(torn)}" if torn else None
+            torn.append(f"{file.name}:{number} is ignored: {error}")
+    return records, "; ".join(torn) or None
