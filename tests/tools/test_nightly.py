@@ -1,0 +1,141 @@
+"""The command of the nightly benchmarks: what it says, keeps, sends and returns."""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import nightly
+import pytest
+
+from mcore_sft.errors import UserError
+from mcore_sft.nightly import history
+from mcore_sft.nightly.run import Run
+from tests.nightly import sample
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Benchmark -> how it ends; nothing is run."""
+    ends: dict[str, str] = {}
+
+    def record(self: Run) -> Any:
+        return sample.record(
+            1,
+            tier=self.night.tier.name,
+            benchmark=self.benchmark.name,
+            commit=self.night.commit,
+            outcome=ends.get(self.benchmark.name, "passed"),
+        )
+
+    monkeypatch.setattr(Run, "record", record)
+    return ends
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path, *words: str) -> int:
+    command = ["nightly.py", "--tier", "cpu", "--data", ".", "--output", str(output), *words]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        nightly.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ({}, 0),
+        ({"short_dp2": "failed"}, 1),
+        ({"short_dp2": "failed", "short_bf16": "crashed"}, 3),
+    ],
+)
+def test_the_exit_code_tells(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    ends: dict[str, str],
+    code: int,
+) -> None:
+    outcomes |= ends
+    assert run(monkeypatch, tmp_path, "--only", "short_dp2", "short_bf16") == code
+    told = capsys.readouterr().out
+    assert f"{2 - len(ends)} of 2 passed" in told
+    for name, outcome in ends.items():
+        assert f"{name} {outcome}" in told
+    records, torn = history.read(tmp_path / "history.jsonl")
+    assert [record.benchmark for record in records] == ["short_dp2", "short_bf16"]
+    assert torn is None
+    assert "<html" in (tmp_path / "index.html").read_text()
+
+
+def test_what_is_in_the_history_is_not_added_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, str]
+) -> None:
+    for _ in range(2):
+        run(monkeypatch, tmp_path, "--only", "short_dp2")
+    assert len(history.read(tmp_path / "history.jsonl")[0]) == 1
+
+
+class Hook(BaseHTTPRequestHandler):
+    """Takes what is posted."""
+
+    taken: list[Any]
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.taken.append(json.loads(self.rfile.read(length)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_the_summary_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, str]
+) -> None:
+    outcomes["short_dp2"] = "failed"
+    Hook.taken = []
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert run(monkeypatch, tmp_path, "--only", "short_dp2", "--webhook", url) == 1
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    (sent,) = Hook.taken
+    assert "0 of 1 passed; short_dp2 failed" in sent["text"]
+    assert sent["records"][0]["benchmark"] == "short_dp2"
+
+
+def test_a_webhook_that_is_not_there_changes_nothing_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--only", "short_dp2", "--webhook", "http://127.0.0.1:9")
+    assert run(monkeypatch, tmp_path, *words) == 0
+    assert "the webhook did not take the summary" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tier", "gpu9"], "no tier gpu9"),
+        (["--tier", "cpu", "--only", "nine"], "tier cpu has no benchmark nine"),
+        (["--tier", "cpu", "--only", "math_dp2"], "needs --data"),
+        (["--tier", "cpu", "--golden", "demo_tp2"], "--golden needs --reason"),
+    ],
+)
+def test_what_cannot_begin_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["nightly.py", "--output", str(tmp_path), *words])
+    with pytest.raises(UserError, match=said):
+        nightly.main()
