@@ -34,10 +34,10 @@ section.failed, section.crashed { border-left: .35rem solid; color: inherit; }
 section.failed { border-left-color: var(--failed); }
 section.crashed { border-left-color: var(--crashed); }
 .board td, .board th { text-align: left; white-space: nowrap; }
-@media (max-width: 40rem) { .board .commit { display: none; } }
 .strip { height: 14px; width: auto; }
 .strip .passed { fill: var(--trained); opacity: .55; } .strip .failed { fill: var(--failed); }
 .strip .crashed { fill: var(--crashed); }
+@media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 8px; } }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
 figure b { font-size: .9rem; } figure b span { color: var(--dim); font-weight: normal; }
 svg .ours, svg .theirs { fill: none; stroke: var(--ours); stroke-width: 1.5; }
@@ -157,11 +157,11 @@ def _board(benchmarks: Sequence[Sequence[Record]]) -> str:
     if not benchmarks:
         return ""
     stale = _stale([nights[-1] for nights in benchmarks])
-    late = " <span class=crashed>not run at the newest</span>"
+    late = "<br><span class=crashed>not run again</span>"
     lines = "".join(
         f"<tr><th scope=row>{_mark(nights[-1].outcome)} {_link(nights[-1])}"
-        f"<td class={nights[-1].outcome}>{nights[-1].outcome}<td>{_strip(nights[-30:])}"
-        f"<td class=commit>{_commit(nights[-1])}{late * (nights[-1] in stale)}"
+        f"<td class={nights[-1].outcome}>{nights[-1].outcome}{late * (nights[-1] in stale)}<td>{_strip(nights[-30:])}"
+        f"<td class=commit>{_commit(nights[-1])}"
         for nights in benchmarks
     )
     head = "<th scope=col>benchmark<th scope=col>newest<th scope=col>last 30"
