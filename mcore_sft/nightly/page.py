@@ -1,7 +1,7 @@
 """The history in, one HTML page out that needs nothing beside it: what broke, since when, where."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -37,6 +37,7 @@ section.crashed { border-left-color: var(--crashed); }
 .strip { height: 14px; width: auto; }
 .strip .passed { fill: var(--trained); opacity: .55; } .strip .failed { fill: var(--failed); }
 .strip .crashed { fill: var(--crashed); }
+@media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 8px; } }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
 figure b { font-size: .9rem; } figure b span { color: var(--dim); font-weight: normal; }
 svg .ours, svg .theirs { fill: none; stroke: var(--ours); stroke-width: 1.5; }
@@ -64,7 +65,7 @@ def _page(records: Sequence[Record], torn: str | None, folder: Path) -> str:
     benchmarks = list(kept.values())
     broken = [nights for nights in benchmarks if nights[-1].outcome != "passed"]
     said = _headline([nights[-1] for nights in benchmarks])
-    mark = _mark(min(nights[-1].outcome for nights in broken or benchmarks)) if kept else ""
+    mark = _worst([nights[-1] for nights in benchmarks])
     body = [
         f"<h1>{mark} {said}</h1>",
         f"<p class=dim>{_when(records[-1])}" if records else "<p>The history holds no record yet.",
@@ -89,9 +90,23 @@ def _headline(newest: Sequence[Record]) -> str:
     if not newest:
         return "No night yet"
     counts = {name: sum(r.outcome == name for r in newest) for name in ("failed", "crashed")}
+    counts["not run at the newest commit"] = len(_stale(newest))
     bad = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     of = f"{len(newest)} benchmark{'s' * (len(newest) > 1)}"
     return f"{bad} of {of}" if bad else f"{of} passed" if len(newest) == 1 else f"All {of} passed"
+
+
+def _worst(newest: Sequence[Record]) -> str:
+    outcomes = {record.outcome for record in newest}
+    if "failed" in outcomes:
+        return _mark("failed")
+    return _mark("crashed" if "crashed" in outcomes or _stale(newest) else "passed") * bool(newest)
+
+
+def _stale(newest: Sequence[Record]) -> list[Record]:
+    """Those that are not of the newest commit of their tier."""
+    last = {r.tier: r.commit for r in sorted(newest, key=lambda record: record.date)}
+    return [record for record in newest if record.commit != last[record.tier]]
 
 
 def _when(record: Record) -> str:
@@ -141,16 +156,18 @@ def _since(nights: Sequence[Record]) -> str:
 def _board(benchmarks: Sequence[Sequence[Record]]) -> str:
     if not benchmarks:
         return ""
+    stale = _stale([nights[-1] for nights in benchmarks])
+    late = "<br><span class=crashed>not run again</span>"
     lines = "".join(
         f"<tr><th scope=row>{_mark(nights[-1].outcome)} {_link(nights[-1])}"
-        f"<td class={nights[-1].outcome}>{nights[-1].outcome}<td>{_commit(nights[-1])}"
-        f"<td>{_strip(nights[-30:])}"
+        f"<td class={nights[-1].outcome}>{nights[-1].outcome}{late * (nights[-1] in stale)}<td>{_strip(nights[-30:])}"
+        f"<td class=commit>{_commit(nights[-1])}"
         for nights in benchmarks
     )
-    head = "<th scope=col>benchmark<th scope=col>newest<th scope=col>commit"
+    head = "<th scope=col>benchmark<th scope=col>newest<th scope=col>last 30"
     return (
         f"<section>\n<h2>All benchmarks</h2><div class=wide><table class=board><thead><tr>{head}"
-        f"<th scope=col>the last 30, newest to the right<tbody>{lines}</table></div></section>"
+        f"<th scope=col class=commit>commit<tbody>{lines}</table></div></section>"
     )
 
 
@@ -261,7 +278,7 @@ def _curve_chart(ours: Curve, theirs: Curve | None, key: str, departs: int | Non
         for kind, curve in (("theirs", theirs), ("ours", ours))
         if curve
     ]
-    return _lines_chart(title, lines, departs)
+    return _lines_chart(title, lines, departs, _extent(ours.steps))
 
 
 def _apart_chart(ours: Curve, theirs: Curve, departs: int | None) -> str:
@@ -272,23 +289,26 @@ def _apart_chart(ours: Curve, theirs: Curve, departs: int | None) -> str:
         for step, loss in zip(ours.steps, ours.loss, strict=True)
         if reference.get(step) and (share := abs(loss / reference[step] - 1)) > 0
     ]
-    return _lines_chart("Losses apart, relative, log", [("ours", _finite(apart))], departs, "1e")
+    lines = [("ours", _finite(apart))]
+    return _lines_chart("Losses apart, relative, log", lines, departs, _extent(ours.steps), "1e")
 
 
 def _lines_chart(
     title: str,
     lines: Sequence[tuple[str, list[tuple[int, float]]]],
     departs: int | None,
+    across: tuple[float, float],
     prefix: str = "",
 ) -> str:
     points = [point for _, line in lines for point in line]
     if not points:
         same = "the same at every step" if prefix else "no number at any step"
         return f"<figure><b>{title}</b><figcaption>{same}</figcaption></figure>"
-    plot = _Plot(_extent(x for x, _ in points), _extent(y for _, y in points))
+    low, high = _extent(y for _, y in points)
+    plot = _Plot(across, (math.floor(low), math.ceil(high)) if prefix else (low, high))
     drawn = [plot.grid(prefix), *(plot.line(line, kind) for kind, line in lines)]
     label = f"{title} of {len(lines[-1][1])} steps"
-    if departs is not None:
+    if departs is not None and plot.first <= departs <= plot.last:
         x = plot.x(departs)
         side = "end" if x > _WIDTH / 2 else "start"
         drawn.append(
@@ -364,14 +384,12 @@ def _figure(title: str, newest: str, label: str, drawn: Sequence[str]) -> str:
     )
 
 
-def _extent(values: Iterator[float]) -> tuple[float, float]:
+def _extent(values: Iterable[float]) -> tuple[float, float]:
     every = list(values)
     return min(every), max(every)
 
 
-def _finite(
-    points: "Iterator[tuple[int, float]] | list[tuple[int, float]]",
-) -> list[tuple[int, float]]:
+def _finite(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(x, y) for x, y in points if math.isfinite(y)]
 
 

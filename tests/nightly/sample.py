@@ -48,7 +48,10 @@ def record(number: int, benchmark: str = "short_dp2", **changes) -> Record:
 def curve(steps: int, departs: int | None = None) -> Curve:
     """A loss that falls; from the step `departs` on it falls less."""
     counted = range(1, steps + 1)
-    off = [0.0 if departs is None or i < departs else 3e-3 * (i - departs + 1) for i in counted]
+    off = [
+        0.0 if departs is None else 3e-7 * i if i < departs else 3e-3 * (i - departs + 1)
+        for i in counted
+    ]
     loss = [1 + 6 * math.exp(-i / 6) + x for i, x in zip(counted, off, strict=True)]
     return Curve(
         steps=tuple(counted),
