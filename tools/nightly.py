@@ -3,7 +3,7 @@
     python tools/nightly.py --tier cpu --data DIR [--only NAME ...] [--webhook URL]
     python tools/nightly.py --tier cpu --data DIR --golden NAME --reason TEXT
 
-All of it lies in results/nightly: history.jsonl, index.html, and each run by tier and commit.
+All of it lies in results/nightly: history.jsonl, page.html, and each run by tier and commit.
 Stopped and started again at the same commit, it goes on. Exit code 0: all passed, 1: something
 failed, 2: it could not begin, 3: something crashed.
 """
@@ -54,11 +54,11 @@ def main() -> None:
         record = Run(night, benchmark).record()
         if record not in history.read(file)[0]:  # it was kept when this night was stopped
             history.append(file, record)
-        page.write(file, arguments.output / "index.html")
+        page.write(file, arguments.output / "page.html")
         records.append(record)
         print(told(record), flush=True)
     text = summary(records)
-    print(f"{text}\n{arguments.output / 'index.html'}")
+    print(f"{text}\n{arguments.output / 'page.html'}")
     if url := arguments.webhook or wanted.webhook:
         send(url, text, records)
     sys.exit(exit_code(records))

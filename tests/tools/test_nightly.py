@@ -67,7 +67,7 @@ def test_the_exit_code_tells(
     records, torn = history.read(tmp_path / "history.jsonl")
     assert [record.benchmark for record in records] == ["short_dp2", "short_bf16"]
     assert torn is None
-    assert "<html" in (tmp_path / "index.html").read_text()
+    assert "<html" in (tmp_path / "page.html").read_text()
 
 
 def test_what_is_in_the_history_is_not_added_again(
