@@ -160,7 +160,8 @@ def _board(benchmarks: Sequence[Sequence[Record]]) -> str:
     late = "<br><span class=crashed>not run again</span>"
     lines = "".join(
         f"<tr><th scope=row>{_mark(nights[-1].outcome)} {_link(nights[-1])}"
-        f"<td class={nights[-1].outcome}>{nights[-1].outcome}{late * (nights[-1] in stale)}<td>{_strip(nights[-30:])}"
+        f"<td class={nights[-1].outcome}>{nights[-1].outcome}{late * (nights[-1] in stale)}"
+        f"<td>{_strip(nights[-30:])}"
         f"<td class=commit>{_commit(nights[-1])}"
         for nights in benchmarks
     )
