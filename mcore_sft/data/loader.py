@@ -3,6 +3,7 @@
 (seed, step, rank) -> packs -> batches
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
@@ -45,7 +46,7 @@ class Loader:
         context: int = 1,
         context_rank: int = 0,
     ) -> None:
-        """`align` rounds the length of a row up, `rounds` the micro-batches of a step.
+        """`align` rounds each context rank's rows up, `rounds` the micro-batches of a step.
 
         `context` ranks share each row (`collate`). Packs depend on none of these.
         """
@@ -61,11 +62,11 @@ class Loader:
         self._context_rank = context_rank
         document = document_unit(context)
         longest = dataset.sequence_length if document == 1 else dataset.longest_pack(document)
-        align *= document
-        self.length = -(-longest // align) * align
-        unit = size * micro_batch * rounds
+        unit = math.lcm(align * context, document)
+        self.length = -(-longest // unit) * unit
         examples_per_pack = dataset.num_examples / len(dataset)
-        self.packs_per_step = nearest_multiple(global_batch / examples_per_pack, unit)
+        together = size * micro_batch * rounds
+        self.packs_per_step = nearest_multiple(global_batch / examples_per_pack, together)
         self.examples_per_step = self.packs_per_step * examples_per_pack
         whole, rest = divmod(len(dataset), self.packs_per_step)
         self.steps_per_epoch = whole + (1 if rest and last_step == "pad" else 0)

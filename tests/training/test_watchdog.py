@@ -30,7 +30,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(
 ) -> None:
     config = runs.experiment(tmp_path / "run", model, train__steps=4, train__hang_seconds=3)
     began = time.monotonic()
-    with pytest.raises(EOFError):  # the processes end, whatever they wait for
+    with pytest.raises(AssertionError, match="died, exit code 124"):  # whatever they wait for
         run_ranks(2, _hangs, config, 1, 200.0)
     assert time.monotonic() - began < 60
     (folder,) = (config.folder / "hang").iterdir()
