@@ -105,8 +105,11 @@ def parts(wheels: Path | None, scratch: Path) -> list[Part]:
 
 def run(part: Part) -> Outcome:
     """Run one part in a process group of its own, showing what it prints."""
-    print(f"\n== {part.name}: {shlex.join(part.command)}", flush=True)
+    command = without_places(shlex.join(part.command))
+    print(f"\n== {part.name}: {command}", flush=True)
     begun = time.monotonic()
+    if part.writes:
+        part.writes.unlink(missing_ok=True)
     late = threading.Event()
     lines: list[str] = []
     with subprocess.Popen(
@@ -135,7 +138,7 @@ def run(part: Part) -> Outcome:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
-                lines.append(line.rstrip("\n"))
+                lines.append(without_places(line.rstrip("\n")))
             code = process.wait()
         finally:
             timer.cancel()
@@ -149,10 +152,15 @@ def run(part: Part) -> Outcome:
     return Outcome(
         ended=ended,
         seconds=round(time.monotonic() - begun, 1),
-        command=shlex.join(part.command),
+        command=command,
         last_lines=lines[-LAST_LINES:],
         result=_read(part.writes),
     )
+
+
+def without_places(text: str) -> str:
+    """The report is for other machines too: no folders of this one."""
+    return text.replace(f"{ROOT}/", "").replace(sys.executable, "python3")
 
 
 def _read(file: Path | None) -> Any:
@@ -313,8 +321,8 @@ def install(what: str, carried: Path) -> None:
         (site / "machine.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
         with carried_files(carried) as files:
             wheels = [str(f) for f in files if not f.name.startswith("transformer_engine")]
-            subprocess.run([*add, *wheels], check=True)
-        program = "import torch; print('torch', torch.__version__, torch.__file__)"
+            subprocess.run([*add, "--quiet", *wheels], check=True)
+        program = "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
         subprocess.run([PYTHON, "-c", program], check=True)
         stamps.mkdir(exist_ok=True)
         for stamp in ("venv", "torch"):
@@ -377,13 +385,15 @@ def main() -> int:
             raise SystemExit(f"error: {error}") from None
         return 0
     where = device()
-    with tempfile.TemporaryDirectory() as scratch:
-        known = parts(options.wheels and options.wheels.absolute(), Path(scratch))
-        names = [part.name for part in known]
-        wanted = options.parts or names
-        if unknown := sorted(set(wanted) - set(names)):
-            parser.error(f"--parts {' '.join(unknown)}: expected some of {', '.join(names)}")
-        return make_report([part for part in known if part.name in wanted], where, RESULTS)
+    scratch = ROOT / "results" / "gpu_report"
+    scratch.mkdir(parents=True, exist_ok=True)
+    # Seen from the root, where the parts run.
+    known = parts(options.wheels and Path(os.path.relpath(options.wheels, ROOT)), scratch)
+    names = [part.name for part in known]
+    wanted = options.parts or names
+    if unknown := sorted(set(wanted) - set(names)):
+        parser.error(f"--parts {' '.join(unknown)}: expected some of {', '.join(names)}")
+    return make_report([part for part in known if part.name in wanted], where, RESULTS)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,14 @@ def keep(file: Path, curve: Curve, made: dict[str, Any], *, command: str, reason
     file.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "transformers")}
     told = {"reason": reason, "command": command, "versions": versions, "made": made}
-    content = told | {"curve": curve.to_tree()}
-    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    # What made it is read in a diff; of the curve, a line for each series.
+    head = json.dumps(told, indent=1).removesuffix("\n}")
+    series = [
+        f"  {json.dumps(name)}: {json.dumps(values, allow_nan=False)}"
+        for name, values in curve.to_tree().items()
+    ]
+    text = head + ',\n "curve": {\n' + ",\n".join(series) + "\n }\n}\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def read(file: Path, made: dict[str, Any]) -> Curve:

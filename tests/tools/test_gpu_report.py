@@ -46,6 +46,7 @@ def test_what_fails_crashes_or_hangs_is_told_and_the_rest_goes_on(
     assert found["parts"]["setup"]["last_lines"] == ["no such wheel"]
     assert found["parts"]["hang"]["last_lines"] == ["waiting"]
     assert found["parts"]["fine"]["result"] == [1, 2]
+    assert sys.executable not in json.dumps(found)
     text = (tmp_path / "nvidia_h100_80gb_hbm3.md").read_text()
     assert "| crash | signal 6 |" in text
     assert "## fine\n\n```\ndone\n```" in text
