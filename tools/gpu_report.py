@@ -160,7 +160,9 @@ def run(part: Part) -> Outcome:
 
 def without_places(text: str) -> str:
     """The report is for other machines too: no folders of this one."""
-    return text.replace(f"{ROOT}/", "").replace(sys.executable, "python3")
+    for place, told in ((f"{ROOT}/", ""), (str(ROOT), "."), (sys.executable, "python3")):
+        text = text.replace(place, told)
+    return text
 
 
 def _read(file: Path | None) -> Any:
@@ -310,7 +312,7 @@ def join(carried: Path, folder: Path) -> list[Path]:
 
 def install(what: str, carried: Path) -> None:
     """One part of the set-up: `packages`, `operators` or `transformer_engine`."""
-    pip = (PYTHON, "-m", "pip", "--disable-pip-version-check")
+    pip = (PYTHON, "-m", "pip", "--isolated", "--disable-pip-version-check")
     add = (*pip, "install", "--no-index", "--no-deps")
     stamps = VENV / ".stamps"  # make's: it finds its own set-up done
     if what == "packages":
