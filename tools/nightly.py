@@ -9,6 +9,7 @@ failed, 2: it could not begin, 3: something crashed.
 """
 
 import argparse
+import http.client
 import json
 import os
 import platform
@@ -16,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +99,7 @@ def send(url: str, text: str, records: Sequence[Record]) -> None:
     try:
         with urllib.request.urlopen(request, timeout=30):
             pass
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         print(f"the webhook did not take the summary: {error}", file=sys.stderr)
 
 

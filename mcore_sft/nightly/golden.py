@@ -46,9 +46,9 @@ def keep(file: Path, curve: Curve, made: dict[str, Any], *, command: str, reason
     file.write_text(text, encoding="utf-8")
 
 
-def read(file: Path, made: dict[str, Any]) -> Curve:
-    """The curve in `file`; raises `GoldenError` unless it was made from `made`."""
-    mend = f"python tools/nightly.py --golden {file.stem} --reason TEXT makes it"
+def read(file: Path, made: dict[str, Any], command: str) -> Curve:
+    """The curve in `file`, which `command` makes; `GoldenError` unless it was made from `made`."""
+    mend = f"{command} --reason TEXT makes it"
     if not file.exists():
         raise GoldenError(f"{file} is not there; {mend}")
     try:

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from mcore_sft.data.loader import nearest_multiple
 from mcore_sft.errors import UserError
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.nightly import golden, judge, work
-from mcore_sft.nightly.curve import METRICS, Curve, CurveError
+from mcore_sft.nightly.curve import Curve, CurveError
 from mcore_sft.nightly.history import Outcome, Record
 from mcore_sft.nightly.judge import Finding
 from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
@@ -37,6 +38,8 @@ ALONE = (
     *("parallel.context=1", "parallel.distributed_optimizer=false", "parallel.overlap=false"),
 )
 EXACT = ("train.precision=fp32", "train.fp8=none", "train.fp8_bf16_ends=0")
+LATEST = "latest"
+"""What a training run's folder has from its first complete checkpoint on."""
 NARROW_BEYOND = 2
 """Steps after the first that departs, up to which a narrowing run goes."""
 
@@ -168,6 +171,7 @@ class Run:
         done = self.work / "made"
         if self.benchmark.inputs is None or done.exists():
             return
+        shutil.rmtree(self.work, ignore_errors=True)  # half made, which the commands refuse
         for command in self.night.tier.inputs[self.benchmark.inputs].commands:
             self._run("inputs", shlex.split(self._named(command)), self.work / "inputs.log")
         done.touch()
@@ -197,7 +201,7 @@ class Run:
                 self._oracle("reference", file)
             elif against == GOLDEN:
                 kept = golden.FOLDER / f"{self.benchmark.name}.json"
-                golden.read(kept, self.made_from()).write(file)
+                golden.read(kept, self.made_from(), self._golden_command).write(file)
             else:
                 Curve.read(self.night.folder / against / "curve.json").write(file)
         return Curve.read(file)
@@ -217,15 +221,26 @@ class Run:
         """The same run, killed at a step that the commit and the name choose, and started again."""
         file, folder = self.folder / "resumed.json", self.folder / "resumed"
         if not file.exists():
-            config = self.config(folder)
-            draw = random.Random(f"{self.night.commit} {self.benchmark.name}")
-            step = draw.randint(config.checkpoint.every or 1, config.train.steps - 1)
-            (self.folder / "killed_at").write_text(f"{step}\n")
-            if not folder.exists():
-                self._run_until("training that is killed", folder, step)
+            killed = self.folder / "killed_at"
+            if not killed.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                step = self._step_to_kill()
+                self._run_until("training that is killed", folder, step, saved=True)
+                killed.write_text(f"{step}\n")
             self._run("training that is started again", self._training(folder))
             Curve.of_run(folder).write(file)
         return Curve.read(file)
+
+    def _step_to_kill(self) -> int:
+        config = self.config(self.folder)
+        every, steps = config.checkpoint.every, config.train.steps
+        if not 0 < every < steps:
+            raise configuration.ConfigError(
+                f"benchmark {self.benchmark.name}: gates.resume with checkpoint.every {every} of "
+                f"{steps} steps; expected 1 to {steps - 1}, so that there is one to go on from"
+            )
+        draw = random.Random(f"{self.night.commit} {self.benchmark.name}")
+        return draw.randint(every, steps - 1)
 
     def accuracy(self) -> Share:
         """Of the experiment's first benchmark, by the exported model."""
@@ -258,9 +273,16 @@ class Run:
         file, kept = self.folder / "oracle.json", golden.FOLDER / f"{self.benchmark.name}.json"
         if not file.exists():
             self._oracle("golden", file)
-        command = f"python tools/nightly.py --tier {self.night.tier.name} --golden {kept.stem}"
-        golden.keep(kept, Curve.read(file), self.made_from(), command=command, reason=reason)
+        made, command = self.made_from(), self._golden_command
+        golden.keep(kept, Curve.read(file), made, command=command, reason=reason)
         return kept
+
+    @property
+    def _golden_command(self) -> str:
+        """What makes the golden curve, but for the reason."""
+        data = "" if self.night.data is None else " --data DIR"
+        name = self.benchmark.name
+        return f"python tools/nightly.py --tier {self.night.tier.name}{data} --golden {name}"
 
     # ---- a failure, narrowed
 
@@ -289,8 +311,12 @@ class Run:
         told = []
         for name, sensible, changes, processes in choices:
             if sensible:
-                departs = self._departs(step, changes, processes, reference, name)
-                told.append(f"{'still departs' if departs else 'does not depart'} {name}")
+                try:
+                    departs = self._departs(step, changes, processes, reference, name)
+                except (Crash, UserError) as error:  # what failed is told all the same
+                    told.append(f"crashes {name} ({str(error).splitlines()[-1]})")
+                else:
+                    told.append(f"{'still departs' if departs else 'does not depart'} {name}")
         return ", ".join(told) or "it runs in one process and in fp32 already"
 
     def _departs(
@@ -298,12 +324,16 @@ class Run:
     ) -> bool:
         """Whether the same run with `changes` departs up to `step` and a little beyond."""
         folder = self.folder / f"narrowed {name}".replace(" ", "_")
-        last = min(step + NARROW_BEYOND, self.config(folder).train.steps - 1)
-        if not (folder / METRICS).exists():
-            self._run_until(f"training {name}", folder, last, changes, processes)
+        file, last = folder.with_suffix(".json"), step + NARROW_BEYOND
+        if not file.exists():
+            if last < self.config(folder).train.steps:
+                self._run_until(f"training {name}", folder, last, changes, processes)
+            else:
+                self._run(f"training {name}", self._training(folder, changes, processes))
+            Curve.of_run(folder).write(file)
         gates = self.benchmark.gates
         judged = judge.judge(
-            Curve.of_run(folder).until(last),
+            Curve.read(file).until(last),
             reference.until(last),
             type(gates)(loss=gates.loss, grad_norm=gates.grad_norm),
         )
@@ -338,11 +368,12 @@ class Run:
         step: int,
         changes: Sequence[str] = (),
         processes: int | None = None,
+        saved: bool = False,
     ) -> None:
-        """Train until the metrics show `step`, and kill it then."""
+        """Train until the metrics show `step`, and a checkpoint is there if `saved`; kill it."""
         command = self._training(folder, changes, processes)
         log = self.folder / f"{stage.replace(' ', '_')}.log"
-        reached = partial(_has_reached, folder, step)
+        reached = partial(_has_reached, folder, step, saved)
         threads = self._threads(command)
         work.run_and_kill(command, log, reached, threads=threads, until=self.night.until)
 
@@ -365,7 +396,9 @@ class Run:
         return text.replace("{work}", str(self.work)).replace("{data}", str(self.night.data))
 
 
-def _has_reached(folder: Path, step: int) -> bool:
+def _has_reached(folder: Path, step: int, saved: bool) -> bool:
+    if saved and not (folder / LATEST).exists():
+        return False
     try:
         return bool(Curve.of_run(folder).until(step).steps[-1:] == (step,))
     except CurveError:

@@ -1,8 +1,10 @@
 """Commands run as their users run them, each with a log, none left behind."""
 
 import contextlib
+import ctypes
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 import psutil
 
 LAST_LINES = 20
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Crash(Exception):
@@ -57,11 +61,17 @@ def _started(command: Sequence[str], log: Path, threads: int) -> Iterator[subpro
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         try:
             yield process
         finally:
             _end(process)
+
+
+def _end_with_parent() -> None:
+    """A night that is killed ends its command, and torchrun its ranks: two would write one run."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -73,6 +83,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         psutil.wait_procs(started, timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what a command that died has left in its group
     process.wait()
 
 

@@ -1,8 +1,13 @@
 """A night of tiny runs: what is done, what is not done again, and what a failure says."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,10 @@ import psutil
 import pytest
 import yaml
 
+from mcore_sft.checkpoint.sharded import POINTER
 from mcore_sft.nightly import golden, work
 from mcore_sft.nightly.curve import METRICS, Curve
-from mcore_sft.nightly.run import Night, Run
+from mcore_sft.nightly.run import LATEST, Night, Run
 from mcore_sft.nightly.tier import Tier
 from mcore_sft.nightly.work import Crash
 from tests import runs
@@ -48,6 +54,8 @@ class Commands:
         self.run: list[str] = []
         self.spoiled: dict[str, int] = {}
         """Part of a training's folder -> the step from which its loss is wrong."""
+        self.saves_after = 0
+        """A training that is killed has a checkpoint when it is beyond this step."""
 
     def __call__(self, command: Sequence[str], log: Path, **_: Any) -> None:
         words = dict(word.split("=", 1) for word in command if "=" in word)
@@ -71,10 +79,12 @@ class Commands:
         folder = next(Path(word.split("=", 1)[1]) for word in command if "output=" in word)
         for step in range(1, STEPS + 1):
             self.train(folder, step, told=False)
+            if step > self.saves_after:
+                (folder / LATEST).touch()
             if when():
                 self.run.append(f"killed at {step}")
                 return
-        raise AssertionError("it was to be killed")
+        raise Crash("ended by itself, exit code 0")
 
     def train(self, folder: Path, steps: int, told: bool = True) -> None:
         """Metrics of a run, wrong where it is spoiled."""
@@ -209,6 +219,86 @@ def test_what_cannot_be_narrowed_says_so(tmp_path: Path, config: Path, commands:
     )
 
 
+@pytest.mark.parametrize("first", range(1, STEPS + 1))
+def test_a_departure_at_any_step_is_seen_when_it_is_narrowed(
+    tmp_path: Path, config: Path, commands: Commands, first: int
+) -> None:
+    commands.spoiled = {"run": first, "narrowed": first}
+    record = night(tmp_path, config, processes=2).record()
+    assert str(record.narrowed).endswith("still departs in one process")
+
+
+def test_what_failed_is_told_where_narrowing_crashes(
+    tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashed(*_: Any, **__: Any) -> None:
+        raise Crash("torchrun, training.log:\nexit code 1")
+
+    commands.spoiled = {"run": 2}
+    monkeypatch.setattr(work, "run_and_kill", crashed)
+    record = night(tmp_path, config, processes=2).record()
+    assert (record.outcome, record.findings[0].step) == ("failed", 2)
+    assert str(record.narrowed).endswith("crashes in one process (exit code 1)")
+
+
+def test_narrowing_that_was_stopped_is_not_judged_by_its_half(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    commands.spoiled = {"run": 2}
+    run = night(tmp_path, config, processes=2)
+    commands.train(run.folder / "narrowed_in_one_process", 1, told=False)
+    assert str(run.record().narrowed).endswith("does not depart in one process")
+
+
+# ---- killed and started again
+
+
+def test_the_name_of_the_newest_checkpoint_is_the_trainers() -> None:
+    assert LATEST == POINTER
+
+
+def test_a_run_is_killed_when_it_has_a_checkpoint(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    commands.saves_after = STEPS - 1
+    run = night(tmp_path, config, against=None, gates={"resume": True})
+    assert run.record().outcome == "passed"
+    assert commands.run == ["training run", f"killed at {STEPS}", "training resumed"]
+
+
+def test_a_run_that_was_stopped_before_it_was_killed_begins_anew(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    run = night(tmp_path, config, against=None, gates={"resume": True})
+    commands.train(run.folder / "resumed", 1, told=False)
+    run.record()
+    assert "killed" in commands.run[1]
+
+
+def test_a_run_that_saves_only_in_the_end_cannot_be_killed(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    changes = {"overrides": [f"checkpoint.every={STEPS}"], "gates": {"resume": True}}
+    record = night(tmp_path, config, against=None, **changes).record()
+    assert "checkpoint.every 6 of 6 steps; expected 1 to 5" in str(record.crash)
+
+
+def test_inputs_that_are_half_made_are_made_anew(tmp_path: Path, config: Path) -> None:
+    run = night(tmp_path, config)
+    tier = run.night.tier.model_validate(
+        {
+            "name": "tiny",
+            "minutes": 5,
+            "inputs": {"rows": {"commands": ["mkdir {work}/text"]}},
+            "benchmarks": [run.benchmark.model_dump() | {"inputs": "rows"}],
+        }
+    )
+    run = Run(replace(run.night, tier=tier), tier.benchmarks[0])
+    (run.work / "text").mkdir(parents=True)
+    run.inputs()
+    assert (run.work / "made").exists()
+
+
 def test_data_that_is_not_given_is_a_sentence(
     tmp_path: Path, config: Path, commands: Commands
 ) -> None:
@@ -226,7 +316,9 @@ def test_a_golden_is_kept_with_what_made_it(
     monkeypatch.setattr(golden, "FOLDER", tmp_path / "golden")
     absent = night(tmp_path / "0", config, against="golden").record()
     assert absent.outcome == "crashed"
-    assert "short.json is not there; python tools/nightly.py --golden" in str(absent.crash)
+    assert "short.json is not there; python tools/nightly.py --tier tiny --golden short" in str(
+        absent.crash
+    )
     file = night(tmp_path / "1", config, against="golden").keep_golden("the first")
     assert json.loads(file.read_text())["reason"] == "the first"
     assert night(tmp_path / "2", config, against="golden").record().outcome == "passed"
@@ -262,6 +354,49 @@ def test_a_command_ends_with_all_that_it_has_started(tmp_path: Path, how: str) -
         with pytest.raises(Crash, match="no end within the time of the tier"):
             work.run(command, tmp_path / "log", threads=1, until=time.monotonic() + 3)
     assert not psutil.pid_exists(int(mark.read_text()))
+
+
+def test_a_command_that_is_killed_leaves_nothing_in_its_group(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    program = (
+        "import os, signal, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with pytest.raises(Crash, match="exit code -9"):
+        work.run(["python", "-c", program], tmp_path / "log", threads=1, until=1e18)
+    assert ended(int(mark.read_text()))
+
+
+def test_a_command_ends_when_the_night_is_killed(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    program = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    night = (
+        "from pathlib import Path\nfrom mcore_sft.nightly import work\n"
+        f"work.run(['python', '-c', {program!r}], Path({str(tmp_path / 'log')!r}), threads=1, "
+        "until=1e18)"
+    )
+    with subprocess.Popen([sys.executable, "-c", night]) as process:
+        while not (mark.exists() and mark.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert ended(int(mark.read_text()))
+
+
+def ended(pid: int) -> bool:
+    """Whether it ends within some seconds; one that nobody has waited for has ended."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    return False
 
 
 @pytest.mark.slow

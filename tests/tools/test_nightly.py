@@ -1,6 +1,7 @@
 """The command of the nightly benchmarks: what it says, keeps, sends and returns."""
 
 import json
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -121,6 +122,23 @@ def test_a_webhook_that_is_not_there_changes_nothing_else(
 ) -> None:
     words = ("--only", "short_dp2", "--webhook", "http://127.0.0.1:9")
     assert run(monkeypatch, tmp_path, *words) == 0
+    assert "the webhook did not take the summary" in capsys.readouterr().err
+
+
+def test_a_webhook_that_speaks_no_http_changes_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer() -> None:
+        taken, _ = server.accept()
+        with taken:
+            taken.recv(2**16)
+            taken.sendall(b"no http\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        nightly.send(f"http://127.0.0.1:{server.getsockname()[1]}", "all passed", [])
+        thread.join()
     assert "the webhook did not take the summary" in capsys.readouterr().err
 
 
