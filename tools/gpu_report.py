@@ -110,9 +110,8 @@ def run(part: Part) -> Outcome:
     begun = time.monotonic()
     if part.writes:
         part.writes.unlink(missing_ok=True)
-    late = threading.Event()
     lines: list[str] = []
-    with subprocess.Popen(
+    process = subprocess.Popen(
         part.command,
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
@@ -122,33 +121,27 @@ def run(part: Part) -> Outcome:
         errors="replace",
         start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
-    ) as process:
+    )
 
-        def end() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(without_places(line.rstrip("\n")))
 
-        def too_late() -> None:
-            late.set()
-            end()
-
-        timer = threading.Timer(60 * part.minutes, too_late)
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines.append(without_places(line.rstrip("\n")))
-            code = process.wait()
-        finally:
-            timer.cancel()
-            end()  # what it has left behind
-    if late.is_set():
+    # In a thread: a process that has left the group may hold the output open.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(60 * part.minutes)
+        ended = f"exit code {code}" if code > 0 else f"signal {-code}" if code else "passed"
+    except subprocess.TimeoutExpired:
         ended = f"no end within {part.minutes:g} min"
-    elif code:
-        ended = f"exit code {code}" if code > 0 else f"signal {-code}"
-    else:
-        ended = "passed"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
+        process.wait()
+    reader.join(5)
     return Outcome(
         ended=ended,
         seconds=round(time.monotonic() - begun, 1),
@@ -323,15 +316,21 @@ def install(what: str, carried: Path) -> None:
         (site / "machine.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
         with carried_files(carried) as files:
             wheels = [str(f) for f in files if not f.name.startswith("transformer_engine")]
-            subprocess.run([*add, "--quiet", *wheels], check=True)
+            bad = []
+            if subprocess.run([*add, "--quiet", *wheels], check=False).returncode:
+                # One that cannot be installed costs no other.
+                ran = [subprocess.run([*add, "--quiet", one], check=False) for one in wheels]
+                bad = [f"{Path(one.args[-1]).name}" for one in ran if one.returncode]
         program = "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
         subprocess.run([PYTHON, "-c", program], check=True)
         stamps.mkdir(exist_ok=True)
         for stamp in ("venv", "torch"):
             (stamps / stamp).touch()
+        if bad:
+            raise SystemExit(f"error: not installed: {', '.join(bad)}")
     elif what == "operators":
+        (stamps / "package").touch()  # even if it fails: make has no network to do it by
         subprocess.run([*add, "--no-build-isolation", "-e", "."], check=True, cwd=ROOT)
-        (stamps / "package").touch()
         program = "from mcore_sft.ops import library as l; l.load(); l.load_cuda(); print('built')"
         subprocess.run([PYTHON, "-c", program], check=True)
     else:

@@ -1,6 +1,7 @@
 """Blocks in, encoded blocks out, in order: the processes that tokenize, and how they end.
 
-They end with the process that started them, however that ends. Ctrl-C is for that one alone.
+They end with the process that started them, however that ends. Ctrl-C and SIGTERM are for that one
+alone: a worker that dies while it answers leaves half an answer, for whose end the pool then waits.
 """
 
 import signal
@@ -11,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 from mcore_sft.command import end_with_parent
 from mcore_sft.data.blocks import Block
@@ -30,6 +31,7 @@ def encode_all(
         encoder = Encoder(recipe)
         yield from (encoder.encode(block, source) for source, block in blocks)
         return
+    others = active_children()
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start, initargs=(recipe,)
     )
@@ -43,6 +45,9 @@ def encode_all(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
+        for process in active_children():  # the pool only sends them SIGTERM
+            if process not in others:
+                process.kill()
         raise DataError(
             "a process that tokenizes was ended from outside, perhaps for want of memory; "
             f"try fewer (data.workers={max(1, workers // 2)})"
@@ -55,21 +60,19 @@ def encode_all(
 def _signals_held() -> Iterator[None]:
     """Hold signals back that would leave a process half started, which then prints a traceback.
 
-    One that is started meanwhile never hears Ctrl-C: it inherits that this is blocked.
+    One that is started meanwhile never hears them: it inherits that they are blocked.
     """
     if threading.current_thread() is not threading.main_thread():  # no signal interrupts others
         yield
         return
     came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: came.append(n))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held_back = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in held_back}
+    signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held_back)
         for number, handler in before.items():
             signal.signal(number, handler)
         for held in came:

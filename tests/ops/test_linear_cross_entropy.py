@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcore_sft.ops import library
 from mcore_sft.ops.linear_cross_entropy import (
     IGNORE,
     LinearCrossEntropy,
@@ -65,23 +66,34 @@ def compute(
     case: Case,
     dtype: torch.dtype,
     upstream: Tensor | float = 1.0,
+    device: str = "cpu",
     **options: Any,
 ) -> Outcome:
-    hidden = case.hidden.to(dtype, copy=True).requires_grad_()
-    weight = case.weight.to(dtype, copy=True).requires_grad_()
+    hidden = case.hidden.to(device, dtype, copy=True).requires_grad_()
+    weight = case.weight.to(device, dtype, copy=True).requires_grad_()
+    weighed = torch.float64 if dtype == torch.float64 else torch.float32
     result = function(
         hidden,
         weight,
-        case.labels,
+        case.labels.to(device),
         rows=case.rows,
-        weights=case.weights.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        weights=case.weights.to(device, weighed),
         vocab_size=VOCAB,
         **options,
     )
     (result.loss * upstream).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    return Outcome(result=result, hidden=hidden.grad, weight=weight.grad)
+    here = LinearCrossEntropy(*(tensor.cpu() for tensor in result))
+    return Outcome(result=here, hidden=hidden.grad.cpu(), weight=weight.grad.cpu())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the operator runs; the references too."""
+    if request.param == "cuda":
+        library.load_cuda()
+    return str(request.param)
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -99,10 +111,12 @@ def assert_no_worse_than_plain(ours: Outcome, plain: Outcome, exact: Outcome) ->
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_error_beyond_that_of_plain_torch(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_no_error_beyond_that_of_plain_torch(
+    dtype: torch.dtype, options: dict[str, Any], device: str
+) -> None:
     exact = compute(reference, case(), torch.float64, **options)
-    plain = compute(reference, case(), dtype, **options)
-    ours = compute(linear_cross_entropy, case(), dtype, **options)
+    plain = compute(reference, case(), dtype, device=device, **options)
+    ours = compute(linear_cross_entropy, case(), dtype, device=device, **options)
     assert_no_worse_than_plain(ours, plain, exact)
     assert not ours.weight[VOCAB:].any()
 
@@ -138,9 +152,9 @@ def test_gradients_are_those_of_the_loss(reduction: str, options: dict[str, Any]
 
 
 @pytest.mark.parametrize("upstream", [3.0, 0.0, -0.5])
-def test_a_scalar_upstream_gradient_scales(upstream: float) -> None:
+def test_a_scalar_upstream_gradient_scales(upstream: float, device: str) -> None:
     exact = compute(reference, case(), torch.float64, upstream)
-    ours = compute(linear_cross_entropy, case(), torch.float32, upstream)
+    ours = compute(linear_cross_entropy, case(), torch.float32, upstream, device)
     assert error(ours.hidden, exact.hidden) < 1e-5
     assert error(ours.weight, exact.weight) < 1e-5
 
@@ -170,12 +184,12 @@ def test_a_second_backward_pass_finds_the_same_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_of_the_weight_is_added_to_main_grad(dtype: torch.dtype) -> None:
+def test_the_gradient_of_the_weight_is_added_to_main_grad(dtype: torch.dtype, device: str) -> None:
     exact = compute(reference, case(), torch.float64)
-    plain = compute(reference, case(), dtype)
-    main_grad = torch.full((PADDED, D), 3.0)
-    ours = compute(linear_cross_entropy, case(), dtype, main_grad=main_grad)
-    assert_no_worse_than_plain(replace(ours, weight=main_grad - 3), plain, exact)
+    plain = compute(reference, case(), dtype, device=device)
+    main_grad = torch.full((PADDED, D), 3.0, device=device)
+    ours = compute(linear_cross_entropy, case(), dtype, device=device, main_grad=main_grad)
+    assert_no_worse_than_plain(replace(ours, weight=main_grad.cpu() - 3), plain, exact)
 
 
 def test_main_grad_needs_an_upstream_gradient_of_one() -> None:

@@ -54,6 +54,21 @@ def test_what_fails_crashes_or_hangs_is_told_and_the_rest_goes_on(
     assert not mark.exists(), "what a part that hangs has started must end with it"
 
 
+@pytest.mark.parametrize(
+    ("then", "ended"), [("", "passed"), ("time.sleep(60)", "no end within 0.0166667 min")]
+)
+def test_what_has_left_the_part_does_not_hold_it_open(then: str, ended: str) -> None:
+    program = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'],"
+        f" start_new_session=True)\nprint('started', flush=True)\n{then}"
+    )
+    begun = time.monotonic()
+    outcome = gpu_report.run(part("leaves", program, minutes=1 / 60))
+    assert time.monotonic() - begun < 15
+    assert (outcome.ended, outcome.last_lines) == (ended, ["started"])
+
+
 def test_parts_that_are_not_asked_for_keep_their_outcome(tmp_path: Path) -> None:
     assert gpu_report.make_report([part("tests", "print(1)")], WHERE, tmp_path) == 0
     assert gpu_report.make_report([part("loss", "1/0")], WHERE, tmp_path) == 1
