@@ -336,7 +336,7 @@ class TrainConfig(Section):
     """A loss so many standard deviations above the mean of the last ones is a spike."""
     hang_seconds: Positive | None = 1800.0
     """The run ends, and every rank's stack is written, after so many seconds in which a rank has
-    computed no micro-batch; none is never."""
+    computed no micro-batch, nor written any of the checkpoint that is waited for; none is never."""
     deterministic: bool = False
     """The same bits from the same run on the same layout, on GPUs too, where that costs speed. What
     is random in a run is drawn from the seeds of its configuration alone, always."""

@@ -156,9 +156,13 @@ class Checkpoints:
         return self._pending is not None and self._pending.writer.is_writing
 
     def wait(self, beat: Callable[[], None] = lambda: None) -> Path | None:
-        """Wait for the save that was begun, if there is one, and complete it; `beat` meanwhile."""
+        """Wait for the save that was begun, if there is one, and complete it.
+
+        `beat` meanwhile, as long as the writer of this rank goes on.
+        """
         while any(agree(self.mesh, int(self.is_writing))):
-            beat()
+            if self._pending and self._pending.writer.goes_on():
+                beat()
             time.sleep(0.05)
         return self.complete() if self.is_pending else None
 

@@ -245,8 +245,13 @@ def _save_and_change(
         train_step(here.model, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
         assert not any(torch.equal(before[name], x) for name, x in _state(here).items())
         unnamed = made.is_writing and not (folder / "step_1").exists()
+        assert made._pending is not None
+        assert made._pending.writer.goes_on()
+        end = time.monotonic() + 10
+        while made.is_writing and made._pending.writer.goes_on():  # it waits, and no longer does
+            assert time.monotonic() < end
+            time.sleep(0.05)
         for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm tells every process
-            assert made._pending is not None
             os.kill(made._pending.writer._process.pid, number)
         here.mesh.barrier()
         release.touch()
