@@ -536,6 +536,11 @@ class RunConfig(Section):
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
                 f"train.steps {self.train.steps}; the learning rate would never be reached"
             )
+        if self.log.profile and self.log.profile[0] > self.train.steps:
+            raise ValueError(
+                f"log.profile {list(self.log.profile)} begins after the last step, "
+                f"train.steps {self.train.steps}"
+            )
         if self.data.sequence_length % self.parallel.tensor and self.parallel.sequence:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is not a multiple of "

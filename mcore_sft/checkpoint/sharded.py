@@ -192,7 +192,7 @@ class Checkpoints:
             manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
             _write_durably(pending.temporary / MANIFEST, signed(manifest))
             pending.temporary.rename(final)
-            _replace(self.folder / POINTER, final.name + "\n")
+            replace_file(self.folder / POINTER, final.name + "\n")
             self._prune()
 
     def add_score(self, step: int, name: str, score: float) -> None:
@@ -200,7 +200,7 @@ class Checkpoints:
 
         For the main process alone.
         """
-        _replace(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
+        replace_file(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
         self._prune()
 
     def _prune(self) -> None:
@@ -478,7 +478,7 @@ def _write_durably(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file that holds what it held before, or all of `text`."""
     beside = path.with_name(f".{path.name}")
     _write_durably(beside, text)

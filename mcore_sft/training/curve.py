@@ -27,6 +27,8 @@ def draw(log: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, linewidth=1, label=label)
     axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    axes.grid(alpha=0.3)
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(picture, dpi=150)
