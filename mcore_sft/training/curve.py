@@ -18,6 +18,7 @@ def draw(log: Path, picture: Path) -> None:
     """Draw the losses of `log` over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -27,8 +28,10 @@ def draw(log: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, linewidth=1, label=label)
     axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks("{x:g}")
-    axes.grid(alpha=0.3, which="both")
+    # Where fewer than two of these lie in a narrow range, round numbers take their place.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=150)
