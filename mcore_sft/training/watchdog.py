@@ -69,7 +69,13 @@ class Watchdog:
         os.close(self._memory)
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(5.0, self._seconds / 4)):
+        pause = min(5.0, self._seconds / 4)
+        looked = time.monotonic()
+        while not self._ended.wait(pause):
+            late = time.monotonic() - looked - pause
+            looked += late + pause
+            if late > pause:  # this process was stopped as a whole, as Slurm suspends a job
+                self._beat += late
             silent = time.monotonic() - self._beat
             first = not any(self._folder.glob("rank_*.txt"))
             if silent > self._seconds or not first:
