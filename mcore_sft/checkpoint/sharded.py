@@ -203,6 +203,13 @@ class Checkpoints:
         replace_file(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
         self._prune()
 
+    def best(self) -> str | None:
+        """The best step there is by `checkpoint.metric` and its score, in words."""
+        found = scores(self.folder, self.settings.metric)
+        for step in best_first(found, self.settings.metric):
+            return f"{self.folder / f'step_{step}'} ({self.settings.metric} {found[step]:.4f})"
+        return None
+
     def _prune(self) -> None:
         found = scores(self.folder, self.settings.metric)
         for step in superfluous(found, self.settings):
@@ -329,12 +336,18 @@ def superfluous(scores: Mapping[int, float | None], settings: CheckpointConfig) 
     if not (settings.keep or settings.best):
         return []
     newest = sorted(scores, reverse=True)
-    sign = -1 if settings.metric == "accuracy" else 1
-    best = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
-    stay = {*newest[: max(1, settings.keep)], *(-step for _, step in best[: settings.best])}
+    best = best_first(scores, settings.metric)
+    stay = {*newest[: max(1, settings.keep)], *best[: settings.best]}
     if settings.keep_every:
         stay |= {step for step in scores if step % settings.keep_every == 0}
     return [step for step in newest if step not in stay]
+
+
+def best_first(scores: Mapping[int, float | None], metric: str) -> list[int]:
+    """The steps that have a score by `metric`, of two that are as good the newer first."""
+    sign = -1 if metric == "accuracy" else 1
+    order = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
+    return [-step for _, step in order]
 
 
 def scores(folder: Path, metric: str) -> dict[int, float | None]:

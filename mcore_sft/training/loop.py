@@ -132,6 +132,8 @@ def train_on(
             f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
         )
     accuracy.wait(stop)
+    if config.checkpoint.best and (best := checkpoints.best()):
+        metrics.say(f"the best is {best}")
     return progress
 
 

@@ -118,7 +118,7 @@ class Metrics:
                 "supervised_tokens": result.supervised,
                 "tokens": result.tokens,
                 "examples": result.examples,
-                "epoch_examples": progress.examples,
+                "examples_seen": progress.examples,
                 "skipped_steps": progress.skipped,
                 "tokens_per_second": rate,
                 "mfu": mfu,

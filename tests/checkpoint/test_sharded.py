@@ -186,7 +186,9 @@ def test_what_stays(settings: dict[str, int], stay: list[int]) -> None:
     assert sorted(SCORES.keys() - set(gone)) == stay
 
 
-def test_the_best_and_those_to_average_are_kept(model: Path, tmp_path: Path) -> None:
+def test_the_best_and_those_to_average_are_kept(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = runs.experiment(
         tmp_path / "run",
         model,
@@ -202,6 +204,8 @@ def test_the_best_and_those_to_average_are_kept(model: Path, tmp_path: Path) -> 
     losses = {x["step"]: x["validation_loss"] for x in lines if "validation_loss" in x}
     best = sorted(losses, key=lambda step: losses[step])[:2]
     assert best != [6, 5]
+    said = f"the best is {config.folder}/step_{best[0]} (validation_loss {losses[best[0]]:.4f})\n"
+    assert capfd.readouterr().err.endswith(said)
     assert {path.name for path in steps(config.folder)} == {f"step_{n}" for n in (*best, 4, 6)}
     for path in steps(config.folder):
         step = int(path.name.removeprefix("step_"))
