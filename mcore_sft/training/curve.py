@@ -5,8 +5,12 @@ from pathlib import Path
 
 
 def read_losses(log: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, loss) of training and of validation; steps without a loss are left out."""
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    """(step, loss) of training and of validation; steps without a loss are left out.
+
+    So is a last line that is being written, or was when the run was killed.
+    """
+    whole, _, _ = log.read_text(encoding="utf-8").rpartition("\n")
+    entries = [json.loads(line) for line in whole.splitlines()]
     trained, validated = (
         [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
         for key in ("loss", "validation_loss")
