@@ -336,7 +336,7 @@ class TrainConfig(Section):
     """A loss so many standard deviations above the mean of the last ones is a spike."""
     hang_seconds: Positive | None = 1800.0
     """The run ends, and every rank's stack is written, after so many seconds in which a rank has
-    computed no micro-batch; none is never."""
+    computed no micro-batch, nor written any of the checkpoint that is waited for; none is never."""
     deterministic: bool = False
     """The same bits from the same run on the same layout, on GPUs too, where that costs speed. What
     is random in a run is drawn from the seeds of its configuration alone, always."""
@@ -535,6 +535,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
                 f"train.steps {self.train.steps}; the learning rate would never be reached"
+            )
+        if self.log.profile and self.log.profile[0] > self.train.steps:
+            raise ValueError(
+                f"log.profile {list(self.log.profile)} begins after the last step, "
+                f"train.steps {self.train.steps}"
             )
         if self.data.sequence_length % self.parallel.tensor and self.parallel.sequence:
             raise ValueError(

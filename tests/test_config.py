@@ -47,6 +47,7 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("checkpoint.best=3", "checkpoint.every 0 is no multiple of train.validate_every 0"),
         ("train.evaluate_every=5", "5 is no multiple of checkpoint.every 0, and only checkpoints"),
         ("log.profile=[3, 2]", "profile [3, 2]: the first step is after the last"),
+        ("log.profile=[1001, 1002]", "begins after the last step, train.steps 1000"),
         ("data.train.1.path=b", "expected an index below 1, given '1'"),
         ("steps", "expected KEY=VALUE"),
     ],

@@ -3,12 +3,13 @@
     RUN/step_N/   weights/        what Megatron-core's distributed checkpointing wrote
                   model/          config.json and the tokenizer of the model it grew from
                   config.yaml     the resolved configuration of the run
-                  manifest.json   progress, and size and SHA-256 of every file; written last
+                  manifest.json   progress, size and SHA-256 of every file, and a digest of
+                                  itself; written last
                   scores.json     what was measured of it later
     RUN/latest    the name of the newest complete step
 
 A step is written as `.step_N.tmp`, made durable, and renamed: what bears the name step_N is whole.
-Training goes on meanwhile (writer.py).
+Training goes on meanwhile (writer.py). A step that goes loses its name first.
 """
 
 import contextlib
@@ -38,13 +39,15 @@ from mcore_sft.checkpoint import optimizer_state
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.writer import File, Writer, digest
 from mcore_sft.config import CheckpointConfig
+from mcore_sft.data.manifest import digest_of
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
 POINTER = "latest"
+_OTHER = "use another checkpoint of the run"
 
 
 @dataclass(kw_only=True)
@@ -153,9 +156,13 @@ class Checkpoints:
         return self._pending is not None and self._pending.writer.is_writing
 
     def wait(self, beat: Callable[[], None] = lambda: None) -> Path | None:
-        """Wait for the save that was begun, if there is one, and complete it; `beat` meanwhile."""
+        """Wait for the save that was begun, if there is one, and complete it.
+
+        `beat` meanwhile, as long as the writer of this rank goes on.
+        """
         while any(agree(self.mesh, int(self.is_writing))):
-            beat()
+            if self._pending and self._pending.writer.goes_on():
+                beat()
             time.sleep(0.05)
         return self.complete() if self.is_pending else None
 
@@ -183,11 +190,9 @@ class Checkpoints:
             files = {name: file for share in outcomes for name, file in share.items()}
             files |= _small_files(pending.temporary, files)
             manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
-            _write_durably(pending.temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-            if final.exists():
-                shutil.rmtree(final)
+            _write_durably(pending.temporary / MANIFEST, signed(manifest))
             pending.temporary.rename(final)
-            _replace(self.folder / POINTER, final.name + "\n")
+            replace_file(self.folder / POINTER, final.name + "\n")
             self._prune()
 
     def add_score(self, step: int, name: str, score: float) -> None:
@@ -195,14 +200,23 @@ class Checkpoints:
 
         For the main process alone.
         """
-        _replace(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
+        replace_file(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
         self._prune()
+
+    def best(self) -> str | None:
+        """The best step there is by `checkpoint.metric` and its score, in words."""
+        found = scores(self.folder, self.settings.metric)
+        for step in best_first(found, self.settings.metric):
+            return f"{self.folder / f'step_{step}'} ({self.settings.metric} {found[step]:.4f})"
+        return None
 
     def _prune(self) -> None:
         found = scores(self.folder, self.settings.metric)
         for step in superfluous(found, self.settings):
             if step not in self.held:
-                shutil.rmtree(self.folder / f"step_{step}")
+                nameless = self.folder / f".step_{step}.tmp"
+                (self.folder / f"step_{step}").rename(nameless)
+                shutil.rmtree(nameless)
 
     def restore_latest(self, fixed: dict[str, Any]) -> Progress | None:
         """Load the newest step that is whole; None if the run has no checkpoint yet.
@@ -211,7 +225,7 @@ class Checkpoints:
         `fixed` is compared with what the checkpoint says before anything is loaded.
         """
         damaged: dict[Path, CheckpointError] = {}
-        for path in steps(self.folder):
+        for path in _from_main(lambda: steps(self.folder), self.mesh):
             try:
                 manifest = verify(path, self.mesh)
             except CheckpointError as error:
@@ -241,7 +255,7 @@ class Checkpoints:
 
     def begin_anew(self) -> None:
         """Raise `CheckpointError` where checkpoints of another run would mix with those to come."""
-        found = steps(self.folder)
+        found = _from_main(lambda: steps(self.folder), self.mesh)
         if found:
             raise CheckpointError(
                 f"{self.folder}: holds {found[0].name} of another run, which "
@@ -322,12 +336,18 @@ def superfluous(scores: Mapping[int, float | None], settings: CheckpointConfig) 
     if not (settings.keep or settings.best):
         return []
     newest = sorted(scores, reverse=True)
-    sign = -1 if settings.metric == "accuracy" else 1
-    best = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
-    stay = {*newest[: max(1, settings.keep)], *(-step for _, step in best[: settings.best])}
+    best = best_first(scores, settings.metric)
+    stay = {*newest[: max(1, settings.keep)], *best[: settings.best]}
     if settings.keep_every:
         stay |= {step for step in scores if step % settings.keep_every == 0}
     return [step for step in newest if step not in stay]
+
+
+def best_first(scores: Mapping[int, float | None], metric: str) -> list[int]:
+    """The steps that have a score by `metric`, of two that are as good the newer first."""
+    sign = -1 if metric == "accuracy" else 1
+    order = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
+    return [-step for _, step in order]
 
 
 def scores(folder: Path, metric: str) -> dict[int, float | None]:
@@ -340,7 +360,7 @@ def scores(folder: Path, metric: str) -> dict[int, float | None]:
         known: dict[str, float | None] = {}
         with contextlib.suppress(CheckpointError):
             known |= read_manifest(path).get("scores", {})
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             known |= json.loads((path / SCORES).read_text(encoding="utf-8"))
         found[int(path.name.removeprefix("step_"))] = known.get(metric)
     return found
@@ -367,7 +387,7 @@ def verify(
     With a mesh, each process reads a share of the files and all raise together. `done` is told the
     bytes of each file that was read.
     """
-    manifest = read_manifest(path)
+    manifest = _from_main(lambda: read_manifest(path), mesh) if mesh else read_manifest(path)
     names = sorted(manifest["files"])
     rank, size = (mesh.world.rank, mesh.world.size) if mesh else (0, 1)
     faults = []
@@ -380,27 +400,57 @@ def verify(
         dist.all_gather_object(shares, faults, group=mesh.world.group)
         faults = [fault for share in shares for fault in share]
     if faults:
-        raise CheckpointError(f"{path}: {'; '.join(faults)}; use another checkpoint of the run")
-    return manifest
+        raise CheckpointError(f"{path}: {'; '.join(faults)}; {_OTHER}")
+    return dict(manifest)
+
+
+def _from_main(find: Callable[[], Any], mesh: Mesh) -> Any:
+    """What the main process finds, or its `CheckpointError`, on every process.
+
+    A file system of a network may show each machine another state of the folder.
+    """
+    told: list[Any] = [None]
+    if mesh.is_main:
+        try:
+            told = [find()]
+        except CheckpointError as error:
+            told = [error]
+    dist.broadcast_object_list(told, src=0, group=mesh.world.group)
+    if isinstance(told[0], CheckpointError):
+        raise told[0]
+    return told[0]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint at `path`, its files not looked at."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found, digest = manifest["format"], manifest.pop("digest", None)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no {MANIFEST} there, so this is no complete checkpoint; give a folder such "
             "as results/NAME/step_1000"
         ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: not valid JSON: {error}") from None
-    if manifest.get("format") != FORMAT:
+    except OSError as error:
         raise CheckpointError(
-            f"{path}: checkpoint format {manifest.get('format')!r}, expected {FORMAT}: go on with "
+            f"{path / MANIFEST}: cannot be read ({error.strerror}); {_OTHER}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: broken ({error!r}); {_OTHER}") from None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {found!r}, expected {FORMAT}: go on with "
             "the version that wrote it, or name another output and start anew"
         )
+    if digest != digest_of(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: is not as it was written; {_OTHER}")
     return manifest
+
+
+def signed(manifest: Mapping[str, Any]) -> str:
+    """What is written of a manifest: itself and its digest."""
+    plain = json.loads(json.dumps(manifest))
+    return json.dumps({**plain, "digest": digest_of(plain)}, indent=2) + "\n"
 
 
 def whole_tensors(path: Path) -> Callable[[str], Tensor]:
@@ -420,12 +470,16 @@ def whole_tensors(path: Path) -> Callable[[str], Tensor]:
 
 
 def _fault(path: Path, expected: dict[str, Any]) -> str | None:
-    if not path.exists():
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path.name} has {size} bytes, expected {expected['bytes']}"
+        if digest(path)["sha256"] != expected["sha256"]:
+            return f"{path.name} does not have the checksum of the manifest"
+    except FileNotFoundError:
         return f"{path.name} is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-    if digest(path)["sha256"] != expected["sha256"]:
-        return f"{path.name} does not have the checksum of the manifest"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
     return None
 
 
@@ -437,7 +491,7 @@ def _write_durably(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file that holds what it held before, or all of `text`."""
     beside = path.with_name(f".{path.name}")
     _write_durably(beside, text)

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
@@ -34,6 +35,7 @@ class Writer:
 
     def __init__(self, request: AsyncRequest, folder: Path) -> None:
         self._end: Connection | None = None
+        self._moved: Any = None
         if request.async_fn is None:  # the other ranks hold all that this one does
             return
         transforms = request.async_fn.args[0]
@@ -48,6 +50,15 @@ class Writer:
     def is_writing(self) -> bool:
         """Whether it has neither told what it wrote nor ended."""
         return self._end is not None and not self._end.poll()
+
+    def goes_on(self) -> bool:
+        """Whether it has read or written anything since this was asked last, or has ended."""
+        before = self._moved
+        try:
+            self._moved = self.is_writing and psutil.Process(self._process.pid).io_counters()
+        except psutil.Error:
+            return True
+        return not self._moved or self._moved != before
 
     def outcome(self) -> dict[str, File] | str:
         """The files that were written, by name within the folder, or what went wrong."""

@@ -31,7 +31,7 @@ class Curve:
     validation: dict[int, float]
     """Step -> validation loss."""
     peak_memory: int
-    """Bytes, of the process that wrote the metrics."""
+    """Bytes, of the rank that needed most."""
 
     @classmethod
     def of_run(cls, folder: Path) -> "Curve":

@@ -99,17 +99,17 @@ class Guard:
         self._report_spike(progress.step, means, loss, before)
         return self._settings.on_spike == "skip"
 
-    def _means(self, losses: list[float], batches: Sequence[Batch], step: int) -> list["_Mean"]:
+    def _means(self, losses: list[float], batches: Sequence[Batch], step: int) -> list["Mean"]:
         """The micro-batches of all ranks; `losses` are empty on all but one of those alike."""
         mine = [
-            _Mean(loss / max(1, batch.supervised), packs)
+            Share(loss, batch.supervised, tuple(packs))
             for loss, batch, packs in zip(losses, batches, self._loader.packs(step), strict=False)
         ]
         shares: list[Any] = [None] * self._mesh.world.size
         dist.all_gather_object(shares, mine, group=self._mesh.world.group)
-        return [mean for share in shares for mean in share]
+        return means_of([part for share in shares for part in share])
 
-    def _report_nonfinite(self, step: int, means: list["_Mean"], norm: float) -> None:
+    def _report_nonfinite(self, step: int, means: list["Mean"], norm: float) -> None:
         damaged = [mean for mean in means if not math.isfinite(mean.loss)]
         if damaged:
             told = f"the loss is {damaged[0].loss} in {self._named(damaged)}"
@@ -131,7 +131,7 @@ class Guard:
             )
 
     def _report_spike(
-        self, step: int, means: list["_Mean"], loss: float, before: list[float]
+        self, step: int, means: list["Mean"], loss: float, before: list[float]
     ) -> None:
         worst = max(means, key=lambda mean: mean.loss)
         skips = self._settings.on_spike == "skip"
@@ -143,13 +143,13 @@ class Guard:
         )
         self._metrics.flag(step + 1, "spike", told, self._samples([worst]))
 
-    def _named(self, means: list["_Mean"]) -> str:
+    def _named(self, means: list["Mean"]) -> str:
         return " and ".join(
             f"{what} {', '.join(map(str, ids[:SHOWN]))}{', ...' if len(ids) > SHOWN else ''}"
             for what, ids in self._samples(means).items()
         )
 
-    def _samples(self, means: list["_Mean"]) -> dict[str, list[int]]:
+    def _samples(self, means: list["Mean"]) -> dict[str, list[int]]:
         """The packs of these micro-batches, and the examples in them."""
         packs = [pack for mean in means for pack in mean.packs]
         examples = [example for pack in packs for example in self._dataset.examples_of(pack)]
@@ -164,8 +164,29 @@ def is_spike(loss: float, before: Sequence[float], sigmas: float, window: int) -
 
 
 @dataclass(frozen=True)
-class _Mean:
+class Share:
+    """What one rank knows of a micro-batch, whose rows context-parallel ranks share."""
+
+    loss: float
+    """The sum over its supervised tokens."""
+    supervised: int
+    packs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mean:
     """Mean loss of one micro-batch, and its packs."""
 
     loss: float
-    packs: list[int]
+    packs: tuple[int, ...]
+
+
+def means_of(shares: Sequence[Share]) -> list[Mean]:
+    """The micro-batches that `shares` are of."""
+    whole: dict[tuple[int, ...], list[Share]] = {}
+    for share in shares:
+        whole.setdefault(share.packs, []).append(share)
+    return [
+        Mean(sum(x.loss for x in parts) / max(1, sum(x.supervised for x in parts)), packs)
+        for packs, parts in whole.items()
+    ]

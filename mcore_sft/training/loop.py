@@ -20,10 +20,11 @@ from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
-from mcore_sft.runtime.hardware import be_deterministic
+from mcore_sft.runtime.hardware import be_deterministic, peak_memory
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training.accuracy import Accuracy, check_benchmark
+from mcore_sft.training.alone import alone
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
@@ -86,6 +87,7 @@ def train_on(
     accuracy = Accuracy(config, checkpoints, metrics, mesh)
     steps, asked = config.train.steps, 0
     with (
+        alone(config.folder, mesh),
         accuracy,
         metrics.logging(progress.step),
         stop,
@@ -102,10 +104,12 @@ def train_on(
             metrics.lap("data")
             result = guard.step(progress, batches, config.optimizer, lr)
             advance(progress, result)
-            asked, writing = agree(mesh, stop.asked, int(checkpoints.is_writing))
+            asked, writing, memory = agree(
+                mesh, stop.asked, int(checkpoints.is_writing), peak_memory(mesh.device)
+            )
             metrics.lap("optimizer")
             profile.after(progress.step)
-            metrics.step(progress, result, batches)
+            metrics.step(progress, result, batches, memory)
 
             if config.log.stragglers_every and progress.step % config.log.stragglers_every == 0:
                 metrics.own_times(progress.step, own.gather())
@@ -128,6 +132,8 @@ def train_on(
             f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
         )
     accuracy.wait(stop)
+    if config.checkpoint.best and (best := checkpoints.best()):
+        metrics.say(f"the best is {best}")
     return progress
 
 

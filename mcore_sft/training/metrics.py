@@ -21,11 +21,12 @@ from rich.progress import (
     Progress as Bar,
 )
 
-from mcore_sft.checkpoint.sharded import Progress
+from mcore_sft.checkpoint.sharded import Progress, replace_file
 from mcore_sft.config import LogConfig
 from mcore_sft.data.batch import Batch
+from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import Architecture
-from mcore_sft.runtime.hardware import peak_flops, peak_memory
+from mcore_sft.runtime.hardware import peak_flops
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training import curve, trackers
 from mcore_sft.training.flops import step_flops
@@ -100,11 +101,14 @@ class Metrics:
         self._laps[what] = self._laps.get(what, 0.0) + now - self._last
         self._last = now
 
-    def step(self, progress: Progress, result: StepResult, batches: Sequence[Batch]) -> None:
-        """Log the step that was just taken; `batches` are this rank's."""
+    def step(
+        self, progress: Progress, result: StepResult, batches: Sequence[Batch], memory: int
+    ) -> None:
+        """Log the step that was just taken; `batches` are this rank's, `memory` the fullest's."""
         laps, self._laps = self._laps, {}
         seconds = sum(laps.get(what, 0.0) for what in STEP)
         rate = result.tokens / seconds
+        mfu = self._mfu(result, batches, seconds)
         self._write(
             {
                 "step": progress.step,
@@ -114,11 +118,11 @@ class Metrics:
                 "supervised_tokens": result.supervised,
                 "tokens": result.tokens,
                 "examples": result.examples,
-                "epoch_examples": progress.examples,
+                "examples_seen": progress.examples,
                 "skipped_steps": progress.skipped,
                 "tokens_per_second": rate,
-                "mfu": self._mfu(result, batches, seconds),
-                "peak_memory_bytes": peak_memory(self.mesh.device),
+                "mfu": mfu,
+                "peak_memory_bytes": memory,
                 "step_seconds": seconds,
                 **{f"{what}_seconds": laps.get(what, 0.0) for what in (*STEP, *BETWEEN)},
             }
@@ -133,7 +137,8 @@ class Metrics:
                     else f"loss {result.loss:.4f}  grad norm {result.grad_norm:.3f}"
                 )
                 + f"  lr {result.lr:.2e}  {result.supervised:,} supervised tokens  "
-                f"{rate:,.0f} tokens/s  {seconds:.2f} s  left {self._left(progress.step)}"
+                f"{rate:,.0f} tokens/s  {'' if mfu is None else f'MFU {100 * mfu:.1f} %  '}"
+                f"{memory / 2**30:.1f} GiB  {seconds:.2f} s  left {self._left(progress.step)}"
             )
 
     def validation(self, progress: Progress, loss: float) -> None:
@@ -205,8 +210,15 @@ class Metrics:
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in entry.items()
             }
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain, allow_nan=False) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(plain, allow_nan=False) + "\n")
+            except OSError as error:
+                # Not a TrainingError: the other ranks know nothing of it, and end with this one.
+                raise UserError(
+                    f"{self.path} could not be written ({error.strerror}); see to the disk and "
+                    "start again: the run goes on from its newest checkpoint"
+                ) from error
             numbers = {name: x for name, x in plain.items() if isinstance(x, int | float)}
             for track in self._trackers:
                 track(entry["step"], numbers)
@@ -218,7 +230,7 @@ def _cut(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line + "\n" for line in lines if 0 < _step(line) <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    replace_file(path, "".join(kept))
 
 
 def _step(line: str) -> int:

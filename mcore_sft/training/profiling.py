@@ -25,12 +25,14 @@ class Profile:
             check_capture(mesh.device)
         self._file = folder / "profile" / f"rank_{mesh.world.rank}.json"
         self._device = mesh.device
+        self._begun = False
         self._open = contextlib.ExitStack()
 
     def before(self, step: int) -> None:
         """The step numbered `step` (from 1) begins."""
-        if step != self._first:
+        if self._begun or not self._first <= step <= self._last:
             return
+        self._begun = True
         if self._tool == "nsys":
             self._open.enter_context(capture_range(self._device))
             return

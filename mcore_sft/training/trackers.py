@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft.config import ConfigError, LogConfig
+from mcore_sft.errors import UserError
 
 Tracker = Callable[[int, dict[str, float]], None]
 """Told of each step and its numbers by name."""
@@ -54,7 +55,14 @@ def _wandb(project: str, folder: Path, name: str) -> Tracker:
     wandb = importlib.import_module("wandb")
     kept = folder / "wandb_id"
     known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
-    run = wandb.init(project=project, name=name, dir=str(folder), id=known, resume="allow")
+    try:
+        run = wandb.init(project=project, name=name, dir=str(folder), id=known, resume="allow")
+    except wandb.Error as error:
+        raise UserError(
+            f"log.wandb: {project}: W&B does not begin ({error}); run `wandb login`, set "
+            "WANDB_API_KEY, set WANDB_MODE=offline to send it later with `wandb sync`, or leave "
+            "log.wandb out"
+        ) from error
     kept.write_text(run.id + "\n", encoding="utf-8")
     run.define_metric("accuracy", step_metric="evaluated_step")
 

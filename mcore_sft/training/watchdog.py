@@ -1,11 +1,16 @@
 """A rank that hangs: the stacks of all ranks on disk, and the end of the run.
 
 RUN/hang/BEGINNING/rank_N.txt    what rank N was doing; the first of them makes all write theirs
+
+A rank that cannot even do that, because it was stopped or something in it keeps Python's lock for
+ever, is made to by a signal from one of the same machine: faulthandler needs no lock.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,6 +24,9 @@ from mcore_sft.runtime.mesh import Mesh
 
 HUNG = 124
 """Exit code of a run that hung, as that of timeout(1)."""
+_ROUNDS = 20
+"""So often is looked for the stacks of all ranks; halfway, those that wrote none are made to."""
+_SPEAK = signal.SIGUSR2
 
 
 class Watchdog:
@@ -46,6 +54,10 @@ class Watchdog:
         began = [time.strftime("%Y%m%d-%H%M%S")]
         dist.broadcast_object_list(began, src=0)
         self._folder /= began[0]
+        self._memory = os.memfd_create(self._name(self._mesh.world.rank))
+        faulthandler.register(_SPEAK, file=self._memory)
+        self._places: list[Any] = [None] * self._mesh.world.size
+        dist.all_gather_object(self._places, f"/proc/{os.getpid()}/fd/{self._memory}")
         self.beat()
         self._thread.start()
         return self
@@ -53,30 +65,65 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        faulthandler.unregister(_SPEAK)
+        os.close(self._memory)
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(5.0, self._seconds / 4)):
+        pause = min(5.0, self._seconds / 4)
+        looked = time.monotonic()
+        while not self._ended.wait(pause):
+            late = time.monotonic() - looked - pause
+            looked += late + pause
+            if late > pause:  # this process was stopped as a whole, as Slurm suspends a job
+                self._beat += late
             silent = time.monotonic() - self._beat
             first = not any(self._folder.glob("rank_*.txt"))
             if silent > self._seconds or not first:
                 self._write_stacks()
+                missing = self._await_others()
                 if first or self._mesh.is_main:
-                    self._tell(silent)
+                    self._tell(silent, missing)
                 os._exit(HUNG)
 
     def _write_stacks(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank_{self._mesh.world.rank}.txt").open("w") as file:
+        with self._file(self._mesh.world.rank).open("w") as file:
             faulthandler.dump_traceback(file)
 
-    def _tell(self, silent: float) -> None:
-        """Wait for the others' stacks, then say where they lie and whose are missing."""
-        size = self._mesh.world.size
-        for _ in range(20):
-            missing = [r for r in range(size) if not (self._folder / f"rank_{r}.txt").exists()]
+    def _await_others(self) -> list[int]:
+        """The ranks whose stacks are not there in the end."""
+        missing: list[int] = []
+        for turn in range(_ROUNDS):
+            ranks = range(self._mesh.world.size)
+            missing = [rank for rank in ranks if not self._file(rank).exists()]
             if not missing:
                 break
+            for rank in missing if turn >= _ROUNDS // 2 else []:
+                self._make_speak(rank)
             time.sleep(min(1.0, self._seconds / 8))
+        return missing
+
+    def _make_speak(self, rank: int) -> None:
+        """Ask a rank that is silent for its stacks, and keep them as soon as they are there."""
+        place = Path(self._places[rank])
+        # Of another machine or container, this is no process or another one.
+        with contextlib.suppress(OSError):
+            if self._name(rank) not in os.readlink(place):
+                return
+            if stacks := place.read_bytes():
+                self._file(rank).write_bytes(stacks)
+                return
+            for number in (_SPEAK, signal.SIGCONT):
+                os.kill(int(place.parts[2]), number)
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank}.txt"
+
+    def _name(self, rank: int) -> str:
+        return f"stacks of {self._folder.name} rank {rank}."
+
+    def _tell(self, silent: float, missing: list[int]) -> None:
+        """Say where the stacks lie, and whose are missing."""
         told = f"; of ranks {', '.join(map(str, missing))} there are none" if missing else ""
         print(
             f"error: rank {self._mesh.world.rank} has computed nothing for {silent:.0f} s "

@@ -79,6 +79,64 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(run: Path) -> None:
         read_manifest(run / "step_4")
 
 
+@pytest.mark.parametrize(
+    ("written", "now"),
+    [
+        ('"step": 4', '"step": 5'),  # a bit flipped, and the file still reads well
+        ('"skipped"', '"skippee"'),
+        ('"files"', '"filet"'),
+        ('"format"', '"formau"'),
+        ("{", "["),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_was_written_is_named(
+    run: Path, written: str, now: str
+) -> None:
+    file = run / "step_4" / MANIFEST
+    file.write_text(file.read_text().replace(written, now, 1))
+    with pytest.raises(CheckpointError, match=r"manifest.json: (broken|is not as it was written)"):
+        verify(run / "step_4")
+
+
+def test_what_cannot_be_read_is_named(run: Path) -> None:
+    file = run / "step_4" / "config.yaml"
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read \(Too many levels"):
+        verify(run / "step_4")
+    (run / "step_4" / MANIFEST).unlink()
+    (run / "step_4" / MANIFEST).mkdir()
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read \(Is a directory"):
+        verify(run / "step_4")
+
+
+def _step_3_alone(parallel: ParallelConfig, model: Path, folder: Path) -> int | None:
+    """Restore where every machine but the first does not see step_4 yet."""
+    with runs.loaded(model, parallel) as here:
+        if not here.mesh.is_main:
+            found = [path for path in steps(folder) if path.name != "step_4"]
+            sharded.steps = lambda folder: found
+        made = Checkpoints(
+            folder, CheckpointConfig(), model=here.model, optimizer=here.optimizer, mesh=here.mesh
+        )
+        progress = made.restore_latest({})
+        return progress and progress.step
+
+
+def test_all_ranks_restore_what_the_first_sees(model: Path, run: Path) -> None:
+    assert runs.on_layout("dp2", _step_3_alone, model, run) == [4, 4]
+
+
+def test_a_step_that_goes_loses_its_name_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed meanwhile leaves no step that is not whole."""
+    none: Any = None
+    made = Checkpoints(run, CheckpointConfig(keep=1), model=none, optimizer=none, mesh=none)
+    monkeypatch.setattr(sharded.shutil, "rmtree", lambda path: None)
+    made._prune()
+    assert [path.name for path in steps(run)] == ["step_4"]
+    assert (run / ".step_3.tmp" / MANIFEST).exists()
+
+
 def test_folders_of_other_names_are_left_alone(run: Path) -> None:
     shutil.copytree(run / "step_4", run / "step_final")
     assert [path.name for path in steps(run)] == ["step_4", "step_3"]
@@ -128,7 +186,9 @@ def test_what_stays(settings: dict[str, int], stay: list[int]) -> None:
     assert sorted(SCORES.keys() - set(gone)) == stay
 
 
-def test_the_best_and_those_to_average_are_kept(model: Path, tmp_path: Path) -> None:
+def test_the_best_and_those_to_average_are_kept(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = runs.experiment(
         tmp_path / "run",
         model,
@@ -144,6 +204,8 @@ def test_the_best_and_those_to_average_are_kept(model: Path, tmp_path: Path) -> 
     losses = {x["step"]: x["validation_loss"] for x in lines if "validation_loss" in x}
     best = sorted(losses, key=lambda step: losses[step])[:2]
     assert best != [6, 5]
+    said = f"the best is {config.folder}/step_{best[0]} (validation_loss {losses[best[0]]:.4f})\n"
+    assert capfd.readouterr().err.endswith(said)
     assert {path.name for path in steps(config.folder)} == {f"step_{n}" for n in (*best, 4, 6)}
     for path in steps(config.folder):
         step = int(path.name.removeprefix("step_"))
@@ -187,8 +249,13 @@ def _save_and_change(
         train_step(here.model, here.optimizer, batches, here.mesh, OptimizerConfig(), 1e-2)
         assert not any(torch.equal(before[name], x) for name, x in _state(here).items())
         unnamed = made.is_writing and not (folder / "step_1").exists()
+        assert made._pending is not None
+        assert made._pending.writer.goes_on()
+        end = time.monotonic() + 10
+        while made.is_writing and made._pending.writer.goes_on():  # it waits, and no longer does
+            assert time.monotonic() < end
+            time.sleep(0.05)
         for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm tells every process
-            assert made._pending is not None
             os.kill(made._pending.writer._process.pid, number)
         here.mesh.barrier()
         release.touch()

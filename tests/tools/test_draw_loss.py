@@ -20,7 +20,7 @@ LINES = [
 def test_a_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    log.write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"step": 4, "lo')
     assert read_losses(log) == ([(1, 2.0), (3, 1.0)], [(2, 1.5)])
     monkeypatch.setattr(sys, "argv", ["draw_loss.py", str(tmp_path)])
     draw_loss.main()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from mcore_sft import config as configuration
-from mcore_sft.checkpoint.sharded import FORMAT, Checkpoints, scores, steps
+from mcore_sft.checkpoint.sharded import FORMAT, Checkpoints, scores, signed, steps
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.errors import UserError
@@ -70,7 +70,7 @@ class Bench:
         """Complete a step, prune, and poll, as training does."""
         path = self.config.folder / f"step_{step}"
         path.mkdir(parents=True)
-        (path / "manifest.json").write_text(json.dumps({"format": FORMAT, "scores": {}}))
+        (path / "manifest.json").write_text(signed({"format": FORMAT, "scores": {}}))
         self.checkpoints._prune()
         self.checkpoints.newest = path
         self.accuracy.poll(asked)

@@ -12,7 +12,7 @@ from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.model import build
-from mcore_sft.training.guards import PATIENCE, is_spike
+from mcore_sft.training.guards import PATIENCE, Mean, Share, is_spike, means_of
 from tests import runs
 
 BUSY = [1.0, 1.1] * 8
@@ -31,6 +31,16 @@ BUSY = [1.0, 1.1] * 8
 )
 def test_a_spike(loss: float, before: list[float], spike: bool) -> None:
     assert is_spike(loss, before, 6.0, 16) is spike
+
+
+def test_a_micro_batch_of_two_context_ranks_is_named_once() -> None:
+    shares = [
+        Share(6.0, 2, (7, 8)),
+        Share(1.0, 1, (9,)),
+        Share(3.0, 1, (7, 8)),
+        Share(0.0, 0, (9,)),
+    ]
+    assert means_of(shares) == [Mean(3.0, (7, 8)), Mean(1.0, (9,))]
 
 
 @pytest.mark.parametrize(("rank", "size", "micro_batch"), [(0, 1, 1), (1, 2, 1), (0, 2, 2)])

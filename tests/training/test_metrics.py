@@ -9,12 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig, RunConfig
+from mcore_sft.errors import UserError
 from mcore_sft.model import architecture as arch
 from mcore_sft.training import loop, trackers
 from mcore_sft.training.flops import step_flops
-from mcore_sft.training.metrics import _cut
+from mcore_sft.training.metrics import Metrics, _cut
+from mcore_sft.training.profiling import Profile
 from mcore_sft.training.stragglers import slow_ranks
 from tests import runs
 from tests.distributed import run_ranks
@@ -169,7 +173,19 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
             log=lambda numbers, **settings: calls.append((settings, numbers)),
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Exception))
+
+    class Refused(Exception):
+        pass
+
+    def refuse(**settings: Any) -> Any:
+        raise Refused("no API key")
+
+    refusing = SimpleNamespace(init=refuse, Error=Refused)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", refusing)
+        with pytest.raises(UserError, match=r"does not begin \(no API key\); run `wandb login`"):
+            trackers.open_trackers(LogConfig(wandb="mine"), tmp_path, "name", 0)
     for known in (None, "abc"):
         (track,) = trackers.open_trackers(LogConfig(wandb="mine"), tmp_path, "name", 0)
         track(3, {"loss": 1.0})
@@ -178,6 +194,23 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
         assert (settings["project"], settings["name"], settings["id"]) == ("mine", "name", known)
         assert line == ({"step": 3}, {"loss": 1.0})
         assert late == ({"commit": False}, {"accuracy": 50.0, "evaluated_step": 2})
+
+
+def test_a_log_that_cannot_be_written_is_named(model: Path, tmp_path: Path) -> None:
+    mesh: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"))
+    made = Metrics(tmp_path, "name", LogConfig(), 1, arch.read(model), mesh)
+    made.path = Path("/dev/full")
+    with pytest.raises(UserError, match=r"/dev/full could not be written \(No space left"):
+        made.validation(Progress(step=1), 1.0)
+
+
+def test_a_run_that_is_resumed_among_the_profiled_steps(tmp_path: Path) -> None:
+    mesh: Any = SimpleNamespace(world=SimpleNamespace(rank=0), device=torch.device("cpu"))
+    with Profile(LogConfig(profile=(2, 4)), tmp_path, mesh) as profile:
+        for step in (3, 4, 5):
+            profile.before(step)
+            profile.after(step)
+            assert (tmp_path / "profile" / "rank_0.json").exists() == (step > 3)
 
 
 def test_profiled_steps(model: Path, tmp_path: Path) -> None:
