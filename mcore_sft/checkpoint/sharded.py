@@ -3,7 +3,7 @@
     RUN/step_N/   weights/        what Megatron-core's distributed checkpointing wrote
                   model/          config.json and the tokenizer of the model it grew from
                   config.yaml     the resolved configuration of the run
-                  manifest.json   progress, and size and SHA-256 of every file; written last
+                  manifest.json   progress, checksums of every file and of itself; written last
                   scores.json     what was measured of it later
     RUN/latest    the name of the newest complete step
 
@@ -38,10 +38,11 @@ from mcore_sft.checkpoint import optimizer_state
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.writer import File, Writer, digest
 from mcore_sft.config import CheckpointConfig
+from mcore_sft.data.manifest import digest_of
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
 POINTER = "latest"
@@ -183,7 +184,8 @@ class Checkpoints:
             files = {name: file for share in outcomes for name, file in share.items()}
             files |= _small_files(pending.temporary, files)
             manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
-            _write_durably(pending.temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            signed = manifest | {"digest": digest_of(manifest)}
+            _write_durably(pending.temporary / MANIFEST, json.dumps(signed, indent=2) + "\n")
             if final.exists():
                 shutil.rmtree(final)
             pending.temporary.rename(final)
@@ -385,20 +387,28 @@ def verify(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, its files not looked at."""
+    """The manifest of the checkpoint at `path` as it was written, its files not looked at."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found = manifest["format"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no {MANIFEST} there, so this is no complete checkpoint; give a folder such "
             "as results/NAME/step_1000"
         ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: not valid JSON: {error}") from None
-    if manifest.get("format") != FORMAT:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: checkpoint format {manifest.get('format')!r}, expected {FORMAT}: go on with "
-            "the version that wrote it, or name another output and start anew"
+            f"{path / MANIFEST}: broken ({error!r}); use another checkpoint of the run"
+        ) from None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {found!r}, expected {FORMAT}: go on with the version that "
+            "wrote it, or name another output and start anew"
+        )
+    if manifest.pop("digest", None) != digest_of(manifest):
+        raise CheckpointError(
+            f"{path / MANIFEST}: is not as it was written; undo that, or use another checkpoint of "
+            "the run"
         )
     return manifest
 
