@@ -12,6 +12,7 @@ Training goes on meanwhile (writer.py).
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
 from mcore_sft.checkpoint import optimizer_state
@@ -413,9 +414,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+class _Reader(FileSystemReader):
+    """Reads what lies where but once: of many ranks it takes longer than many a weight."""
+
+    @functools.cached_property
+    def _contents(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """What lies where."""
+        return self._contents
+
+
 def whole_tensors(path: Path) -> Callable[[str], Tensor]:
     """A reader of whole weights by Megatron-core's names, one at a time, in a single process."""
-    reader = FileSystemReader(path / "weights")
+    reader = _Reader(path / "weights")
     entries = reader.read_metadata().state_dict_metadata
 
     def read(key: str) -> Tensor:
