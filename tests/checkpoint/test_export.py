@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.checkpoint import export as exporting
-from mcore_sft.checkpoint import sharded, weights
+from mcore_sft.checkpoint import safetensors_folder, sharded, weights
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
@@ -146,6 +146,18 @@ def test_what_fp16_cannot_hold_is_refused(tmp_path: Path) -> None:
     ):
         export(step, tmp_path / "hf", dtype="fp16")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_stays(
+    two_steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors_folder, "_bytes", full)
+    with pytest.raises(CheckpointError, match=r"hf: could not be written \(.*No space left .*room"):
+        export(two_steps[0], tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_more_is_held_than_the_largest_tensors(
