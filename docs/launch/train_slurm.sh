@@ -16,7 +16,7 @@
 set -euo pipefail
 
 config=${1:?give an experiment file, such as configs/X.yaml}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 # torchrun dies of USR1 unless it ignores it; its ranks hear it all the same.
 # shellcheck disable=SC2016

@@ -54,12 +54,19 @@ def export(
     _require_one_run(checkpoints, manifests)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / MODEL, temporary)
-    _write_weights(checkpoints, temporary, dtype, shard_bytes, console)
-    _write_record(temporary / RECORD, manifests)
-    if output.exists():
-        output.rmdir()
-    temporary.rename(output)
+    try:
+        shutil.copytree(checkpoint / MODEL, temporary)
+        _write_weights(checkpoints, temporary, dtype, shard_bytes, console)
+        _write_record(temporary / RECORD, manifests)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output}: could not be written ({error}); make room, or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _verified(path: Path, console: Console) -> dict[str, Any]:

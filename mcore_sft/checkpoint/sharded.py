@@ -13,6 +13,7 @@ Training goes on meanwhile (writer.py). A step that goes loses its name first.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
 from mcore_sft.checkpoint import optimizer_state
@@ -422,7 +423,7 @@ def _from_main(find: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, its files not looked at."""
+    """The manifest of the checkpoint at `path` as it was written, its files not looked at."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         found, digest = manifest["format"], manifest.pop("digest", None)
@@ -453,9 +454,21 @@ def signed(manifest: Mapping[str, Any]) -> str:
     return json.dumps({**plain, "digest": digest_of(plain)}, indent=2) + "\n"
 
 
+class _Reader(FileSystemReader):
+    """Reads what lies where but once: of many ranks it takes longer than many a weight."""
+
+    @functools.cached_property
+    def _contents(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """What lies where."""
+        return self._contents
+
+
 def whole_tensors(path: Path) -> Callable[[str], Tensor]:
     """A reader of whole weights by Megatron-core's names, one at a time, in a single process."""
-    reader = FileSystemReader(path / "weights")
+    reader = _Reader(path / "weights")
     entries = reader.read_metadata().state_dict_metadata
 
     def read(key: str) -> Tensor:

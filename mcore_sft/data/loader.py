@@ -77,7 +77,8 @@ class Loader:
             raise DataError(
                 f"the dataset has {len(self._dataset)} packs, fewer than the "
                 f"{self.packs_per_step} of a step (about {self.examples_per_step:.0f} examples); "
-                "lower train.global_batch, fill up with train.last_step=pad, or give more data"
+                "lower train.global_batch or train.micro_batch, fill up with train.last_step=pad, "
+                "or give more data"
             )
 
     def epoch(self, step: int) -> int:

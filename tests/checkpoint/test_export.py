@@ -4,15 +4,17 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.checkpoint import export as exporting
-from mcore_sft.checkpoint import sharded, weights
+from mcore_sft.checkpoint import safetensors_folder, sharded, weights
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
@@ -146,6 +148,18 @@ def test_what_fp16_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_disk_that_is_full_is_said_and_nothing_stays(
+    two_steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors_folder, "_bytes", full)
+    with pytest.raises(CheckpointError, match=r"hf: could not be written \(.*No space left .*room"):
+        export(two_steps[0], tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_more_is_held_than_the_largest_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +175,21 @@ def test_no_more_is_held_than_the_largest_tensors(
     # Gate and up projection are one tensor, and are read of one checkpoint after the other.
     assert alive.most <= 2 * 2 * largest
     assert alive.all > 20 * alive.most
+
+
+def test_what_lies_where_is_read_once(
+    two_steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    read = FileSystemReader.read_metadata
+
+    def counted(self: FileSystemReader, *args: Any, **kwargs: Any) -> Any:
+        asked.append(Path(self.path))
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", counted)
+    export(two_steps[0], tmp_path / "hf", others=two_steps[1:])
+    assert asked == [step / "weights" for step in two_steps]
 
 
 class Alive:
