@@ -251,7 +251,8 @@ class Run:
             if not (model / "config.json").exists():
                 export = ["python", "tools/to_hf.py", "--checkpoint", str(run / f"step_{steps}")]
                 self._run("export", [*export, "--output", str(model)])
-            ask = ["python", "tools/evaluate.py", "--model", str(model)]
+            name = self.config(run).evaluation.benchmarks[0].name
+            ask = ["python", "tools/evaluate.py", "--model", str(model), "--benchmark", name]
             words = ["--output", str(file.parent), *self._words(run)]
             self._run("evaluation", [*ask, *words])
         score = json.loads(file.read_text(encoding="utf-8"))["score"]["symbolic_correct"]

@@ -41,6 +41,7 @@ def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"steps": STEPS, "global_batch": 10, "precision": "fp32", "micro_batch": 2},
         "optimizer": {"lr": 1e-4},
         "checkpoint": {"every": 2},
+        "evaluation": {"benchmarks": [{"name": "math"}, {"name": "math-500"}]},
     }
     file = tmp_path_factory.mktemp("night") / "night.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -69,6 +70,8 @@ class Commands:
         else:
             self.run.append(Path(command[1]).stem)
             if "tools/evaluate.py" in command:
+                # each of several benchmarks would have a folder of its own
+                assert command[command.index("--benchmark") + 1] == "math"
                 folder = Path(command[command.index("--output") + 1])
                 folder.mkdir()
                 score = {"score": {"symbolic_correct": {"hits": 9, "total": 10}}}
