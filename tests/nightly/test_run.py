@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mcore_sft.checkpoint.sharded import POINTER
 from mcore_sft.nightly import golden, work
@@ -329,6 +331,28 @@ def test_a_golden_is_kept_with_what_made_it(
     assert "another optimizer.lr (0.0001) than this run has (0.001)" in str(other.record().crash)
     more = night(tmp_path / "4", config, against="golden", overrides=["train.micro_batch=16"])
     assert "another packs of a step" in str(more.record().crash)
+
+
+@pytest.mark.parametrize("part", ["weights", "norm"])
+def test_a_golden_knows_every_weight_and_the_models_configuration(
+    tmp_path: Path, model: Path, config: Path, part: str
+) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    if part == "norm":
+        said = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 1e-3}))
+    else:
+        file = other / "model.safetensors"
+        weights = load_file(file)
+        weights["model.layers.1.mlp.down_proj.weight"][-1, -1] += 1e-3  # not of its first row
+        save_file(weights, file, {"format": "pt"})
+    before, after = (
+        night(tmp_path, config, overrides=[f"model.path={folder}"]).made_from()
+        for folder in (model, other)
+    )
+    changed = {"weights": "base weights", "norm": "model.norm_eps"}[part]
+    assert [name for name in before if before[name] != after[name]] == [changed]
 
 
 # ---- commands
