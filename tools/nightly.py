@@ -5,7 +5,7 @@
 
 All of it lies in results/nightly: history.jsonl, page.html, and each run by tier and commit.
 Stopped and started again at the same commit, it goes on. Exit code 0: all passed, 1: something
-failed, 2: it could not begin, 3: something crashed.
+failed, 2: it could not begin, 3: something crashed, or could not be kept.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
 
 OUTPUT = Path("results/nightly")
+HISTORY, PAGE = "history.jsonl", "page.html"
 FAILED, CRASHED = 1, 3
 
 
@@ -47,21 +48,30 @@ def main() -> None:
     for benchmark in benchmarks:
         Run(night, benchmark).config(night.folder)  # whatever is wrong in it is said before hours
     print(f"{wanted.name} at {night.commit}: {', '.join(names)}", flush=True)
-    records = []
-    file = arguments.output / "history.jsonl"
+    records, kept = [], True
     for benchmark in benchmarks:
         print(f"{benchmark.name} ...", flush=True)
-        record = Run(night, benchmark).record()
-        if record not in history.read(file)[0]:  # it was kept when this night was stopped
-            history.append(file, record)
-        page.write(file, arguments.output / "page.html")
-        records.append(record)
-        print(told(record), flush=True)
+        records.append(Run(night, benchmark).record())
+        kept &= keep(arguments.output, records[-1])
+        print(told(records[-1]), flush=True)
     text = summary(records)
-    print(f"{text}\n{arguments.output / 'page.html'}")
+    print(f"{text}\n{arguments.output / PAGE}")
     if url := arguments.webhook or wanted.webhook:
         send(url, text, records)
-    sys.exit(exit_code(records))
+    sys.exit(exit_code(records) if kept else CRASHED)
+
+
+def keep(output: Path, record: Record) -> bool:
+    """Add the record to the history and the page; says so on stderr where that cannot be done."""
+    file = output / HISTORY
+    try:
+        if record not in history.read(file)[0]:  # it was kept when this night was stopped
+            history.append(file, record)
+        page.write(file, output / PAGE)
+    except OSError as error:
+        print(f"{record.benchmark} is not in the history or the page: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def told(record: Record) -> str:
@@ -109,7 +119,7 @@ def _night(wanted: tier.Tier, output: Path, data: Path | None) -> Night:
     folder = output.absolute() / wanted.name / commit
     if commit.endswith("-dirty") and folder.exists():
         shutil.rmtree(folder)  # of other files than those of now
-    records, torn = history.read(output / "history.jsonl")
+    records, torn = history.read(output / HISTORY)
     if torn:
         print(torn, file=sys.stderr)
     passed = {

@@ -70,7 +70,7 @@ class Curve:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(self.to_tree(), allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_tree(), allow_nan=False) + "\n")
 
     @classmethod
     def of_tree(cls, tree: dict[str, Any]) -> "Curve":
@@ -99,6 +99,13 @@ class Curve:
             said[name] = [_or_null(x) for x in said[name]]
         said["validation"] = {str(step): _or_null(x) for step, x in self.validation.items()}
         return said
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there complete or not at all: what is there is not made again."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 SERIES = ("loss", "grad_norm", "tokens_per_second")

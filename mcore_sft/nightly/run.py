@@ -14,6 +14,7 @@ import random
 import shlex
 import shutil
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +28,8 @@ from mcore_sft.data.loader import nearest_multiple
 from mcore_sft.errors import UserError
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.nightly import golden, judge, work
-from mcore_sft.nightly.curve import Curve, CurveError
+from mcore_sft.nightly.curve import Curve, CurveError, write_whole
+from mcore_sft.nightly.golden import GoldenError
 from mcore_sft.nightly.history import Outcome, Record
 from mcore_sft.nightly.judge import Finding
 from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
@@ -87,26 +89,31 @@ class Run:
     def record(self) -> Record:
         """Run what has not been run yet, and judge."""
         kept = self.folder / "record.json"
-        if kept.exists():
-            return Record.from_json(kept.read_text(encoding="utf-8"))
         begun = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            if kept.exists():
+                return Record.from_json(kept.read_text(encoding="utf-8"))
+            self.folder.mkdir(parents=True, exist_ok=True)
             made = self._judged(begun)
-        except (Crash, UserError) as error:
-            return self._record("crashed", crash=str(error))
-        kept.write_text(made.to_json() + "\n", encoding="utf-8")
+            write_whole(kept, made.to_json() + "\n")
+        except Exception as error:  # whatever it is, the other benchmarks of the night are run
+            return self._record("crashed", crash=_told(error))
         return made
 
     def _judged(self, begun: float) -> Record:
         self.inputs()
         self.dataset()
         measured = self.trained()
-        reference = self.reference()
+        findings = []
+        try:
+            reference = self.reference()
+        except GoldenError as error:
+            reference = None
+            findings.append(Finding(gate="golden", passed=False, sentence=str(error)))
         peer = self.peer()
         resumed = self.resumed() if self.benchmark.gates.resume else None
         accuracy = self.accuracy() if self.benchmark.evaluate else None
-        findings = judge.judge(
+        findings += judge.judge(
             measured,
             reference,
             self.benchmark.gates,
@@ -226,7 +233,7 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 step = self._step_to_kill()
                 self._run_until("training that is killed", folder, step, saved=True)
-                killed.write_text(f"{step}\n")
+                write_whole(killed, f"{step}\n")
             self._run("training that is started again", self._training(folder))
             Curve.of_run(folder).write(file)
         return Curve.read(file)
@@ -395,6 +402,13 @@ class Run:
                 f"benchmark {self.benchmark.name} needs --data, the folder for {{data}} in {text!r}"
             )
         return text.replace("{work}", str(self.work)).replace("{data}", str(self.night.data))
+
+
+def _told(error: Exception) -> str:
+    """An error that is meant to be read, or where one that is not comes from."""
+    if isinstance(error, Crash | UserError):
+        return work.tail(str(error), work.LAST_LINES + 2)
+    return work.tail("".join(traceback.format_exception(error)))
 
 
 def _has_reached(folder: Path, step: int, saved: bool) -> bool:

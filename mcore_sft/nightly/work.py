@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-LAST_LINES = 20
+LAST_LINES, LONGEST_LINE = 20, 500
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -95,5 +95,13 @@ def program(name: str) -> str:
 
 
 def _told(command: Sequence[str], log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-    return "\n".join([f"{shlex.join(command[:2])}, {log}:", *lines])
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LAST_LINES * 4 * LONGEST_LINE))
+        last = file.read().decode("utf-8", "replace")
+    return f"{shlex.join(command[:2])}, {log}:\n{tail(last)}"
+
+
+def tail(text: str, count: int = LAST_LINES) -> str:
+    """The last lines, none of them longer than can be read, in characters that can be written."""
+    lines = text.encode("utf-8", "backslashreplace").decode().splitlines()[-count:]
+    return "\n".join(x if len(x) <= LONGEST_LINE else f"{x[:LONGEST_LINE]} ..." for x in lines)

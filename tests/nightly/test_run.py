@@ -200,6 +200,36 @@ def test_what_crashes_is_recorded_and_tried_again(
     assert night(tmp_path, config).record().outcome == "passed"
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyError("\udc80")])
+def test_whatever_goes_wrong_is_recorded_with_where(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def crashed(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(work, "run", crashed)
+    record = night(tmp_path, config).record()
+    assert record.outcome == "crashed"
+    assert "in crashed" in str(record.crash)
+    assert str(record.crash).splitlines()[-1].startswith(type(error).__name__)
+    assert str(record.crash).encode()
+
+
+def test_what_is_half_written_is_not_taken_for_done(
+    tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = night(tmp_path, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)  # between the last byte and the name
+        with pytest.raises(KeyboardInterrupt):
+            run.record()
+    assert night(tmp_path, config).record().outcome == "passed"
+    assert not list(run.folder.glob(".*"))
+
+
 def test_a_departure_is_narrowed_to_the_layout(
     tmp_path: Path, config: Path, commands: Commands
 ) -> None:
@@ -319,18 +349,28 @@ def test_a_golden_is_kept_with_what_made_it(
     tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golden, "FOLDER", tmp_path / "golden")
-    absent = night(tmp_path / "0", config, against="golden").record()
-    assert absent.outcome == "crashed"
-    assert "short.json is not there; python tools/nightly.py --tier tiny --golden short" in str(
-        absent.crash
+    assert misfit(night(tmp_path / "0", config, against="golden")).endswith(
+        "short.json is not there; python tools/nightly.py --tier tiny --golden short --reason TEXT "
+        "makes it"
     )
     file = night(tmp_path / "1", config, against="golden").keep_golden("the first")
     assert json.loads(file.read_text())["reason"] == "the first"
     assert night(tmp_path / "2", config, against="golden").record().outcome == "passed"
     other = night(tmp_path / "3", config, against="golden", overrides=["optimizer.lr=1e-3"])
-    assert "another optimizer.lr (0.0001) than this run has (0.001)" in str(other.record().crash)
+    assert "another optimizer.lr (0.0001) than this run has (0.001)" in misfit(other)
     more = night(tmp_path / "4", config, against="golden", overrides=["train.micro_batch=16"])
-    assert "another packs of a step" in str(more.record().crash)
+    assert "another packs of a step" in misfit(more)
+
+
+def misfit(run: Run) -> str:
+    """What a run that failed says of its golden curve."""
+    record = run.record()
+    assert record.outcome == "failed"
+    assert record.figures["final_loss"] > 0
+    first, *others = record.findings
+    assert [first.gate, *(x.gate for x in others)] == ["golden", "loss"]
+    assert not any(x.passed for x in record.findings)
+    return first.sentence
 
 
 @pytest.mark.parametrize("part", ["weights", "norm"])
@@ -362,6 +402,17 @@ def test_a_command_that_fails_says_its_last_lines(tmp_path: Path) -> None:
     program = "print('first'); raise SystemExit('no room')"
     with pytest.raises(Crash, match=r"no room\nexit code 1"):
         work.run(["python", "-c", program], tmp_path / "log", threads=1, until=1e18)
+
+
+def test_of_a_command_that_says_much_the_end_is_told(tmp_path: Path) -> None:
+    program = "for i in range(5000): print(i, 'x' * 1000)\nraise SystemExit('no room')"
+    with pytest.raises(Crash) as caught:
+        work.run(["python", "-c", program], tmp_path / "log", threads=1, until=1e18)
+    told = str(caught.value).splitlines()
+    assert told[1].startswith("4981 xxx")
+    assert told[-2:] == ["no room", "exit code 1"]
+    assert len(told) == 22
+    assert len(str(caught.value)) < 12_000
 
 
 @pytest.mark.parametrize("how", ["late", "killed"])

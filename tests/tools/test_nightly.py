@@ -79,6 +79,20 @@ def test_what_is_in_the_history_is_not_added_again(
     assert len(history.read(tmp_path / "history.jsonl")[0]) == 1
 
 
+def test_a_history_that_cannot_be_written_ends_no_night(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "page.html").mkdir()
+    assert run(monkeypatch, tmp_path, "--only", "short_dp2", "short_bf16") == 3
+    told = capsys.readouterr()
+    assert "2 of 2 passed" in told.out
+    assert "short_bf16 is not in the history or the page: [Errno 21]" in told.err
+    assert len(history.read(tmp_path / "history.jsonl")[0]) == 2
+
+
 class Hook(BaseHTTPRequestHandler):
     """Takes what is posted."""
 
