@@ -9,6 +9,8 @@ failed, 2: it could not begin, 3: something crashed, or could not be kept.
 """
 
 import argparse
+import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -18,12 +20,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft.errors import UserError
-from mcore_sft.nightly import history, page, tier
+from mcore_sft.nightly import history, page, tier, work
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
 
@@ -36,6 +38,11 @@ def main() -> None:
     """Run what the command line names."""
     arguments = _arguments()
     wanted = tier.named(arguments.tier)
+    with _alone(arguments.output / wanted.name):
+        _run(arguments, wanted)
+
+
+def _run(arguments: argparse.Namespace, wanted: tier.Tier) -> None:
     night = _night(wanted, arguments.output, arguments.data)
     if arguments.golden:
         if not arguments.reason:
@@ -113,10 +120,28 @@ def send(url: str, text: str, records: Sequence[Record]) -> None:
         print(f"the webhook did not take the summary: {error}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other night of the tier runs meanwhile; raises `UserError`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another night is running there; wait for its end, or give --output"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error}); give --output DIR") from None
+        yield
+
+
 def _night(wanted: tier.Tier, output: Path, data: Path | None) -> Night:
     commit = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     time_of_commit = _git("log", "-1", "--format=%cI")
     folder = output.absolute() / wanted.name / commit
+    work.end_all_of(folder)  # of a night that was killed
     if commit.endswith("-dirty") and folder.exists():
         shutil.rmtree(folder)  # of other files than those of now
     records, torn = history.read(output / HISTORY)

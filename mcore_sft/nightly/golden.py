@@ -52,7 +52,7 @@ def _every_weight(folder: Path) -> str:
         shape = tensors.shape(name)
         numbers = tensors.read(name, 0, shape[0]).contiguous()
         digest.update(f"{name} {shape} {numbers.dtype} ".encode())
-        digest.update(numbers.view(torch.uint8).numpy())
+        digest.update(numbers.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

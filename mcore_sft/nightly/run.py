@@ -33,7 +33,6 @@ from mcore_sft.nightly.golden import GoldenError
 from mcore_sft.nightly.history import Outcome, Record
 from mcore_sft.nightly.judge import Finding
 from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
-from mcore_sft.nightly.work import Crash
 
 ALONE = (
     *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.virtual=1"),
@@ -321,7 +320,7 @@ class Run:
             if sensible:
                 try:
                     departs = self._departs(step, changes, processes, reference, name)
-                except (Crash, UserError) as error:  # what failed is told all the same
+                except UserError as error:  # what failed is told all the same
                     told.append(f"crashes {name} ({str(error).splitlines()[-1]})")
                 else:
                     told.append(f"{'still departs' if departs else 'does not depart'} {name}")
@@ -406,7 +405,7 @@ class Run:
 
 def _told(error: Exception) -> str:
     """An error that is meant to be read, or where one that is not comes from."""
-    if isinstance(error, Crash | UserError):
+    if isinstance(error, UserError):
         return work.tail(str(error), work.LAST_LINES + 2)
     return work.tail("".join(traceback.format_exception(error)))
 

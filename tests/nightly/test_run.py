@@ -434,11 +434,13 @@ def test_a_command_ends_with_all_that_it_has_started(tmp_path: Path, how: str) -
     assert not psutil.pid_exists(int(mark.read_text()))
 
 
-def test_a_command_that_is_killed_leaves_nothing_in_its_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", [False, True], ids=["its group", "another"])
+def test_a_command_that_is_killed_leaves_nothing(tmp_path: Path, session: bool) -> None:
     mark = tmp_path / "pid"
     program = (
         "import os, signal, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        f"start_new_session={session})\n"
         f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -461,6 +463,21 @@ def test_a_command_ends_when_the_night_is_killed(tmp_path: Path) -> None:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert ended(int(mark.read_text()))
+
+
+def test_what_a_killed_night_has_left_is_ended(tmp_path: Path) -> None:
+    beside = Path(f"{tmp_path}_beside")
+    programs = [
+        subprocess.Popen(["sleep", "60"], env=os.environ | {work.MARK: str(folder)})
+        for folder in (tmp_path / "short", beside)
+    ]
+    try:
+        work.end_all_of(tmp_path)
+        assert [psutil.pid_exists(program.pid) for program in programs] == [False, True]
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def ended(pid: int) -> bool:

@@ -1,5 +1,6 @@
 """The command of the nightly benchmarks: what it says, keeps, sends and returns."""
 
+import fcntl
 import json
 import socket
 import sys
@@ -91,6 +92,19 @@ def test_a_history_that_cannot_be_written_ends_no_night(
     assert "2 of 2 passed" in told.out
     assert "short_bf16 is not in the history or the page: [Errno 21]" in told.err
     assert len(history.read(tmp_path / "history.jsonl")[0]) == 2
+
+
+def test_two_nights_of_a_tier_do_not_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, str]
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    words = ["nightly.py", "--tier", "cpu", "--only", "short_dp2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with (tmp_path / "cpu" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another night is running there"):
+            nightly.main()
+    assert run(monkeypatch, tmp_path, "--only", "short_dp2") == 0
 
 
 class Hook(BaseHTTPRequestHandler):
