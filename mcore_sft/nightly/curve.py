@@ -32,6 +32,8 @@ class Curve:
     """Step -> validation loss."""
     peak_memory: int
     """Bytes, of the process that wrote the metrics."""
+    step_seconds: tuple[float, ...] = ()
+    """Without validation and checkpoints; empty where nobody measured it."""
 
     @classmethod
     def of_run(cls, folder: Path) -> "Curve":
@@ -56,6 +58,7 @@ class Curve:
                 if "validation_loss" in entry
             },
             peak_memory=max((entry["peak_memory_bytes"] for entry in taken), default=0),
+            step_seconds=_numbers(taken, "step_seconds"),
         )
 
     @classmethod
@@ -80,6 +83,7 @@ class Curve:
             **{name: _numbers_of(tree[name]) for name in SERIES},
             validation={int(step): _number(x) for step, x in tree["validation"].items()},
             peak_memory=tree["peak_memory"],
+            step_seconds=_numbers_of(tree.get("step_seconds", [])),
         )
 
     def until(self, last: int) -> "Curve":
@@ -90,12 +94,13 @@ class Curve:
             steps=self.steps[:count],
             **{name: getattr(self, name)[:count] for name in SERIES},
             validation={step: x for step, x in self.validation.items() if step <= last},
+            step_seconds=self.step_seconds[:count],
         )
 
     def to_tree(self) -> dict[str, Any]:
         """For JSON, which knows no NaN: null."""
         said = asdict(self)
-        for name in SERIES:
+        for name in (*SERIES, "step_seconds"):
             said[name] = [_or_null(x) for x in said[name]]
         said["validation"] = {str(step): _or_null(x) for step, x in self.validation.items()}
         return said

@@ -29,7 +29,8 @@ class Record:
     findings: tuple[Finding, ...]
     figures: dict[str, float]
     """Those of final_loss, validation_loss, accuracy, accuracy_low, accuracy_high (percent),
-    tokens_per_second, speed_ratio, peak_memory_gib and seconds that are known."""
+    tokens_per_second, speed_ratio, step_seconds, peak_memory_gib and seconds (of all its stages)
+    that are known."""
     curve: str | None
     """File of the measured curve, seen from the history's folder."""
     reference: str | None

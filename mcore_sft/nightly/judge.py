@@ -46,6 +46,8 @@ def judge(
         found.append(_accuracy(accuracy, gates.accuracy))
     if gates.speed is not None:
         found.append(_speed(measured, peer_tokens_per_second, gates.speed))
+    if gates.step_seconds is not None:
+        found.append(_step_seconds(measured, gates.step_seconds))
     if gates.memory_gib is not None:
         found.append(_memory(measured, gates.memory_gib))
     if gates.resume:
@@ -56,6 +58,11 @@ def judge(
 def speed(curve: Curve) -> float:
     """Tokens per second of the median step; NaN of no steps."""
     return median(curve.tokens_per_second) if curve.steps else math.nan
+
+
+def step_seconds(curve: Curve) -> float:
+    """Mean seconds of a step; NaN where nobody measured it."""
+    return fmean(curve.step_seconds) if curve.step_seconds else math.nan
 
 
 def last_validation(curve: Curve) -> float:
@@ -183,6 +190,12 @@ def _speed(measured: Curve, peer: float | None, least: float) -> Finding:
         sentence=f"{speed(measured):,.0f} tokens per second, peer {peer:,.0f}: ratio {ratio:.2f}, "
         f"at least {least:g}",
     )
+
+
+def _step_seconds(measured: Curve, limit: float) -> Finding:
+    if not measured.step_seconds:
+        return _missing("step_seconds", "time of a step of this run")
+    return _below("step_seconds", step_seconds(measured), limit, "mean step time in seconds")
 
 
 def _memory(measured: Curve, limit: float) -> Finding:

@@ -19,6 +19,7 @@ _FIGURES = {
     "accuracy": "Accuracy, %",
     "tokens_per_second": "Tokens per second",
     "speed_ratio": "Speed, times the peer's",
+    "step_seconds": "Mean step time, seconds",
     "peak_memory_gib": "Peak memory, GiB",
     "seconds": "Duration, seconds",
 }

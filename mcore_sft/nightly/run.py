@@ -7,6 +7,7 @@ Every stage leaves a file in <output>/<tier>/<commit>/<benchmark>/, and is passe
 there: a night that was stopped goes on. A reference that is an earlier benchmark is read there.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import shlex
 import shutil
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -41,6 +42,8 @@ ALONE = (
 EXACT = ("train.precision=fp32", "train.fp8=none", "train.fp8_bf16_ends=0")
 LATEST = "latest"
 """What a training run's folder has from its first complete checkpoint on."""
+SECONDS = "seconds.json"
+NARROWED = "narrowed"
 NARROW_BEYOND = 2
 """Steps after the first that departs, up to which a narrowing run goes."""
 
@@ -88,18 +91,17 @@ class Run:
     def record(self) -> Record:
         """Run what has not been run yet, and judge."""
         kept = self.folder / "record.json"
-        begun = time.monotonic()
         try:
             if kept.exists():
                 return Record.from_json(kept.read_text(encoding="utf-8"))
             self.folder.mkdir(parents=True, exist_ok=True)
-            made = self._judged(begun)
+            made = self._judged()
             write_whole(kept, made.to_json() + "\n")
         except Exception as error:  # whatever it is, the other benchmarks of the night are run
             return self._record("crashed", crash=_told(error))
         return made
 
-    def _judged(self, begun: float) -> Record:
+    def _judged(self) -> Record:
         self.inputs()
         self.dataset()
         measured = self.trained()
@@ -126,7 +128,8 @@ class Run:
             "validation_loss": judge.last_validation(measured),
             "tokens_per_second": judge.speed(measured),
             "peak_memory_gib": measured.peak_memory / judge.GIB,
-            "seconds": time.monotonic() - begun,
+            "step_seconds": judge.step_seconds(measured),
+            "seconds": self._seconds(),
         }
         if accuracy:
             low, high = accuracy.interval
@@ -178,8 +181,9 @@ class Run:
         if self.benchmark.inputs is None or done.exists():
             return
         shutil.rmtree(self.work, ignore_errors=True)  # half made, which the commands refuse
-        for command in self.night.tier.inputs[self.benchmark.inputs].commands:
-            self._run("inputs", shlex.split(self._named(command)), self.work / "inputs.log")
+        for number, command in enumerate(self.night.tier.inputs[self.benchmark.inputs].commands):
+            words = shlex.split(self._named(command))
+            self._run(f"inputs {number}", words, self.work / "inputs.log")
         done.touch()
 
     def dataset(self) -> None:
@@ -330,13 +334,13 @@ class Run:
         self, step: int, changes: Sequence[str], processes: int, reference: Curve, name: str
     ) -> bool:
         """Whether the same run with `changes` departs up to `step` and a little beyond."""
-        folder = self.folder / f"narrowed {name}".replace(" ", "_")
+        folder = self.folder / f"{NARROWED} {name}".replace(" ", "_")
         file, last = folder.with_suffix(".json"), step + NARROW_BEYOND
         if not file.exists():
             if last < self.config(folder).train.steps:
-                self._run_until(f"training {name}", folder, last, changes, processes)
+                self._run_until(f"{NARROWED} {name}", folder, last, changes, processes)
             else:
-                self._run(f"training {name}", self._training(folder, changes, processes))
+                self._run(f"{NARROWED} {name}", self._training(folder, changes, processes))
             Curve.of_run(folder).write(file)
         gates = self.benchmark.gates
         judged = judge.judge(
@@ -365,8 +369,9 @@ class Run:
         self._run(stage, [*oracle, *ranks, *words, *self._words(self.folder)])
 
     def _run(self, stage: str, command: list[str], log: Path | None = None) -> None:
-        file = log or self.folder / f"{stage.replace(' ', '_')}.log"
-        work.run(command, file, threads=self._threads(command), until=self.night.until)
+        with self._timed(stage):
+            file = log or self._log(stage)
+            work.run(command, file, threads=self._threads(command), until=self.night.until)
 
     def _run_until(
         self,
@@ -379,10 +384,31 @@ class Run:
     ) -> None:
         """Train until the metrics show `step`, and a checkpoint is there if `saved`; kill it."""
         command = self._training(folder, changes, processes)
-        log = self.folder / f"{stage.replace(' ', '_')}.log"
         reached = partial(_has_reached, folder, step, saved)
-        threads = self._threads(command)
-        work.run_and_kill(command, log, reached, threads=threads, until=self.night.until)
+        threads, until = self._threads(command), self.night.until
+        with self._timed(stage):
+            work.run_and_kill(command, self._log(stage), reached, threads=threads, until=until)
+
+    def _log(self, stage: str) -> Path:
+        return self.folder / f"{stage.replace(' ', '_')}.log"
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Keep how long a stage took that has come to its end, if the night is stopped too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = time.monotonic()
+        yield
+        taken = self._stages() | {stage: time.monotonic() - begun}
+        write_whole(self.folder / SECONDS, json.dumps(taken, indent=1) + "\n")
+
+    def _stages(self) -> dict[str, float]:
+        """Stage that has come to its end -> seconds."""
+        file = self.folder / SECONDS
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def _seconds(self) -> float:
+        """Of all stages up to the judgement."""
+        return sum(x for stage, x in self._stages().items() if not stage.startswith(NARROWED))
 
     def _threads(self, command: list[str]) -> int:
         ranks = int(command[3]) if command[0] == "torchrun" else 1

@@ -102,6 +102,7 @@ class Commands:
                 "grad_norm": 1.0,
                 "tokens_per_second": 200.0,
                 "peak_memory_bytes": 2**30,
+                "step_seconds": 0.5,
             }
             for step, loss in zip(range(1, steps + 1), curve(steps).loss, strict=True)
         ]
@@ -181,7 +182,11 @@ def test_a_night_that_was_stopped_goes_on(
         with pytest.raises(KeyboardInterrupt):
             night(tmp_path, config).record()
     assert commands.run == ["training run"]
-    assert night(tmp_path, config).record().outcome == "passed"
+    spent = tmp_path / "tiny" / "abc" / "short" / "seconds.json"
+    spent.write_text(json.dumps({"training": json.loads(spent.read_text())["training"] + 1000}))
+    record = night(tmp_path, config).record()
+    assert record.outcome == "passed"
+    assert 1000 < record.figures["seconds"] < 1010
     assert commands.run == ["training run", "oracle"]
 
 

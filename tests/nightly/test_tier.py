@@ -53,6 +53,26 @@ def test_tiers_are_those_of_the_issue():
     assert SHIPPED == ["cluster", "cpu", "gpu1"]
 
 
+def test_the_cluster_is_held_to_what_is_published_of_the_experiment():
+    cluster = tier.named("cluster")
+    asked = {}
+    for benchmark in cluster.benchmarks:
+        loaded = config.load(benchmark.config, benchmark.overrides)
+        asked[benchmark.name] = (
+            loaded.train.steps,
+            loaded.evaluation.benchmarks[0].name,
+            benchmark.gates.accuracy,
+            benchmark.gates.loss_below,
+            benchmark.gates.step_seconds,
+        )
+    million = (1855, "math-500", 0.502, {1: 0.6, 250: 0.36}, 6)
+    assert asked == {
+        "openmathinstruct2_1m": million,
+        "openmathinstruct2_1m_fp8": million,
+        "openmathinstruct2": (16000, "math", 0.59, {}, None),
+    }
+
+
 def test_steps_of_a_gate_are_numbers_in_the_order_of_the_file(tmp_path):
     gates = tier.read(write(tmp_path)).benchmarks[0].gates
     assert list(gates.loss.items()) == [(1, 1e-6), (20, 1e-4)]
