@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import http.client
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft.errors import UserError
-from mcore_sft.nightly import history, page, tier, work
+from mcore_sft.nightly import commits, history, page, tier, work
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
 
@@ -85,20 +86,27 @@ def told(record: Record) -> str:
     """A benchmark on the console: what it came to, and what did not pass."""
     lines = [f"{record.benchmark}: {record.outcome.upper()}"]
     lines += [f"  {'ok   ' if f.passed else 'WRONG'} {f.sentence}" for f in record.findings]
-    lines += [f"  {text}" for text in (record.narrowed, record.crash) if text]
+    lines += [f"  {text}" for text in (record.narrowed, record.commits, record.crash) if text]
     return "\n".join(lines)
 
 
 def summary(records: Sequence[Record]) -> str:
-    """One line of the night."""
-    bad = [
-        f"{record.benchmark} {record.outcome}" for record in records if record.outcome != "passed"
-    ]
-    passed = len(records) - len(bad)
-    first = records[0]
-    return f"nightly {first.tier} at {first.commit}: {passed} of {len(records)} passed" + (
-        f"; {', '.join(bad)}" if bad else ""
-    )
+    """One line of the night, and one of each benchmark that did not pass."""
+    bad = [record for record in records if record.outcome != "passed"]
+    first, passed = records[0], len(records) - len(bad)
+    names = "".join(f"; {record.benchmark} {record.outcome}" for record in bad)
+    head = f"nightly {first.tier} at {first.commit}: {passed} of {len(records)} passed{names}"
+    return "\n".join([head, *(_in_short(record) for record in bad)])
+
+
+def _in_short(record: Record) -> str:
+    """Where a benchmark departs first, without what it does not, and since which commits."""
+    failed = [finding for finding in record.findings if not finding.passed]
+    failed.sort(key=lambda finding: math.inf if finding.step is None else finding.step)
+    said = [finding.sentence for finding in failed[:1]]
+    said += (record.crash or "").splitlines()[-1:]
+    said += [text for text in (record.narrowed, record.commits) if text]
+    return f"{record.benchmark}: {'; '.join(said)}"
 
 
 def exit_code(records: Sequence[Record]) -> int:
@@ -138,39 +146,24 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _night(wanted: tier.Tier, output: Path, data: Path | None) -> Night:
-    commit = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    time_of_commit = _git("log", "-1", "--format=%cI")
+    commit = commits.current()
     folder = output.absolute() / wanted.name / commit
     work.end_all_of(folder)  # of a night that was killed
-    if commit.endswith("-dirty") and folder.exists():
+    if commit.endswith(commits.DIRTY) and folder.exists():
         shutil.rmtree(folder)  # of other files than those of now
     records, torn = history.read(output / HISTORY)
     if torn:
         print(torn, file=sys.stderr)
-    passed = {
-        record.benchmark: record.commit
-        for record in records
-        if record.tier == wanted.name and record.outcome == "passed" and record.commit != commit
-    }
     return Night(
         tier=wanted,
         commit=commit,
-        commit_time=time_of_commit,
+        commit_time=commits.git("log", "-1", "--format=%cI"),
         machine={"device": _device(), "cores": len(os.sched_getaffinity(0))},
         output=output.absolute(),
         data=data and data.absolute(),
         until=time.monotonic() + 60 * wanted.minutes,
-        passed_before=passed,
+        earlier=[record for record in records if record.tier == wanted.name],
     )
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"git {words[0]} fails here ({done.stderr.strip()}); run this in a clone of the project"
-        )
-    return done.stdout.strip()
 
 
 def _device() -> str:

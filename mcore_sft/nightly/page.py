@@ -122,7 +122,7 @@ def _when(record: Record) -> str:
 
 
 def _broken(nights: Sequence[Record]) -> str:
-    """Of a benchmark whose newest record did not pass: what, since which commit, at which step."""
+    """Of a benchmark whose newest record did not pass: what, at which step, since which commits."""
     newest = nights[-1]
     sentences = [finding.sentence for finding in newest.findings if not finding.passed]
     steps = [f.step for f in newest.findings if not f.passed and f.step is not None]
@@ -131,6 +131,8 @@ def _broken(nights: Sequence[Record]) -> str:
         facts = {"first departs": f"<b>step {min(steps)}</b>"} | facts
     if newest.narrowed:
         facts["narrowed"] = _text(newest.narrowed)
+    if newest.commits:
+        facts["commits"] = _text(newest.commits)
     crash = f"<pre>{_text(newest.crash)}</pre>" if newest.crash else ""
     return (
         f"<section class={newest.outcome}>\n<h2>{_link(newest)} "

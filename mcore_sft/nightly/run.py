@@ -28,7 +28,7 @@ from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import nearest_multiple
 from mcore_sft.errors import UserError
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.nightly import golden, judge, work
+from mcore_sft.nightly import commits, golden, judge, work
 from mcore_sft.nightly.curve import Curve, CurveError, write_whole
 from mcore_sft.nightly.golden import GoldenError
 from mcore_sft.nightly.history import Outcome, Record
@@ -59,8 +59,8 @@ class Night:
     output: Path
     data: Path | None
     until: float
-    passed_before: dict[str, str]
-    """Benchmark -> the last commit at which it passed."""
+    earlier: Sequence[Record]
+    """What the history holds of the tier."""
 
     @property
     def folder(self) -> Path:
@@ -170,8 +170,13 @@ class Run:
             curve=curve,
             reference=reference,
             narrowed=narrowed,
+            commits=None if outcome == "passed" else self._suspects(outcome),
             crash=crash,
         )
+
+    def _suspects(self, outcome: Outcome) -> str:
+        own = [x for x in self.night.earlier if x.benchmark == self.benchmark.name]
+        return commits.suspects(own, self.night.commit, outcome)
 
     # ---- the stages
 
@@ -297,17 +302,10 @@ class Run:
 
     # ---- a failure, narrowed
 
-    def narrowed(self, failed: list[Finding], reference: Curve | None) -> str:
-        """With what a departure goes away, and since which commit it may be there."""
-        found = [self._since()]
+    def narrowed(self, failed: list[Finding], reference: Curve | None) -> str | None:
+        """Without which layout or precision the departure goes away; None where none is known."""
         steps = [f.step for f in failed if f.step and f.gate in ("loss", "grad_norm")]
-        if reference and steps:
-            found.append(self._without(min(steps), reference))
-        return "; ".join(found)
-
-    def _since(self) -> str:
-        last = self.night.passed_before.get(self.benchmark.name)
-        return f"passed last at {last}" if last else "no earlier commit is known to pass"
+        return self._without(min(steps), reference) if reference and steps else None
 
     def _without(self, step: int, reference: Curve) -> str:
         config = self.config(self.folder)

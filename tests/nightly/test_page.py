@@ -30,7 +30,8 @@ def test_what_broke_since_when_and_at_which_step_comes_first(shown):
     assert "<b>step 13</b>" in top
     since, good = (sample.record(number).commit[:9] for number in (27, 26))
     assert top.index(since) < top.index("3 in a row") < top.index(good)
-    assert "with precision fp32 it does not" in top
+    assert "<dt>narrowed<dd>goes away in fp32, stays in one process<" in top
+    assert "<dt>commits<dd>one of 4 commits after a" in top
     assert "train: exit code 1" in top
     assert "math_dp2" not in top
 
@@ -54,6 +55,7 @@ def test_what_is_written_into_it_stays_text_and_nothing_is_loaded(tmp_path):
             outcome="crashed",
             crash=evil,
             narrowed=evil,
+            commits=evil,
             findings=(sample.Finding(gate=evil, passed=False, sentence=evil),),
         ),
     )

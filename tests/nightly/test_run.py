@@ -18,12 +18,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mcore_sft.checkpoint.sharded import POINTER
-from mcore_sft.nightly import golden, work
+from mcore_sft.nightly import commits, golden, work
 from mcore_sft.nightly.curve import METRICS, Curve
+from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import LATEST, Night, Run
 from mcore_sft.nightly.tier import Tier
 from mcore_sft.nightly.work import Crash
 from tests import runs
+from tests.nightly import sample
 
 STEPS = 6
 
@@ -132,9 +134,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     return fake
 
 
-def night(
-    tmp_path: Path, config: Path, passed: dict[str, str] | None = None, **changes: Any
-) -> Run:
+def night(tmp_path: Path, config: Path, earlier: Sequence[Record] = (), **changes: Any) -> Run:
     """A benchmark `short` of a tier of its own."""
     gates = {"loss": {STEPS: 1e-3}}
     told = {"name": "short", "config": str(config), "against": "plain", "gates": gates}
@@ -148,7 +148,7 @@ def night(
         output=tmp_path,
         data=None,
         until=time.monotonic() + 300,
-        passed_before=passed or {},
+        earlier=earlier,
     )
     return Run(here, made.benchmarks[0])
 
@@ -165,6 +165,7 @@ def test_all_stages_run_once(tmp_path: Path, config: Path, commands: Commands) -
     assert 2 <= int(killed.split()[-1]) < STEPS
     assert record.figures["speed_ratio"] == 2.0
     assert record.figures["accuracy"] == 90.0
+    assert record.commits is None
     assert (tmp_path / str(record.curve)).exists()
     assert (tmp_path / str(record.reference)).exists()
     assert night(tmp_path, config, evaluate=True, gates=gates).record() == record
@@ -241,12 +242,12 @@ def test_a_departure_is_narrowed_to_the_layout(
     commands.spoiled = {"run": 3}
     changes = {"processes": 2, "overrides": ["parallel.pipeline=2", "train.precision=bf16"]}
     commands.spoiled["narrowed_in_fp32"] = 3
-    record = night(tmp_path, config, {"short": "0ld"}, **changes).record()
+    record = night(tmp_path, config, **changes).record()
     assert record.outcome == "failed"
     assert [finding.step for finding in record.findings if not finding.passed] == [3]
     assert record.narrowed == (
-        "passed last at 0ld; does not depart in one process, still departs in fp32, does not "
-        "depart in one process and fp32"
+        "does not depart in one process, still departs in fp32, does not depart in one process "
+        "and fp32"
     )
     assert "killed at 5" in commands.run
 
@@ -254,9 +255,25 @@ def test_a_departure_is_narrowed_to_the_layout(
 def test_what_cannot_be_narrowed_says_so(tmp_path: Path, config: Path, commands: Commands) -> None:
     commands.spoiled = {"run": 1}
     record = night(tmp_path, config).record()
-    assert record.narrowed == (
-        "no earlier commit is known to pass; it runs in one process and in fp32 already"
-    )
+    assert record.narrowed == "it runs in one process and in fp32 already"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "crashed"])
+def test_what_did_not_pass_says_since_which_commits(
+    tmp_path: Path,
+    config: Path,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: str,
+) -> None:
+    asked = []
+    monkeypatch.setattr(commits, "suspects", lambda *given: asked.append(given) or "these")
+    commands.spoiled = {"run": 1} if outcome == "failed" else {}
+    earlier = [sample.record(1, "short"), sample.record(2, "other")]
+    changes = {} if outcome == "failed" else {"overrides": ["data.root={data}"]}
+    record = night(tmp_path, config, earlier, **changes).record()
+    assert (record.outcome, record.commits) == (outcome, "these")
+    assert asked == [(earlier[:1], "abc", outcome)]
 
 
 @pytest.mark.parametrize("first", range(1, STEPS + 1))

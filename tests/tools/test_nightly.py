@@ -5,6 +5,7 @@ import json
 import socket
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ from tests.nightly import sample
 def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Benchmark -> how it ends; nothing is run."""
     ends: dict[str, str] = {}
+    late = replace(sample.DEPARTS, gate="area", step=None, sentence="area")
+    details: dict[str, dict[str, Any]] = {
+        "passed": {},
+        "failed": {
+            "outcome": "failed",
+            "findings": (sample.PASSED, late, sample.DEPARTS),
+            "narrowed": "goes away in fp32",
+            "commits": "one of 3 commits",
+        },
+        "crashed": {
+            "outcome": "crashed",
+            "findings": (),
+            "crash": "torchrun, log:\nexit code 1",
+            "commits": "one of 2 commits",
+        },
+    }
 
     def record(self: Run) -> Any:
         return sample.record(
@@ -29,7 +46,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             tier=self.night.tier.name,
             benchmark=self.benchmark.name,
             commit=self.night.commit,
-            outcome=ends.get(self.benchmark.name, "passed"),
+            **details[ends.get(self.benchmark.name, "passed")],
         )
 
     monkeypatch.setattr(Run, "record", record)
@@ -123,23 +140,34 @@ class Hook(BaseHTTPRequestHandler):
 
 
 def test_the_summary_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    outcomes["short_dp2"] = "failed"
+    outcomes |= {"short_dp2": "failed", "short_bf16": "crashed"}
     Hook.taken = []
     server = HTTPServer(("127.0.0.1", 0), Hook)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
-        assert run(monkeypatch, tmp_path, "--only", "short_dp2", "--webhook", url) == 1
+        words = ("--only", "short_dp2", "short_bf16", "demo_tp2", "--webhook", url)
+        assert run(monkeypatch, tmp_path, *words) == 3
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
     (sent,) = Hook.taken
-    assert "0 of 1 passed; short_dp2 failed" in sent["text"]
-    assert sent["records"][0]["benchmark"] == "short_dp2"
+    head, *lines = sent["text"].splitlines()
+    assert head.endswith("1 of 3 passed; short_dp2 failed; short_bf16 crashed")
+    assert lines == [
+        "short_dp2: loss departs at step 13: 1.70512, reference 1.7, 0.003 apart, at most 0.0001; "
+        "goes away in fp32; one of 3 commits",
+        "short_bf16: exit code 1; one of 2 commits",
+    ]
+    assert [x["benchmark"] for x in sent["records"]] == ["short_dp2", "short_bf16", "demo_tp2"]
+    assert "\n".join(lines) in capsys.readouterr().out
 
 
 def test_a_webhook_that_is_not_there_changes_nothing_else(
