@@ -28,18 +28,13 @@ from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import nearest_multiple
 from mcore_sft.errors import UserError
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.nightly import commits, golden, judge, work
+from mcore_sft.nightly import commits, golden, judge, narrow, work
 from mcore_sft.nightly.curve import Curve, CurveError, write_whole
 from mcore_sft.nightly.golden import GoldenError
 from mcore_sft.nightly.history import Outcome, Record
 from mcore_sft.nightly.judge import Finding
 from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
 
-ALONE = (
-    *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.virtual=1"),
-    *("parallel.context=1", "parallel.distributed_optimizer=false", "parallel.overlap=false"),
-)
-EXACT = ("train.precision=fp32", "train.fp8=none", "train.fp8_bf16_ends=0")
 LATEST = "latest"
 """What a training run's folder has from its first complete checkpoint on."""
 SECONDS = "seconds.json"
@@ -240,7 +235,7 @@ class Run:
             if not killed.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 step = self._step_to_kill()
-                self._run_until("training that is killed", folder, step, saved=True)
+                self._run_until("training that is killed", folder, step)
                 write_whole(killed, f"{step}\n")
             self._run("training that is started again", self._training(folder))
             Curve.of_run(folder).write(file)
@@ -275,11 +270,14 @@ class Run:
 
     def made_from(self) -> dict[str, object]:
         """What decides the curve of the oracle."""
+        return golden.made_from(self.config(self.folder), self._packs()[0])
+
+    def _packs(self) -> tuple[int, float]:
+        """Those of a step, and examples in one of them on average."""
         config = self.config(self.folder)
         data = PackedDataset(config.packed, verify=False)
-        unit = self._unit(config)
-        packs = nearest_multiple(config.train.global_batch / (data.num_examples / len(data)), unit)
-        return golden.made_from(config, packs)
+        examples = data.num_examples / len(data)
+        return nearest_multiple(config.train.global_batch / examples, self._unit(config)), examples
 
     def keep_golden(self, reason: str) -> Path:
         """Run the oracle and keep its curve."""
@@ -308,38 +306,27 @@ class Run:
         return self._without(min(steps), reference) if reference and steps else None
 
     def _without(self, step: int, reference: Curve) -> str:
-        config = self.config(self.folder)
-        spread = self.benchmark.processes > 1
-        rough = config.train.precision != "fp32" or config.train.fp8 != "none"
-        alone = (*ALONE, f"train.micro_batch={self._unit(config)}")
-        choices = [
-            ("in one process", spread, alone, 1),
-            ("in fp32", rough, EXACT, self.benchmark.processes),
-            ("in one process and fp32", spread and rough, (*alone, *EXACT), 1),
-        ]
-        told = []
-        for name, sensible, changes, processes in choices:
-            if sensible:
-                try:
-                    departs = self._departs(step, changes, processes, reference, name)
-                except UserError as error:  # what failed is told all the same
-                    told.append(f"crashes {name} ({str(error).splitlines()[-1]})")
-                else:
-                    told.append(f"{'still departs' if departs else 'does not depart'} {name}")
-        return ", ".join(told) or "it runs in one process and in fp32 already"
+        packs, examples = self._packs()
+        run = narrow.Departed(
+            config=self.config(self.folder),
+            processes=self.benchmark.processes,
+            global_batch=round(packs * examples),
+        )
+        return narrow.narrowed(run, lambda trial: self._departs(step, trial, reference))
 
-    def _departs(
-        self, step: int, changes: Sequence[str], processes: int, reference: Curve, name: str
-    ) -> bool:
-        """Whether the same run with `changes` departs up to `step` and a little beyond."""
-        folder = self.folder / f"{NARROWED} {name}".replace(" ", "_")
-        file, last = folder.with_suffix(".json"), step + NARROW_BEYOND
-        if not file.exists():
-            if last < self.config(folder).train.steps:
-                self._run_until(f"{NARROWED} {name}", folder, last, changes, processes)
-            else:
-                self._run(f"{NARROWED} {name}", self._training(folder, changes, processes))
-            Curve.of_run(folder).write(file)
+    def _departs(self, step: int, trial: narrow.Trial, reference: Curve) -> bool | str:
+        """Whether the same run departs in `trial` up to `step` and a little beyond, or crashes."""
+        folder, last = self.folder / _stage(trial), step + NARROW_BEYOND
+        file = folder.with_suffix(".json")
+        try:
+            if not file.exists():
+                if last < self.config(folder).train.steps:
+                    self._run_until(_stage(trial), folder, last, trial)
+                else:
+                    self._run(_stage(trial), self._training(folder, trial))
+                Curve.of_run(folder).write(file)
+        except UserError as error:  # what failed is told all the same
+            return str(error).splitlines()[-1]
         gates = self.benchmark.gates
         judged = judge.judge(
             Curve.read(file).until(last),
@@ -350,11 +337,10 @@ class Run:
 
     # ---- how it is run
 
-    def _training(
-        self, folder: Path, changes: Sequence[str] = (), processes: int | None = None
-    ) -> list[str]:
-        ranks = processes or self.benchmark.processes
+    def _training(self, folder: Path, trial: narrow.Trial | None = None) -> list[str]:
+        ranks = trial.processes if trial else self.benchmark.processes
         start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        changes = trial.overrides if trial else ()
         return [*start, "mcore_sft/train.py", *self._words(folder, changes)]
 
     def _words(self, folder: Path, changes: Sequence[str] = ()) -> list[str]:
@@ -372,17 +358,11 @@ class Run:
             work.run(command, file, threads=self._threads(command), until=self.night.until)
 
     def _run_until(
-        self,
-        stage: str,
-        folder: Path,
-        step: int,
-        changes: Sequence[str] = (),
-        processes: int | None = None,
-        saved: bool = False,
+        self, stage: str, folder: Path, step: int, trial: narrow.Trial | None = None
     ) -> None:
-        """Train until the metrics show `step`, and a checkpoint is there if `saved`; kill it."""
-        command = self._training(folder, changes, processes)
-        reached = partial(_has_reached, folder, step, saved)
+        """Train until the metrics show `step`; kill it. What is no trial has a checkpoint then."""
+        command = self._training(folder, trial)
+        reached = partial(_has_reached, folder, step, saved=trial is None)
         threads, until = self._threads(command), self.night.until
         with self._timed(stage):
             work.run_and_kill(command, self._log(stage), reached, threads=threads, until=until)
@@ -427,6 +407,10 @@ class Run:
         return text.replace("{work}", str(self.work)).replace("{data}", str(self.night.data))
 
 
+def _stage(trial: narrow.Trial) -> str:
+    return f"{NARROWED} {trial.name}".replace(" ", "_")
+
+
 def _told(error: Exception) -> str:
     """An error that is meant to be read, or where one that is not comes from."""
     if isinstance(error, UserError):
@@ -434,7 +418,7 @@ def _told(error: Exception) -> str:
     return work.tail("".join(traceback.format_exception(error)))
 
 
-def _has_reached(folder: Path, step: int, saved: bool) -> bool:
+def _has_reached(folder: Path, step: int, *, saved: bool) -> bool:
     if saved and not (folder / LATEST).exists():
         return False
     try:

@@ -240,14 +240,14 @@ def test_a_departure_is_narrowed_to_the_layout(
     tmp_path: Path, config: Path, commands: Commands
 ) -> None:
     commands.spoiled = {"run": 3}
-    changes = {"processes": 2, "overrides": ["parallel.pipeline=2", "train.precision=bf16"]}
-    commands.spoiled["narrowed_in_fp32"] = 3
+    changes = {"processes": 4, "overrides": ["parallel.pipeline=2", "train.precision=bf16"]}
+    commands.spoiled |= {"narrowed_in_fp32": 3, "narrowed_without_data": 3}
     record = night(tmp_path, config, **changes).record()
     assert record.outcome == "failed"
     assert [finding.step for finding in record.findings if not finding.passed] == [3]
     assert record.narrowed == (
-        "does not depart in one process, still departs in fp32, does not depart in one process "
-        "and fp32"
+        "goes away in one process, without pipeline parallelism; stays in fp32, without data "
+        "parallelism"
     )
     assert "killed at 5" in commands.run
 
@@ -282,7 +282,7 @@ def test_a_departure_at_any_step_is_seen_when_it_is_narrowed(
 ) -> None:
     commands.spoiled = {"run": first, "narrowed": first}
     record = night(tmp_path, config, processes=2).record()
-    assert str(record.narrowed).endswith("still departs in one process")
+    assert str(record.narrowed) == "stays without data parallelism"
 
 
 def test_what_failed_is_told_where_narrowing_crashes(
@@ -295,7 +295,7 @@ def test_what_failed_is_told_where_narrowing_crashes(
     monkeypatch.setattr(work, "run_and_kill", crashed)
     record = night(tmp_path, config, processes=2).record()
     assert (record.outcome, record.findings[0].step) == ("failed", 2)
-    assert str(record.narrowed).endswith("crashes in one process (exit code 1)")
+    assert str(record.narrowed) == "crashes without data parallelism (exit code 1)"
 
 
 def test_narrowing_that_was_stopped_is_not_judged_by_its_half(
@@ -303,8 +303,8 @@ def test_narrowing_that_was_stopped_is_not_judged_by_its_half(
 ) -> None:
     commands.spoiled = {"run": 2}
     run = night(tmp_path, config, processes=2)
-    commands.train(run.folder / "narrowed_in_one_process", 1, told=False)
-    assert str(run.record().narrowed).endswith("does not depart in one process")
+    commands.train(run.folder / "narrowed_without_data_parallelism", 1, told=False)
+    assert run.record().narrowed == "goes away without data parallelism"
 
 
 # ---- killed and started again
