@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace, wanted: tier.Tier) -> None:
     names = arguments.only or [benchmark.name for benchmark in wanted.benchmarks]
     benchmarks = [wanted.benchmark(name) for name in names]
     for benchmark in benchmarks:
-        Run(night, benchmark).config(night.folder)  # whatever is wrong in it is said before hours
+        Run(night, benchmark).check()
     print(f"{wanted.name} at {night.commit}: {', '.join(names)}", flush=True)
     records, kept = [], True
     for benchmark in benchmarks:

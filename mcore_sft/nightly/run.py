@@ -83,12 +83,29 @@ class Run:
         words = [*self.overrides, *changes, f"output={folder}"]
         return configuration.load(str(self.benchmark.config), words)
 
+    def check(self) -> None:
+        """Raise `ConfigError` of whatever can be seen to be wrong before anything is run."""
+        config, name = self.config(self.folder), f"benchmark {self.benchmark.name}"
+        size, mend = self.benchmark.processes, "change processes, or the layout in overrides"
+        config.parallel.require_split(size, f"processes of {name}", mend)
+        every, steps = config.checkpoint.every, config.train.steps
+        if self.benchmark.gates.resume and not 0 < every < steps:
+            raise configuration.ConfigError(
+                f"{name}: gates.resume with checkpoint.every {every} of {steps} steps; expected 1 "
+                f"to {steps - 1}, so that there is one to go on from"
+            )
+        if self.benchmark.evaluate and not config.evaluation.benchmarks:
+            raise configuration.ConfigError(
+                f"{name}: evaluate needs evaluation.benchmarks in {self.benchmark.config}"
+            )
+
     def record(self) -> Record:
         """Run what has not been run yet, and judge."""
         kept = self.folder / "record.json"
         try:
             if kept.exists():
                 return Record.from_json(kept.read_text(encoding="utf-8"))
+            self.check()
             self.folder.mkdir(parents=True, exist_ok=True)
             made = self._judged()
             write_whole(kept, made.to_json() + "\n")
@@ -202,7 +219,7 @@ class Run:
         return Curve.read(file)
 
     def reference(self) -> Curve | None:
-        """What the run is held against: of the oracle, kept, or of an earlier benchmark."""
+        """What the run is held against: of the oracle, kept, or of another benchmark's run."""
         against, file = self.benchmark.against, self.folder / "reference.json"
         if against is None:
             return None
@@ -213,7 +230,10 @@ class Run:
                 kept = golden.FOLDER / f"{self.benchmark.name}.json"
                 golden.read(kept, self.made_from(), self._golden_command).write(file)
             else:
-                Curve.read(self.night.folder / against / "curve.json").write(file)
+                other = Run(self.night, self.night.tier.benchmark(against))
+                other.inputs()
+                other.dataset()
+                other.trained().write(file)
         return Curve.read(file)
 
     def peer(self) -> Curve | None:
@@ -243,14 +263,8 @@ class Run:
 
     def _step_to_kill(self) -> int:
         config = self.config(self.folder)
-        every, steps = config.checkpoint.every, config.train.steps
-        if not 0 < every < steps:
-            raise configuration.ConfigError(
-                f"benchmark {self.benchmark.name}: gates.resume with checkpoint.every {every} of "
-                f"{steps} steps; expected 1 to {steps - 1}, so that there is one to go on from"
-            )
         draw = random.Random(f"{self.night.commit} {self.benchmark.name}")
-        return draw.randint(every, steps - 1)
+        return draw.randint(config.checkpoint.every, config.train.steps - 1)
 
     def accuracy(self) -> Share:
         """Of the experiment's first benchmark, by the exported model."""

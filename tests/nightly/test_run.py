@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mcore_sft.checkpoint.sharded import POINTER
+from mcore_sft.config import ConfigError
 from mcore_sft.nightly import commits, golden, work
 from mcore_sft.nightly.curve import METRICS, Curve
 from mcore_sft.nightly.history import Record
@@ -336,8 +337,44 @@ def test_a_run_that_saves_only_in_the_end_cannot_be_killed(
     tmp_path: Path, config: Path, commands: Commands
 ) -> None:
     changes = {"overrides": [f"checkpoint.every={STEPS}"], "gates": {"resume": True}}
-    record = night(tmp_path, config, against=None, **changes).record()
-    assert "checkpoint.every 6 of 6 steps; expected 1 to 5" in str(record.crash)
+    with pytest.raises(ConfigError, match=r"checkpoint\.every 6 of 6 steps; expected 1 to 5"):
+        night(tmp_path, config, against=None, **changes).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"overrides": ["train.step=5"]}, "unknown key train.step"),
+        ({"processes": 3, "overrides": ["parallel.tensor=2"]}, "3 processes of benchmark short"),
+        ({"evaluate": True, "overrides": ["evaluation.benchmarks=[]"]}, "evaluate needs"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_run(
+    tmp_path: Path, config: Path, commands: Commands, changes: dict[str, Any], said: str
+) -> None:
+    run = night(tmp_path, config, **changes)
+    with pytest.raises(ConfigError, match=said):
+        run.check()
+    assert run.record().outcome == "crashed"
+    assert not commands.run
+
+
+def test_a_benchmark_by_itself_runs_what_it_is_held_against(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    run = night(tmp_path, config, against=None, gates={})
+    told = run.benchmark.model_dump() | {
+        "name": "other",
+        "against": "short",
+        "gates": {"loss": {STEPS: 1e-3}},
+    }
+    tree = run.night.tier.model_dump() | {"benchmarks": [run.benchmark.model_dump(), told]}
+    tier = Tier.model_validate(tree)
+    here = replace(run.night, tier=tier)
+    assert Run(here, tier.benchmark("other")).record().outcome == "passed"
+    assert commands.run == ["training run", "training run"]
+    assert Run(here, tier.benchmark("short")).record().outcome == "passed"
+    assert len(commands.run) == 2
 
 
 def test_inputs_that_are_half_made_are_made_anew(tmp_path: Path, config: Path) -> None:
