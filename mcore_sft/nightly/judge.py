@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from mcore_sft.evaluation.statistics import Share
@@ -127,9 +127,15 @@ def _area(measured: Curve, reference: Curve, limit: float) -> Finding:
     pairs = list(_pairs(measured, reference, "loss"))
     if not pairs:
         return _missing("area", "step that is in both curves")
-    apart = fmean(abs(ours - theirs) for _, ours, theirs in pairs)
-    share = _share(apart, fmean(theirs for _, _, theirs in pairs))
-    return _at_most("area", share, limit, "mean difference of the losses, relative to their mean")
+    mean = fmean(theirs for _, _, theirs in pairs)
+    share = _share(fmean(abs(ours - theirs) for _, ours, theirs in pairs), mean)
+    said = "mean difference of the losses, relative to their mean"
+    found = _at_most("area", share, limit, said)
+    beyond = [step for step, a, b in pairs if not abs(a - b) <= limit * abs(mean)]
+    if found.passed or not beyond:
+        return found
+    said = f"{found.sentence}; step {beyond[0]} is the first above"
+    return replace(found, step=beyond[0], sentence=said)
 
 
 def _validation(measured: Curve, reference: Curve, limit: float) -> Finding:

@@ -75,8 +75,10 @@ def test_area_is_the_mean_difference_over_the_mean_loss():
     other = replace(CURVE, loss=(4.5, 1.5, 2.0, 1.0))
     assert only(other, area=0.1112).passed
     found = only(other, area=0.111)
-    assert (found.passed, found.value) == (False, pytest.approx(1 / 9))
-    assert not only(replace(CURVE, loss=(NAN, 2.0, 2.0, 1.0)), area=9.0).passed
+    assert (found.passed, found.value, found.step) == (False, pytest.approx(1 / 9), 1)
+    assert only(replace(CURVE, loss=(4.0, 2.1, 2.0, 9.0)), area=0.5).step == 4
+    broken = only(replace(CURVE, loss=(4.0, 2.0, NAN, 1.0)), area=9.0)
+    assert (broken.passed, broken.step) == (False, 3)
 
 
 @pytest.mark.parametrize("steps", [3, 0])
