@@ -6,7 +6,7 @@ import pytest
 
 from mcore_sft import config
 from mcore_sft.config import ConfigError
-from mcore_sft.nightly import curve, tier
+from mcore_sft.nightly import curve, golden, tier
 from mcore_sft.training.metrics import FILE
 
 SHIPPED = sorted(path.stem for path in tier.FOLDER.glob("*.yaml"))
@@ -44,6 +44,8 @@ def test_every_experiment_of_a_shipped_tier_loads(name):
         assert measured or (gates.validation_loss is None and gates.validation_below is None)
         assert loaded.checkpoint.every or not gates.resume
         assert loaded.evaluation.benchmarks or not benchmark.evaluate
+        kept = golden.FOLDER / f"{benchmark.name}.json"
+        assert kept.exists() or benchmark.against != tier.GOLDEN
         last = loaded.train.steps
         for steps in (gates.loss, gates.grad_norm, gates.loss_below):
             assert all(step <= last for step in steps or {})
