@@ -33,6 +33,8 @@ from mcore_sft.nightly.run import Night, Run
 OUTPUT = Path("results/nightly")
 HISTORY, PAGE = "history.jsonl", "page.html"
 FAILED, CRASHED = 1, 3
+HOOK_SECONDS = 30.0
+"""How long a webhook may say nothing."""
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def send(url: str, text: str, records: Sequence[Record]) -> None:
         url, json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=30):
+        with urllib.request.urlopen(request, timeout=HOOK_SECONDS):
             pass
     except (OSError, ValueError, http.client.HTTPException) as error:
         print(f"the webhook did not take the summary: {error}", file=sys.stderr)

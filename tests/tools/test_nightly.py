@@ -181,21 +181,35 @@ def test_a_webhook_that_is_not_there_changes_nothing_else(
     assert "the webhook did not take the summary" in capsys.readouterr().err
 
 
-def test_a_webhook_that_speaks_no_http_changes_nothing_else(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"no http\r\n\r\n", "no http"),
+        (b"HTTP/1.1 500 Sorry\r\nContent-Length: 0\r\n\r\n", "HTTP Error 500: Sorry"),
+        (b"", "timed out"),
+    ],
+    ids=["no http", "500", "silence"],
+)
+def test_a_webhook_that_does_not_take_it_changes_nothing_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
 ) -> None:
-    def answer() -> None:
+    monkeypatch.setattr(nightly, "HOOK_SECONDS", 0.5)
+    told = threading.Event()
+
+    def take() -> None:
         taken, _ = server.accept()
         with taken:
             taken.recv(2**16)
-            taken.sendall(b"no http\r\n\r\n")
+            taken.sendall(answer)
+            told.wait(20)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=take)
         thread.start()
         nightly.send(f"http://127.0.0.1:{server.getsockname()[1]}", "all passed", [])
+        told.set()
         thread.join()
-    assert "the webhook did not take the summary" in capsys.readouterr().err
+    assert f"the webhook did not take the summary: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
