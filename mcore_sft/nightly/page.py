@@ -34,12 +34,15 @@ h2 a { color: inherit; }
 section.failed, section.crashed { border-left: .35rem solid; color: inherit; }
 section.failed { border-left-color: var(--failed); }
 section.crashed { border-left-color: var(--crashed); }
+section { overflow-wrap: anywhere; }
 .board td, .board th { text-align: left; white-space: nowrap; }
+.board a { display: inline-block; max-width: min(24rem, 45vw); overflow: hidden;
+  text-overflow: ellipsis; vertical-align: bottom; }
 .strip { height: 14px; width: auto; }
 .strip .passed { fill: var(--trained); opacity: .55; } .strip .failed { fill: var(--failed); }
 .strip .crashed { fill: var(--crashed); }
 @media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 8px; } }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 figure b { font-size: .9rem; } figure b span { color: var(--dim); font-weight: normal; }
 svg .ours, svg .theirs { fill: none; stroke: var(--ours); stroke-width: 1.5; }
 svg .theirs { stroke: var(--theirs); stroke-width: 5; }
@@ -356,7 +359,7 @@ class _Plot:
         return "".join(
             f"<line x1={_LEFT} x2={_WIDTH - _RIGHT} y1={y:.1f} y2={y:.1f} />"
             f"<text x={_LEFT - 5} y={y + 4:.1f} text-anchor=end>"
-            f"{prefix}{level * step:{'' if prefix else ','}.{digits}f}</text>"
+            f"{prefix}{_level(level * step, digits)}</text>"
             for level in levels
             for y in [self.y(level * step)]
         )
@@ -373,6 +376,11 @@ class _Plot:
             f"<text x={_LEFT} y={y}>{first}</text>"
             f"<text x={_WIDTH - _RIGHT} y={y} text-anchor=end>{last}</text>"
         )
+
+
+def _level(value: float, digits: int) -> str:
+    """A round number that fits beside its line."""
+    return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:,.{digits}f}"
 
 
 def _round_step(least: float) -> float:

@@ -1,5 +1,6 @@
 """The page says what is not well, since when and where; what is written into it stays text."""
 
+import re
 import time
 from html.parser import HTMLParser
 
@@ -82,6 +83,14 @@ def test_a_benchmark_that_was_not_run_again_is_not_passed_over(tmp_path):
     text = written(tmp_path, sample.record(0, "left"), sample.record(1, "other"))
     assert "<h1><span class=crashed" in text
     assert "1 not run at the newest commit of 2 benchmarks" in text
+
+
+def test_numbers_beside_a_chart_fit_there(tmp_path):
+    records = [sample.record(n, figures={"final_loss": 4.0 * 1000**n}) for n in range(12)]
+    text = written(tmp_path, *records)
+    levels = re.findall(r"text-anchor=end>([-0-9.,e+]+)</text>", text)
+    assert "2e+33" in levels
+    assert max(map(len, levels)) <= 8
 
 
 def test_a_curve_that_is_gone_and_a_torn_line_are_said(tmp_path):
