@@ -199,7 +199,7 @@ class Run:
             return
         shutil.rmtree(self.work, ignore_errors=True)  # half made, which the commands refuse
         for number, command in enumerate(self.night.tier.inputs[self.benchmark.inputs].commands):
-            words = shlex.split(self._named(command))
+            words = [self._named(word) for word in shlex.split(command)]
             self._run(f"inputs {number}", words, self.work / "inputs.log")
         done.touch()
 

@@ -383,14 +383,17 @@ def test_inputs_that_are_half_made_are_made_anew(tmp_path: Path, config: Path) -
         {
             "name": "tiny",
             "minutes": 5,
-            "inputs": {"rows": {"commands": ["mkdir {work}/text"]}},
+            "inputs": {"rows": {"commands": ["mkdir {work}/text", "cp -r {data} {work}/text"]}},
             "benchmarks": [run.benchmark.model_dump() | {"inputs": "rows"}],
         }
     )
-    run = Run(replace(run.night, tier=tier), tier.benchmarks[0])
+    data = tmp_path / "the data"
+    data.mkdir()
+    run = Run(replace(run.night, tier=tier, data=data), tier.benchmarks[0])
     (run.work / "text").mkdir(parents=True)
     run.inputs()
     assert (run.work / "made").exists()
+    assert (run.work / "text" / "the data").exists()
 
 
 def test_data_that_is_not_given_is_a_sentence(
