@@ -135,6 +135,17 @@ class Run:
             resumed=resumed,
         )
         failed = [finding for finding in findings if not finding.passed]
+        return self._record(
+            "failed" if failed else "passed",
+            findings=findings,
+            figures=self._figures(measured, peer, accuracy),
+            narrowed=self.narrowed(failed, reference) if failed else None,
+        )
+
+    def _figures(
+        self, measured: Curve, peer: Curve | None, accuracy: Share | None
+    ) -> dict[str, float]:
+        """Those of `Record`; what is not known is NaN."""
         figures = {
             "final_loss": measured.loss[-1] if measured.steps else math.nan,
             "validation_loss": judge.last_validation(measured),
@@ -149,12 +160,7 @@ class Run:
             figures |= dict(zip(shares, (accuracy.percent, low, high), strict=True))
         if peer:
             figures["speed_ratio"] = judge.speed(measured) / judge.speed(peer)
-        return self._record(
-            "failed" if failed else "passed",
-            findings=findings,
-            figures=figures,
-            narrowed=self.narrowed(failed, reference) if failed else None,
-        )
+        return figures
 
     def _record(
         self,
