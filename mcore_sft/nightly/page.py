@@ -41,7 +41,9 @@ section { overflow-wrap: anywhere; }
 .strip { height: 14px; width: auto; }
 .strip .passed { fill: var(--trained); opacity: .55; } .strip .failed { fill: var(--failed); }
 .strip .crashed { fill: var(--crashed); }
-@media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 8px; } }
+@media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 6px; }
+  .board a { max-width: 35vw; } .board td, .board th { padding-right: .5rem; }
+  .board td { white-space: normal; } }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 figure b { font-size: .9rem; } figure b span { color: var(--dim); font-weight: normal; }
 svg .ours, svg .theirs { fill: none; stroke: var(--ours); stroke-width: 1.5; }
