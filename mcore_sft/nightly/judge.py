@@ -153,13 +153,16 @@ def _validation(measured: Curve, reference: Curve, limit: float) -> Finding:
         )
     ours, expected = measured.validation[last], reference.validation[last]
     said = f"validation loss {ours:.6g}, reference {expected:.6g}; difference"
-    return _at_most("validation_loss", _share(abs(ours - expected), expected), limit, said)
+    found = _at_most("validation_loss", _share(abs(ours - expected), expected), limit, said)
+    return replace(found, step=None if found.passed else last)
 
 
 def _validation_below(measured: Curve, limit: float) -> Finding:
     if not measured.validation:
         return _missing("validation_below", "validation loss of this run")
-    return _below("validation_below", last_validation(measured), limit, "last validation loss")
+    last = max(measured.validation)
+    said = "last validation loss"
+    return _below("validation_below", last_validation(measured), limit, said, last)
 
 
 def _loss_below(measured: Curve, step: int, limit: float) -> Finding:

@@ -62,7 +62,7 @@ class Gates(Section):
     step_seconds: Positive | None = None
     """What the mean time of a step, without validation and checkpoints, must be less than."""
     memory_gib: Positive | None = None
-    """The largest peak memory of a process."""
+    """The largest peak memory of the process that writes the metrics, the first."""
     resume: bool = False
     """Killed and started again, the run must measure the same to the last bit."""
 

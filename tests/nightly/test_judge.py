@@ -104,7 +104,8 @@ def test_without_a_reference_its_gates_fail():
 def test_the_last_validation_loss_is_compared():
     other = replace(CURVE, validation={2: 9.0, 4: 1.25})
     assert only(other, validation_loss=0.25).passed
-    assert not only(other, validation_loss=0.24).passed
+    found = only(other, validation_loss=0.24)
+    assert (found.passed, found.step) == (False, 4)
     assert not only(replace(CURVE, validation={4: NAN}), validation_loss=9.0).passed
     assert not only(CURVE, replace(CURVE, validation={4: NAN}), validation_loss=9.0).passed
     assert "that of step 2" in only(
@@ -115,8 +116,8 @@ def test_the_last_validation_loss_is_compared():
 
 
 def test_the_last_validation_loss_is_below_its_bound():
-    assert only(validation_below=1.01).passed
-    assert not only(validation_below=1.0).passed
+    assert (only(validation_below=1.01).passed, only(validation_below=1.01).step) == (True, None)
+    assert (only(validation_below=1.0).passed, only(validation_below=1.0).step) == (False, 4)
     assert not only(replace(CURVE, validation={4: NAN}), validation_below=9.0).passed
     assert not only(replace(CURVE, validation={}), validation_below=9.0).passed
 
