@@ -5,12 +5,15 @@
 
 All of it lies in results/nightly: history.jsonl, page.html, and each run by tier and commit.
 Stopped and started again at the same commit, it goes on. Exit code 0: all passed, 1: something
-failed, 2: it could not begin, 3: something crashed.
+failed, 2: it could not begin, 3: something crashed, or could not be kept.
 """
 
 import argparse
+import contextlib
+import fcntl
 import http.client
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,23 +21,31 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft.errors import UserError
-from mcore_sft.nightly import history, page, tier
+from mcore_sft.nightly import commits, history, page, tier, work
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
 
 OUTPUT = Path("results/nightly")
+HISTORY, PAGE = "history.jsonl", "page.html"
 FAILED, CRASHED = 1, 3
+HOOK_SECONDS = 30.0
+"""How long a webhook may say nothing."""
 
 
 def main() -> None:
     """Run what the command line names."""
     arguments = _arguments()
     wanted = tier.named(arguments.tier)
+    with _alone(arguments.output / wanted.name):
+        _run(arguments, wanted)
+
+
+def _run(arguments: argparse.Namespace, wanted: tier.Tier) -> None:
     night = _night(wanted, arguments.output, arguments.data)
     if arguments.golden:
         if not arguments.reason:
@@ -45,43 +56,59 @@ def main() -> None:
     names = arguments.only or [benchmark.name for benchmark in wanted.benchmarks]
     benchmarks = [wanted.benchmark(name) for name in names]
     for benchmark in benchmarks:
-        Run(night, benchmark).config(night.folder)  # whatever is wrong in it is said before hours
+        Run(night, benchmark).check()
     print(f"{wanted.name} at {night.commit}: {', '.join(names)}", flush=True)
-    records = []
-    file = arguments.output / "history.jsonl"
+    records, kept = [], True
     for benchmark in benchmarks:
         print(f"{benchmark.name} ...", flush=True)
-        record = Run(night, benchmark).record()
-        if record not in history.read(file)[0]:  # it was kept when this night was stopped
-            history.append(file, record)
-        page.write(file, arguments.output / "page.html")
-        records.append(record)
-        print(told(record), flush=True)
+        records.append(Run(night, benchmark).record())
+        kept &= keep(arguments.output, records[-1])
+        print(told(records[-1]), flush=True)
     text = summary(records)
-    print(f"{text}\n{arguments.output / 'page.html'}")
+    print(f"{text}\n{arguments.output / PAGE}")
     if url := arguments.webhook or wanted.webhook:
         send(url, text, records)
-    sys.exit(exit_code(records))
+    sys.exit(exit_code(records) if kept else CRASHED)
+
+
+def keep(output: Path, record: Record) -> bool:
+    """Add the record to the history and the page; says so on stderr where that cannot be done."""
+    file = output / HISTORY
+    try:
+        if record not in history.read(file)[0]:  # it was kept when this night was stopped
+            history.append(file, record)
+        page.write(file, output / PAGE)
+    except OSError as error:
+        print(f"{record.benchmark} is not in the history or the page: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def told(record: Record) -> str:
     """A benchmark on the console: what it came to, and what did not pass."""
     lines = [f"{record.benchmark}: {record.outcome.upper()}"]
     lines += [f"  {'ok   ' if f.passed else 'WRONG'} {f.sentence}" for f in record.findings]
-    lines += [f"  {text}" for text in (record.narrowed, record.crash) if text]
+    lines += [f"  {text}" for text in (record.narrowed, record.commits, record.crash) if text]
     return "\n".join(lines)
 
 
 def summary(records: Sequence[Record]) -> str:
-    """One line of the night."""
-    bad = [
-        f"{record.benchmark} {record.outcome}" for record in records if record.outcome != "passed"
-    ]
-    passed = len(records) - len(bad)
-    first = records[0]
-    return f"nightly {first.tier} at {first.commit}: {passed} of {len(records)} passed" + (
-        f"; {', '.join(bad)}" if bad else ""
-    )
+    """One line of the night, and one of each benchmark that did not pass."""
+    bad = [record for record in records if record.outcome != "passed"]
+    first, passed = records[0], len(records) - len(bad)
+    names = "".join(f"; {record.benchmark} {record.outcome}" for record in bad)
+    head = f"nightly {first.tier} at {first.commit}: {passed} of {len(records)} passed{names}"
+    return "\n".join([head, *(_in_short(record) for record in bad)])
+
+
+def _in_short(record: Record) -> str:
+    """Where a benchmark departs first, without what it does not, and since which commits."""
+    failed = [finding for finding in record.findings if not finding.passed]
+    failed.sort(key=lambda finding: math.inf if finding.step is None else finding.step)
+    said = [finding.sentence for finding in failed[:1]]
+    said += (record.crash or "").splitlines()[-1:]
+    said += [text for text in (record.narrowed, record.commits) if text]
+    return f"{record.benchmark}: {'; '.join(said)}"
 
 
 def exit_code(records: Sequence[Record]) -> int:
@@ -97,45 +124,48 @@ def send(url: str, text: str, records: Sequence[Record]) -> None:
         url, json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=30):
+        with urllib.request.urlopen(request, timeout=HOOK_SECONDS):
             pass
     except (OSError, ValueError, http.client.HTTPException) as error:
         print(f"the webhook did not take the summary: {error}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other night of the tier runs meanwhile; raises `UserError`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another night is running there; wait for its end, or give --output"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error}); give --output DIR") from None
+        yield
+
+
 def _night(wanted: tier.Tier, output: Path, data: Path | None) -> Night:
-    commit = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    time_of_commit = _git("log", "-1", "--format=%cI")
+    commit = commits.current()
     folder = output.absolute() / wanted.name / commit
-    if commit.endswith("-dirty") and folder.exists():
+    work.end_all_of(folder)  # of a night that was killed
+    if commit.endswith(commits.DIRTY) and folder.exists():
         shutil.rmtree(folder)  # of other files than those of now
-    records, torn = history.read(output / "history.jsonl")
+    records, torn = history.read(output / HISTORY)
     if torn:
         print(torn, file=sys.stderr)
-    passed = {
-        record.benchmark: record.commit
-        for record in records
-        if record.tier == wanted.name and record.outcome == "passed" and record.commit != commit
-    }
     return Night(
         tier=wanted,
         commit=commit,
-        commit_time=time_of_commit,
+        commit_time=commits.git("log", "-1", "--format=%cI"),
         machine={"device": _device(), "cores": len(os.sched_getaffinity(0))},
         output=output.absolute(),
         data=data and data.absolute(),
         until=time.monotonic() + 60 * wanted.minutes,
-        passed_before=passed,
+        earlier=[record for record in records if record.tier == wanted.name],
     )
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"git {words[0]} fails here ({done.stderr.strip()}); run this in a clone of the project"
-        )
-    return done.stdout.strip()
 
 
 def _device() -> str:

@@ -32,6 +32,8 @@ class Curve:
     """Step -> validation loss."""
     peak_memory: int
     """Bytes, of the rank that needed most."""
+    step_seconds: tuple[float, ...] = ()
+    """Without validation and checkpoints; empty where nobody measured it."""
 
     @classmethod
     def of_run(cls, folder: Path) -> "Curve":
@@ -56,6 +58,7 @@ class Curve:
                 if "validation_loss" in entry
             },
             peak_memory=max((entry["peak_memory_bytes"] for entry in taken), default=0),
+            step_seconds=_numbers(taken, "step_seconds"),
         )
 
     @classmethod
@@ -70,7 +73,7 @@ class Curve:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(self.to_tree(), allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_tree(), allow_nan=False) + "\n")
 
     @classmethod
     def of_tree(cls, tree: dict[str, Any]) -> "Curve":
@@ -80,6 +83,7 @@ class Curve:
             **{name: _numbers_of(tree[name]) for name in SERIES},
             validation={int(step): _number(x) for step, x in tree["validation"].items()},
             peak_memory=tree["peak_memory"],
+            step_seconds=_numbers_of(tree.get("step_seconds", [])),
         )
 
     def until(self, last: int) -> "Curve":
@@ -90,15 +94,23 @@ class Curve:
             steps=self.steps[:count],
             **{name: getattr(self, name)[:count] for name in SERIES},
             validation={step: x for step, x in self.validation.items() if step <= last},
+            step_seconds=self.step_seconds[:count],
         )
 
     def to_tree(self) -> dict[str, Any]:
         """For JSON, which knows no NaN: null."""
         said = asdict(self)
-        for name in SERIES:
+        for name in (*SERIES, "step_seconds"):
             said[name] = [_or_null(x) for x in said[name]]
         said["validation"] = {str(step): _or_null(x) for step, x in self.validation.items()}
         return said
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there complete or not at all: what is there is not made again."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 SERIES = ("loss", "grad_norm", "tokens_per_second")

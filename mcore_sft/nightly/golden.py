@@ -1,14 +1,19 @@
 """Curves of the oracle that are kept in configs/nightly/golden, each with what made it."""
 
+import hashlib
 import json
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.errors import UserError
+from mcore_sft.model import architecture
 from mcore_sft.nightly.curve import Curve
 
 FOLDER = Path("configs/nightly/golden")
@@ -20,15 +25,35 @@ class GoldenError(UserError):
 
 
 def made_from(config: RunConfig, packs_of_a_step: int) -> dict[str, Any]:
-    """What decides the curve: weights, packs, their number in a step, and the optimizer."""
+    """What decides the curve: model, packs, their number in a step, and the optimizer."""
     train = config.train.model_dump(mode="json")
     return {
-        "base weights": SafetensorsFolder(config.model.path).fingerprint(),
+        **_architecture(config.model.path),
+        "base weights": _every_weight(config.model.path),
         "dataset": PackedDataset(config.packed, verify=False).fingerprint,
         "packs of a step": packs_of_a_step,
         **{f"train.{name}": train[name] for name in _TRAIN},
         **{f"optimizer.{name}": x for name, x in config.optimizer.model_dump(mode="json").items()},
     }
+
+
+def _architecture(folder: Path) -> dict[str, Any]:
+    """What config.json says of the model, but for what is as in every Llama."""
+    read = architecture.read(folder)
+    said = asdict(read)
+    return {f"model.{x.name}": said[x.name] for x in fields(read) if said[x.name] != x.default}
+
+
+def _every_weight(folder: Path) -> str:
+    """SHA-256 of the name, the shape, the type and all numbers of every tensor."""
+    tensors = SafetensorsFolder(folder)
+    digest = hashlib.sha256()
+    for name in sorted(tensors.names()):
+        shape = tensors.shape(name)
+        numbers = tensors.read(name, 0, shape[0]).contiguous()
+        digest.update(f"{name} {shape} {numbers.dtype} ".encode())
+        digest.update(numbers.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def keep(file: Path, curve: Curve, made: dict[str, Any], *, command: str, reason: str) -> None:

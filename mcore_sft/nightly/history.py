@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,13 +29,16 @@ class Record:
     findings: tuple[Finding, ...]
     figures: dict[str, float]
     """Those of final_loss, validation_loss, accuracy, accuracy_low, accuracy_high (percent),
-    tokens_per_second, speed_ratio, peak_memory_gib and seconds that are known."""
+    tokens_per_second, speed_ratio, step_seconds, peak_memory_gib and seconds (of all its stages)
+    that are known."""
     curve: str | None
     """File of the measured curve, seen from the history's folder."""
     reference: str | None
     """File of the curve that it was held against."""
     narrowed: str | None = None
-    """What a failure departs without, and since when."""
+    """Without which layout or precision a failure goes away."""
+    commits: str | None = None
+    """Since which commits a benchmark that did not pass may not have."""
     crash: str | None = None
     """The stage that ended badly, and the last lines of its log."""
 
@@ -50,7 +53,9 @@ class Record:
         """Read one line; raises ValueError if it is torn or no record."""
         said: dict[str, Any] = json.loads(line)
         try:
-            found = {field.name: said[field.name] for field in fields(cls)}
+            # a field that was added later has a default, and is in no older line
+            found = {x.name: said[x.name] for x in fields(cls) if x.default is MISSING}
+            found |= {x.name: said[x.name] for x in fields(cls) if x.name in said}
             found["findings"] = tuple(Finding(**finding) for finding in found["findings"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"no record ({type(error).__name__}: {error})") from None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from mcore_sft.evaluation.statistics import Share
@@ -46,6 +46,8 @@ def judge(
         found.append(_accuracy(accuracy, gates.accuracy))
     if gates.speed is not None:
         found.append(_speed(measured, peer_tokens_per_second, gates.speed))
+    if gates.step_seconds is not None:
+        found.append(_step_seconds(measured, gates.step_seconds))
     if gates.memory_gib is not None:
         found.append(_memory(measured, gates.memory_gib))
     if gates.resume:
@@ -56,6 +58,11 @@ def judge(
 def speed(curve: Curve) -> float:
     """Tokens per second of the median step; NaN of no steps."""
     return median(curve.tokens_per_second) if curve.steps else math.nan
+
+
+def step_seconds(curve: Curve) -> float:
+    """Mean seconds of a step; NaN where nobody measured it."""
+    return fmean(curve.step_seconds) if curve.step_seconds else math.nan
 
 
 def last_validation(curve: Curve) -> float:
@@ -120,9 +127,15 @@ def _area(measured: Curve, reference: Curve, limit: float) -> Finding:
     pairs = list(_pairs(measured, reference, "loss"))
     if not pairs:
         return _missing("area", "step that is in both curves")
-    apart = fmean(abs(ours - theirs) for _, ours, theirs in pairs)
-    share = _share(apart, fmean(theirs for _, _, theirs in pairs))
-    return _at_most("area", share, limit, "mean difference of the losses, relative to their mean")
+    mean = fmean(theirs for _, _, theirs in pairs)
+    share = _share(fmean(abs(ours - theirs) for _, ours, theirs in pairs), mean)
+    said = "mean difference of the losses, relative to their mean"
+    found = _at_most("area", share, limit, said)
+    beyond = [step for step, a, b in pairs if not abs(a - b) <= limit * abs(mean)]
+    if found.passed or not beyond:
+        return found
+    said = f"{found.sentence}; step {beyond[0]} is the first above"
+    return replace(found, step=beyond[0], sentence=said)
 
 
 def _validation(measured: Curve, reference: Curve, limit: float) -> Finding:
@@ -140,13 +153,16 @@ def _validation(measured: Curve, reference: Curve, limit: float) -> Finding:
         )
     ours, expected = measured.validation[last], reference.validation[last]
     said = f"validation loss {ours:.6g}, reference {expected:.6g}; difference"
-    return _at_most("validation_loss", _share(abs(ours - expected), expected), limit, said)
+    found = _at_most("validation_loss", _share(abs(ours - expected), expected), limit, said)
+    return replace(found, step=None if found.passed else last)
 
 
 def _validation_below(measured: Curve, limit: float) -> Finding:
     if not measured.validation:
         return _missing("validation_below", "validation loss of this run")
-    return _below("validation_below", last_validation(measured), limit, "last validation loss")
+    last = max(measured.validation)
+    said = "last validation loss"
+    return _below("validation_below", last_validation(measured), limit, said, last)
 
 
 def _loss_below(measured: Curve, step: int, limit: float) -> Finding:
@@ -183,6 +199,12 @@ def _speed(measured: Curve, peer: float | None, least: float) -> Finding:
         sentence=f"{speed(measured):,.0f} tokens per second, peer {peer:,.0f}: ratio {ratio:.2f}, "
         f"at least {least:g}",
     )
+
+
+def _step_seconds(measured: Curve, limit: float) -> Finding:
+    if not measured.step_seconds:
+        return _missing("step_seconds", "time of a step of this run")
+    return _below("step_seconds", step_seconds(measured), limit, "mean step time in seconds")
 
 
 def _memory(measured: Curve, limit: float) -> Finding:

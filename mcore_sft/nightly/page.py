@@ -19,6 +19,7 @@ _FIGURES = {
     "accuracy": "Accuracy, %",
     "tokens_per_second": "Tokens per second",
     "speed_ratio": "Speed, times the peer's",
+    "step_seconds": "Mean step time, seconds",
     "peak_memory_gib": "Peak memory, GiB",
     "seconds": "Duration, seconds",
 }
@@ -33,12 +34,17 @@ h2 a { color: inherit; }
 section.failed, section.crashed { border-left: .35rem solid; color: inherit; }
 section.failed { border-left-color: var(--failed); }
 section.crashed { border-left-color: var(--crashed); }
+section { overflow-wrap: anywhere; }
 .board td, .board th { text-align: left; white-space: nowrap; }
+.board a { display: inline-block; max-width: min(24rem, 45vw); overflow: hidden;
+  text-overflow: ellipsis; vertical-align: bottom; }
 .strip { height: 14px; width: auto; }
 .strip .passed { fill: var(--trained); opacity: .55; } .strip .failed { fill: var(--failed); }
 .strip .crashed { fill: var(--crashed); }
-@media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 8px; } }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+@media (max-width: 40rem) { .board .commit { display: none; } .strip { height: 6px; }
+  .board a { max-width: 35vw; } .board td, .board th { padding-right: .5rem; }
+  .board td { white-space: normal; } }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 figure b { font-size: .9rem; } figure b span { color: var(--dim); font-weight: normal; }
 svg .ours, svg .theirs { fill: none; stroke: var(--ours); stroke-width: 1.5; }
 svg .theirs { stroke: var(--theirs); stroke-width: 5; }
@@ -121,7 +127,7 @@ def _when(record: Record) -> str:
 
 
 def _broken(nights: Sequence[Record]) -> str:
-    """Of a benchmark whose newest record did not pass: what, since which commit, at which step."""
+    """Of a benchmark whose newest record did not pass: what, at which step, since which commits."""
     newest = nights[-1]
     sentences = [finding.sentence for finding in newest.findings if not finding.passed]
     steps = [f.step for f in newest.findings if not f.passed and f.step is not None]
@@ -130,6 +136,8 @@ def _broken(nights: Sequence[Record]) -> str:
         facts = {"first departs": f"<b>step {min(steps)}</b>"} | facts
     if newest.narrowed:
         facts["narrowed"] = _text(newest.narrowed)
+    if newest.commits:
+        facts["commits"] = _text(newest.commits)
     crash = f"<pre>{_text(newest.crash)}</pre>" if newest.crash else ""
     return (
         f"<section class={newest.outcome}>\n<h2>{_link(newest)} "
@@ -353,7 +361,7 @@ class _Plot:
         return "".join(
             f"<line x1={_LEFT} x2={_WIDTH - _RIGHT} y1={y:.1f} y2={y:.1f} />"
             f"<text x={_LEFT - 5} y={y + 4:.1f} text-anchor=end>"
-            f"{prefix}{level * step:{'' if prefix else ','}.{digits}f}</text>"
+            f"{prefix}{_level(level * step, digits)}</text>"
             for level in levels
             for y in [self.y(level * step)]
         )
@@ -370,6 +378,11 @@ class _Plot:
             f"<text x={_LEFT} y={y}>{first}</text>"
             f"<text x={_WIDTH - _RIGHT} y={y} text-anchor=end>{last}</text>"
         )
+
+
+def _level(value: float, digits: int) -> str:
+    """A round number that fits beside its line."""
+    return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:,.{digits}f}"
 
 
 def _round_step(least: float) -> float:

@@ -7,6 +7,7 @@ Every stage leaves a file in <output>/<tier>/<commit>/<benchmark>/, and is passe
 there: a night that was stopped goes on. A reference that is an earlier benchmark is read there.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -26,20 +28,17 @@ from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import nearest_multiple
 from mcore_sft.errors import UserError
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.nightly import golden, judge, work
-from mcore_sft.nightly.curve import Curve, CurveError
+from mcore_sft.nightly import commits, golden, judge, narrow, work
+from mcore_sft.nightly.curve import Curve, CurveError, write_whole
+from mcore_sft.nightly.golden import GoldenError
 from mcore_sft.nightly.history import Outcome, Record
 from mcore_sft.nightly.judge import Finding
 from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
-from mcore_sft.nightly.work import Crash
 
-ALONE = (
-    *("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1", "parallel.virtual=1"),
-    *("parallel.context=1", "parallel.distributed_optimizer=false", "parallel.overlap=false"),
-)
-EXACT = ("train.precision=fp32", "train.fp8=none", "train.fp8_bf16_ends=0")
 LATEST = "latest"
 """What a training run's folder has from its first complete checkpoint on."""
+SECONDS = "seconds.json"
+NARROWED = "narrowed"
 NARROW_BEYOND = 2
 """Steps after the first that departs, up to which a narrowing run goes."""
 
@@ -55,8 +54,8 @@ class Night:
     output: Path
     data: Path | None
     until: float
-    passed_before: dict[str, str]
-    """Benchmark -> the last commit at which it passed."""
+    earlier: Sequence[Record]
+    """What the history holds of the tier."""
 
     @property
     def folder(self) -> Path:
@@ -84,29 +83,50 @@ class Run:
         words = [*self.overrides, *changes, f"output={folder}"]
         return configuration.load(str(self.benchmark.config), words)
 
+    def check(self) -> None:
+        """Raise `ConfigError` of whatever can be seen to be wrong before anything is run."""
+        config, name = self.config(self.folder), f"benchmark {self.benchmark.name}"
+        size, mend = self.benchmark.processes, "change processes, or the layout in overrides"
+        config.parallel.require_split(size, f"processes of {name}", mend)
+        every, steps = config.checkpoint.every, config.train.steps
+        if self.benchmark.gates.resume and not 0 < every < steps:
+            raise configuration.ConfigError(
+                f"{name}: gates.resume with checkpoint.every {every} of {steps} steps; expected 1 "
+                f"to {steps - 1}, so that there is one to go on from"
+            )
+        if self.benchmark.evaluate and not config.evaluation.benchmarks:
+            raise configuration.ConfigError(
+                f"{name}: evaluate needs evaluation.benchmarks in {self.benchmark.config}"
+            )
+
     def record(self) -> Record:
         """Run what has not been run yet, and judge."""
         kept = self.folder / "record.json"
-        if kept.exists():
-            return Record.from_json(kept.read_text(encoding="utf-8"))
-        begun = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            made = self._judged(begun)
-        except (Crash, UserError) as error:
-            return self._record("crashed", crash=str(error))
-        kept.write_text(made.to_json() + "\n", encoding="utf-8")
+            if kept.exists():
+                return Record.from_json(kept.read_text(encoding="utf-8"))
+            self.check()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            made = self._judged()
+            write_whole(kept, made.to_json() + "\n")
+        except Exception as error:  # whatever it is, the other benchmarks of the night are run
+            return self._record("crashed", crash=_told(error))
         return made
 
-    def _judged(self, begun: float) -> Record:
+    def _judged(self) -> Record:
         self.inputs()
         self.dataset()
         measured = self.trained()
-        reference = self.reference()
+        findings = []
+        try:
+            reference = self.reference()
+        except GoldenError as error:
+            reference = None
+            findings.append(Finding(gate="golden", passed=False, sentence=str(error)))
         peer = self.peer()
         resumed = self.resumed() if self.benchmark.gates.resume else None
         accuracy = self.accuracy() if self.benchmark.evaluate else None
-        findings = judge.judge(
+        findings += judge.judge(
             measured,
             reference,
             self.benchmark.gates,
@@ -115,12 +135,24 @@ class Run:
             resumed=resumed,
         )
         failed = [finding for finding in findings if not finding.passed]
+        return self._record(
+            "failed" if failed else "passed",
+            findings=findings,
+            figures=self._figures(measured, peer, accuracy),
+            narrowed=self.narrowed(failed, reference) if failed else None,
+        )
+
+    def _figures(
+        self, measured: Curve, peer: Curve | None, accuracy: Share | None
+    ) -> dict[str, float]:
+        """Those of `Record`; what is not known is NaN."""
         figures = {
             "final_loss": measured.loss[-1] if measured.steps else math.nan,
             "validation_loss": judge.last_validation(measured),
             "tokens_per_second": judge.speed(measured),
             "peak_memory_gib": measured.peak_memory / judge.GIB,
-            "seconds": time.monotonic() - begun,
+            "step_seconds": judge.step_seconds(measured),
+            "seconds": self._seconds(),
         }
         if accuracy:
             low, high = accuracy.interval
@@ -128,12 +160,7 @@ class Run:
             figures |= dict(zip(shares, (accuracy.percent, low, high), strict=True))
         if peer:
             figures["speed_ratio"] = judge.speed(measured) / judge.speed(peer)
-        return self._record(
-            "failed" if failed else "passed",
-            findings=findings,
-            figures=figures,
-            narrowed=self.narrowed(failed, reference) if failed else None,
-        )
+        return figures
 
     def _record(
         self,
@@ -161,8 +188,13 @@ class Run:
             curve=curve,
             reference=reference,
             narrowed=narrowed,
+            commits=None if outcome == "passed" else self._suspects(outcome),
             crash=crash,
         )
+
+    def _suspects(self, outcome: Outcome) -> str:
+        own = [x for x in self.night.earlier if x.benchmark == self.benchmark.name]
+        return commits.suspects(own, self.night.commit, outcome)
 
     # ---- the stages
 
@@ -172,8 +204,9 @@ class Run:
         if self.benchmark.inputs is None or done.exists():
             return
         shutil.rmtree(self.work, ignore_errors=True)  # half made, which the commands refuse
-        for command in self.night.tier.inputs[self.benchmark.inputs].commands:
-            self._run("inputs", shlex.split(self._named(command)), self.work / "inputs.log")
+        for number, command in enumerate(self.night.tier.inputs[self.benchmark.inputs].commands):
+            words = [self._named(word) for word in shlex.split(command)]
+            self._run(f"inputs {number}", words, self.work / "inputs.log")
         done.touch()
 
     def dataset(self) -> None:
@@ -192,7 +225,7 @@ class Run:
         return Curve.read(file)
 
     def reference(self) -> Curve | None:
-        """What the run is held against: of the oracle, kept, or of an earlier benchmark."""
+        """What the run is held against: of the oracle, kept, or of another benchmark's run."""
         against, file = self.benchmark.against, self.folder / "reference.json"
         if against is None:
             return None
@@ -203,7 +236,10 @@ class Run:
                 kept = golden.FOLDER / f"{self.benchmark.name}.json"
                 golden.read(kept, self.made_from(), self._golden_command).write(file)
             else:
-                Curve.read(self.night.folder / against / "curve.json").write(file)
+                other = Run(self.night, self.night.tier.benchmark(against))
+                other.inputs()
+                other.dataset()
+                other.trained().write(file)
         return Curve.read(file)
 
     def peer(self) -> Curve | None:
@@ -225,22 +261,16 @@ class Run:
             if not killed.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 step = self._step_to_kill()
-                self._run_until("training that is killed", folder, step, saved=True)
-                killed.write_text(f"{step}\n")
+                self._run_until("training that is killed", folder, step)
+                write_whole(killed, f"{step}\n")
             self._run("training that is started again", self._training(folder))
             Curve.of_run(folder).write(file)
         return Curve.read(file)
 
     def _step_to_kill(self) -> int:
         config = self.config(self.folder)
-        every, steps = config.checkpoint.every, config.train.steps
-        if not 0 < every < steps:
-            raise configuration.ConfigError(
-                f"benchmark {self.benchmark.name}: gates.resume with checkpoint.every {every} of "
-                f"{steps} steps; expected 1 to {steps - 1}, so that there is one to go on from"
-            )
         draw = random.Random(f"{self.night.commit} {self.benchmark.name}")
-        return draw.randint(every, steps - 1)
+        return draw.randint(config.checkpoint.every, config.train.steps - 1)
 
     def accuracy(self) -> Share:
         """Of the experiment's first benchmark, by the exported model."""
@@ -251,7 +281,8 @@ class Run:
             if not (model / "config.json").exists():
                 export = ["python", "tools/to_hf.py", "--checkpoint", str(run / f"step_{steps}")]
                 self._run("export", [*export, "--output", str(model)])
-            ask = ["python", "tools/evaluate.py", "--model", str(model)]
+            name = self.config(run).evaluation.benchmarks[0].name
+            ask = ["python", "tools/evaluate.py", "--model", str(model), "--benchmark", name]
             words = ["--output", str(file.parent), *self._words(run)]
             self._run("evaluation", [*ask, *words])
         score = json.loads(file.read_text(encoding="utf-8"))["score"]["symbolic_correct"]
@@ -259,11 +290,14 @@ class Run:
 
     def made_from(self) -> dict[str, object]:
         """What decides the curve of the oracle."""
+        return golden.made_from(self.config(self.folder), self._packs()[0])
+
+    def _packs(self) -> tuple[int, float]:
+        """Those of a step, and examples in one of them on average."""
         config = self.config(self.folder)
         data = PackedDataset(config.packed, verify=False)
-        unit = self._unit(config)
-        packs = nearest_multiple(config.train.global_batch / (data.num_examples / len(data)), unit)
-        return golden.made_from(config, packs)
+        examples = data.num_examples / len(data)
+        return nearest_multiple(config.train.global_batch / examples, self._unit(config)), examples
 
     def keep_golden(self, reason: str) -> Path:
         """Run the oracle and keep its curve."""
@@ -286,51 +320,33 @@ class Run:
 
     # ---- a failure, narrowed
 
-    def narrowed(self, failed: list[Finding], reference: Curve | None) -> str:
-        """With what a departure goes away, and since which commit it may be there."""
-        found = [self._since()]
+    def narrowed(self, failed: list[Finding], reference: Curve | None) -> str | None:
+        """Without which layout or precision the departure goes away; None where none is known."""
         steps = [f.step for f in failed if f.step and f.gate in ("loss", "grad_norm")]
-        if reference and steps:
-            found.append(self._without(min(steps), reference))
-        return "; ".join(found)
-
-    def _since(self) -> str:
-        last = self.night.passed_before.get(self.benchmark.name)
-        return f"passed last at {last}" if last else "no earlier commit is known to pass"
+        return self._without(min(steps), reference) if reference and steps else None
 
     def _without(self, step: int, reference: Curve) -> str:
-        config = self.config(self.folder)
-        spread = self.benchmark.processes > 1
-        rough = config.train.precision != "fp32" or config.train.fp8 != "none"
-        alone = (*ALONE, f"train.micro_batch={self._unit(config)}")
-        choices = [
-            ("in one process", spread, alone, 1),
-            ("in fp32", rough, EXACT, self.benchmark.processes),
-            ("in one process and fp32", spread and rough, (*alone, *EXACT), 1),
-        ]
-        told = []
-        for name, sensible, changes, processes in choices:
-            if sensible:
-                try:
-                    departs = self._departs(step, changes, processes, reference, name)
-                except (Crash, UserError) as error:  # what failed is told all the same
-                    told.append(f"crashes {name} ({str(error).splitlines()[-1]})")
-                else:
-                    told.append(f"{'still departs' if departs else 'does not depart'} {name}")
-        return ", ".join(told) or "it runs in one process and in fp32 already"
+        packs, examples = self._packs()
+        run = narrow.Departed(
+            config=self.config(self.folder),
+            processes=self.benchmark.processes,
+            global_batch=round(packs * examples),
+        )
+        return narrow.narrowed(run, lambda trial: self._departs(step, trial, reference))
 
-    def _departs(
-        self, step: int, changes: Sequence[str], processes: int, reference: Curve, name: str
-    ) -> bool:
-        """Whether the same run with `changes` departs up to `step` and a little beyond."""
-        folder = self.folder / f"narrowed {name}".replace(" ", "_")
-        file, last = folder.with_suffix(".json"), step + NARROW_BEYOND
-        if not file.exists():
-            if last < self.config(folder).train.steps:
-                self._run_until(f"training {name}", folder, last, changes, processes)
-            else:
-                self._run(f"training {name}", self._training(folder, changes, processes))
-            Curve.of_run(folder).write(file)
+    def _departs(self, step: int, trial: narrow.Trial, reference: Curve) -> bool | str:
+        """Whether the same run departs in `trial` up to `step` and a little beyond, or crashes."""
+        folder, last = self.folder / _stage(trial), step + NARROW_BEYOND
+        file = folder.with_suffix(".json")
+        try:
+            if not file.exists():
+                if last < self.config(folder).train.steps:
+                    self._run_until(_stage(trial), folder, last, trial)
+                else:
+                    self._run(_stage(trial), self._training(folder, trial))
+                Curve.of_run(folder).write(file)
+        except UserError as error:  # what failed is told all the same
+            return str(error).splitlines()[-1]
         gates = self.benchmark.gates
         judged = judge.judge(
             Curve.read(file).until(last),
@@ -341,11 +357,10 @@ class Run:
 
     # ---- how it is run
 
-    def _training(
-        self, folder: Path, changes: Sequence[str] = (), processes: int | None = None
-    ) -> list[str]:
-        ranks = processes or self.benchmark.processes
+    def _training(self, folder: Path, trial: narrow.Trial | None = None) -> list[str]:
+        ranks = trial.processes if trial else self.benchmark.processes
         start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        changes = trial.overrides if trial else ()
         return [*start, "mcore_sft/train.py", *self._words(folder, changes)]
 
     def _words(self, folder: Path, changes: Sequence[str] = ()) -> list[str]:
@@ -358,24 +373,40 @@ class Run:
         self._run(stage, [*oracle, *ranks, *words, *self._words(self.folder)])
 
     def _run(self, stage: str, command: list[str], log: Path | None = None) -> None:
-        file = log or self.folder / f"{stage.replace(' ', '_')}.log"
-        work.run(command, file, threads=self._threads(command), until=self.night.until)
+        with self._timed(stage):
+            file = log or self._log(stage)
+            work.run(command, file, threads=self._threads(command), until=self.night.until)
 
     def _run_until(
-        self,
-        stage: str,
-        folder: Path,
-        step: int,
-        changes: Sequence[str] = (),
-        processes: int | None = None,
-        saved: bool = False,
+        self, stage: str, folder: Path, step: int, trial: narrow.Trial | None = None
     ) -> None:
-        """Train until the metrics show `step`, and a checkpoint is there if `saved`; kill it."""
-        command = self._training(folder, changes, processes)
-        log = self.folder / f"{stage.replace(' ', '_')}.log"
-        reached = partial(_has_reached, folder, step, saved)
-        threads = self._threads(command)
-        work.run_and_kill(command, log, reached, threads=threads, until=self.night.until)
+        """Train until the metrics show `step`; kill it. What is no trial has a checkpoint then."""
+        command = self._training(folder, trial)
+        reached = partial(_has_reached, folder, step, saved=trial is None)
+        threads, until = self._threads(command), self.night.until
+        with self._timed(stage):
+            work.run_and_kill(command, self._log(stage), reached, threads=threads, until=until)
+
+    def _log(self, stage: str) -> Path:
+        return self.folder / f"{stage.replace(' ', '_')}.log"
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Keep how long a stage took that has come to its end, if the night is stopped too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = time.monotonic()
+        yield
+        taken = self._stages() | {stage: time.monotonic() - begun}
+        write_whole(self.folder / SECONDS, json.dumps(taken, indent=1) + "\n")
+
+    def _stages(self) -> dict[str, float]:
+        """Stage that has come to its end -> seconds."""
+        file = self.folder / SECONDS
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def _seconds(self) -> float:
+        """Of all stages up to the judgement."""
+        return sum(x for stage, x in self._stages().items() if not stage.startswith(NARROWED))
 
     def _threads(self, command: list[str]) -> int:
         ranks = int(command[3]) if command[0] == "torchrun" else 1
@@ -396,7 +427,18 @@ class Run:
         return text.replace("{work}", str(self.work)).replace("{data}", str(self.night.data))
 
 
-def _has_reached(folder: Path, step: int, saved: bool) -> bool:
+def _stage(trial: narrow.Trial) -> str:
+    return f"{NARROWED} {trial.name}".replace(" ", "_")
+
+
+def _told(error: Exception) -> str:
+    """An error that is meant to be read, or where one that is not comes from."""
+    if isinstance(error, UserError):
+        return work.tail(str(error), work.LAST_LINES + 2)
+    return work.tail("".join(traceback.format_exception(error)))
+
+
+def _has_reached(folder: Path, step: int, *, saved: bool) -> bool:
     if saved and not (folder / LATEST).exists():
         return False
     try:

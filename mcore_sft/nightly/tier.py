@@ -59,8 +59,10 @@ class Gates(Section):
     """The least share of right answers, which the upper end of the 95 % interval must reach."""
     speed: Positive | None = None
     """The least ratio of tokens per second to those of the peer of the same job."""
+    step_seconds: Positive | None = None
+    """What the mean time of a step, without validation and checkpoints, must be less than."""
     memory_gib: Positive | None = None
-    """The largest peak memory of a process."""
+    """The largest peak memory of the process that writes the metrics, the first."""
     resume: bool = False
     """Killed and started again, the run must measure the same to the last bit."""
 

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import psutil
 
-LAST_LINES = 20
+from mcore_sft.errors import UserError
+
+LAST_LINES, LONGEST_LINE = 20, 500
+MARK = "MCORE_SFT_NIGHTLY"
+"""Variable in the environment of every command, and so of all that it starts: where it is run."""
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Crash(Exception):
+class Crash(UserError):
     """A command ended badly; the message has its name and its last lines."""
 
 
@@ -50,7 +54,8 @@ def run_and_kill(
 def _started(command: Sequence[str], log: Path, threads: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is killed on the way out, with all that it has started."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
+    where = str(log.parent.absolute())
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", MARK: where}
     with log.open("ab") as out:
         out.write(f"$ {shlex.join(command)}\n".encode())
         out.flush()
@@ -66,7 +71,7 @@ def _started(command: Sequence[str], log: Path, threads: int) -> Iterator[subpro
         try:
             yield process
         finally:
-            _end(process)
+            _end(process, log)
 
 
 def _end_with_parent() -> None:
@@ -74,18 +79,41 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """torchrun's ranks have process groups of their own: only by their parents are they found."""
+def _end(process: subprocess.Popen[bytes], log: Path) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        for child in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(started, timeout=10)
+        _kill(started)
+    end_all_of(log.parent)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what a command that died has left in its group
+        os.killpg(process.pid, signal.SIGKILL)  # what has cleared its environment
     process.wait()
+
+
+def end_all_of(folder: Path) -> None:
+    """Kill what commands in `folder`, and below it, have started and left.
+
+    torchrun's ranks have process groups of their own and, when it was killed, no parent that would
+    lead to them: only their environment tells whose they are.
+    """
+    until = time.monotonic() + 10
+    while (left := list(_left_of(folder.absolute()))) and time.monotonic() < until:
+        _kill(left)
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _left_of(folder: Path) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            where = process.environ().get(MARK)
+            if where and Path(where).is_relative_to(folder) and process.pid != os.getpid():
+                yield process
 
 
 def program(name: str) -> str:
@@ -95,5 +123,13 @@ def program(name: str) -> str:
 
 
 def _told(command: Sequence[str], log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-    return "\n".join([f"{shlex.join(command[:2])}, {log}:", *lines])
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LAST_LINES * 4 * LONGEST_LINE))
+        last = file.read().decode("utf-8", "replace")
+    return f"{shlex.join(command[:2])}, {log}:\n{tail(last)}"
+
+
+def tail(text: str, count: int = LAST_LINES) -> str:
+    """The last lines, none of them longer than can be read, in characters that can be written."""
+    lines = text.encode("utf-8", "backslashreplace").decode().splitlines()[-count:]
+    return "\n".join(x if len(x) <= LONGEST_LINE else f"{x[:LONGEST_LINE]} ..." for x in lines)

@@ -87,7 +87,8 @@ def _failing(night: int, left: int, beside: dict[str, str]) -> Record:
         outcome="failed",
         findings=(DEPARTS, replace(PASSED, gate="memory_gib", sentence="peak memory 1.62 GiB")),
         figures=good.figures | {"final_loss": 1.224, "validation_loss": 1.334},
-        narrowed="departs with layout one too; with precision fp32 it does not",
+        narrowed="goes away in fp32, stays in one process",
+        commits="one of 4 commits after a, the last that passed, up to b: git bisect start b a",
         **beside,
     )
 

@@ -1,5 +1,7 @@
 """What is appended is read; a line that was torn is told, and costs no other."""
 
+import json
+
 import pytest
 
 from mcore_sft.nightly import history
@@ -51,3 +53,13 @@ def test_half_a_letter_is_torn_not_an_error(file):
     records, torn = history.read(file)
     assert records == NIGHTS
     assert "history.jsonl:4" in torn
+
+
+def test_a_line_of_before_a_field_was_added_is_read(tmp_path):
+    older = json.loads(NIGHTS[0].to_json())
+    del older["commits"]
+    (tmp_path / "history.jsonl").write_text(json.dumps(older) + "\n")
+    assert history.read(tmp_path / "history.jsonl") == (NIGHTS[:1], None)
+    del older["outcome"]
+    (tmp_path / "history.jsonl").write_text(json.dumps(older) + "\n")
+    assert "no record (KeyError: 'outcome')" in history.read(tmp_path / "history.jsonl")[1]

@@ -75,8 +75,10 @@ def test_area_is_the_mean_difference_over_the_mean_loss():
     other = replace(CURVE, loss=(4.5, 1.5, 2.0, 1.0))
     assert only(other, area=0.1112).passed
     found = only(other, area=0.111)
-    assert (found.passed, found.value) == (False, pytest.approx(1 / 9))
-    assert not only(replace(CURVE, loss=(NAN, 2.0, 2.0, 1.0)), area=9.0).passed
+    assert (found.passed, found.value, found.step) == (False, pytest.approx(1 / 9), 1)
+    assert only(replace(CURVE, loss=(4.0, 2.1, 2.0, 9.0)), area=0.5).step == 4
+    broken = only(replace(CURVE, loss=(4.0, 2.0, NAN, 1.0)), area=9.0)
+    assert (broken.passed, broken.step) == (False, 3)
 
 
 @pytest.mark.parametrize("steps", [3, 0])
@@ -102,7 +104,8 @@ def test_without_a_reference_its_gates_fail():
 def test_the_last_validation_loss_is_compared():
     other = replace(CURVE, validation={2: 9.0, 4: 1.25})
     assert only(other, validation_loss=0.25).passed
-    assert not only(other, validation_loss=0.24).passed
+    found = only(other, validation_loss=0.24)
+    assert (found.passed, found.step) == (False, 4)
     assert not only(replace(CURVE, validation={4: NAN}), validation_loss=9.0).passed
     assert not only(CURVE, replace(CURVE, validation={4: NAN}), validation_loss=9.0).passed
     assert "that of step 2" in only(
@@ -113,8 +116,8 @@ def test_the_last_validation_loss_is_compared():
 
 
 def test_the_last_validation_loss_is_below_its_bound():
-    assert only(validation_below=1.01).passed
-    assert not only(validation_below=1.0).passed
+    assert (only(validation_below=1.01).passed, only(validation_below=1.01).step) == (True, None)
+    assert (only(validation_below=1.0).passed, only(validation_below=1.0).step) == (False, 4)
     assert not only(replace(CURVE, validation={4: NAN}), validation_below=9.0).passed
     assert not only(replace(CURVE, validation={}), validation_below=9.0).passed
 
@@ -157,6 +160,16 @@ def test_speed_without_numbers_fails():
     assert not only(broken, speed=0.1, inputs={"peer_tokens_per_second": 1.0}).passed
 
 
+def test_the_mean_step_time_is_below_its_bound():
+    timed = replace(CURVE, step_seconds=(9.0, 3.0, 4.0, 4.0))
+    assert only(timed, step_seconds=5.001).passed
+    found = only(timed, step_seconds=5.0)
+    assert (found.passed, found.value, found.limit) == (False, 5.0, 5.0)
+    assert found.sentence == "mean step time in seconds is 5, must be below 5"
+    assert not only(replace(CURVE, step_seconds=(NAN,) * 4), step_seconds=9.0).passed
+    assert "no time of a step" in only(CURVE, step_seconds=9.0).sentence
+
+
 def test_peak_memory_is_in_gib():
     assert only(memory_gib=1.0).passed
     assert not only(memory_gib=0.99).passed
@@ -188,6 +201,7 @@ def test_a_resumed_run_may_differ_in_speed_alone():
 
 def test_a_curve_is_read_from_the_metrics_of_a_run(tmp_path):
     step = {"loss": None, "grad_norm": 2.0, "tokens_per_second": 7.0, "peak_memory_bytes": 5}
+    step |= {"step_seconds": 3.0}
     lines = [
         {"step": 1} | step,
         {"step": 1, "event": "spike"},
@@ -200,6 +214,8 @@ def test_a_curve_is_read_from_the_metrics_of_a_run(tmp_path):
     assert found.steps == (1, 2)
     assert math.isnan(found.loss[0])
     assert (found.loss[1], found.validation, found.peak_memory) == (0.5, {2: 0.25}, 5)
+    assert found.step_seconds == (3.0, 3.0)
+    assert found.until(1).step_seconds == (3.0,)
     found.write(tmp_path / "curve.json")
     again = Curve.read(tmp_path / "curve.json")
     assert math.isnan(again.loss[0])

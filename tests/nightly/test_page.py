@@ -1,5 +1,6 @@
 """The page says what is not well, since when and where; what is written into it stays text."""
 
+import re
 import time
 from html.parser import HTMLParser
 
@@ -30,7 +31,8 @@ def test_what_broke_since_when_and_at_which_step_comes_first(shown):
     assert "<b>step 13</b>" in top
     since, good = (sample.record(number).commit[:9] for number in (27, 26))
     assert top.index(since) < top.index("3 in a row") < top.index(good)
-    assert "with precision fp32 it does not" in top
+    assert "<dt>narrowed<dd>goes away in fp32, stays in one process<" in top
+    assert "<dt>commits<dd>one of 4 commits after a" in top
     assert "train: exit code 1" in top
     assert "math_dp2" not in top
 
@@ -54,6 +56,7 @@ def test_what_is_written_into_it_stays_text_and_nothing_is_loaded(tmp_path):
             outcome="crashed",
             crash=evil,
             narrowed=evil,
+            commits=evil,
             findings=(sample.Finding(gate=evil, passed=False, sentence=evil),),
         ),
     )
@@ -80,6 +83,14 @@ def test_a_benchmark_that_was_not_run_again_is_not_passed_over(tmp_path):
     text = written(tmp_path, sample.record(0, "left"), sample.record(1, "other"))
     assert "<h1><span class=crashed" in text
     assert "1 not run at the newest commit of 2 benchmarks" in text
+
+
+def test_numbers_beside_a_chart_fit_there(tmp_path):
+    records = [sample.record(n, figures={"final_loss": 4.0 * 1000**n}) for n in range(12)]
+    text = written(tmp_path, *records)
+    levels = re.findall(r"text-anchor=end>([-0-9.,e+]+)</text>", text)
+    assert "2e+33" in levels
+    assert max(map(len, levels)) <= 8
 
 
 def test_a_curve_that_is_gone_and_a_torn_line_are_said(tmp_path):

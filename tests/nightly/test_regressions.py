@@ -3,6 +3,7 @@
 The gates are those of `cpu.yaml`; the reference is the plain loop on the same packs.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def wrong_rope(patch: pytest.MonkeyPatch) -> None:
     """RoPE that turns without the scaling of Llama 3."""
 
     def wrap(frequencies: Any) -> Any:
-        return lambda a: frequencies(a) * 1.01
+        return lambda a: frequencies(dataclasses.replace(a, rope_scaling=None))
 
     plant(patch, build, "rope_frequencies", wrap)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,18 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mcore_sft.checkpoint.sharded import POINTER
-from mcore_sft.nightly import golden, work
+from mcore_sft.config import ConfigError
+from mcore_sft.nightly import commits, golden, work
 from mcore_sft.nightly.curve import METRICS, Curve
+from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import LATEST, Night, Run
 from mcore_sft.nightly.tier import Tier
 from mcore_sft.nightly.work import Crash
 from tests import runs
+from tests.nightly import sample
 
 STEPS = 6
 
@@ -41,6 +46,7 @@ def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"steps": STEPS, "global_batch": 10, "precision": "fp32", "micro_batch": 2},
         "optimizer": {"lr": 1e-4},
         "checkpoint": {"every": 2},
+        "evaluation": {"benchmarks": [{"name": "math"}, {"name": "math-500"}]},
     }
     file = tmp_path_factory.mktemp("night") / "night.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -69,6 +75,8 @@ class Commands:
         else:
             self.run.append(Path(command[1]).stem)
             if "tools/evaluate.py" in command:
+                # each of several benchmarks would have a folder of its own
+                assert command[command.index("--benchmark") + 1] == "math"
                 folder = Path(command[command.index("--output") + 1])
                 folder.mkdir()
                 score = {"score": {"symbolic_correct": {"hits": 9, "total": 10}}}
@@ -97,6 +105,7 @@ class Commands:
                 "grad_norm": 1.0,
                 "tokens_per_second": 200.0,
                 "peak_memory_bytes": 2**30,
+                "step_seconds": 0.5,
             }
             for step, loss in zip(range(1, steps + 1), curve(steps).loss, strict=True)
         ]
@@ -126,9 +135,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     return fake
 
 
-def night(
-    tmp_path: Path, config: Path, passed: dict[str, str] | None = None, **changes: Any
-) -> Run:
+def night(tmp_path: Path, config: Path, earlier: Sequence[Record] = (), **changes: Any) -> Run:
     """A benchmark `short` of a tier of its own."""
     gates = {"loss": {STEPS: 1e-3}}
     told = {"name": "short", "config": str(config), "against": "plain", "gates": gates}
@@ -142,7 +149,7 @@ def night(
         output=tmp_path,
         data=None,
         until=time.monotonic() + 300,
-        passed_before=passed or {},
+        earlier=earlier,
     )
     return Run(here, made.benchmarks[0])
 
@@ -159,6 +166,7 @@ def test_all_stages_run_once(tmp_path: Path, config: Path, commands: Commands) -
     assert 2 <= int(killed.split()[-1]) < STEPS
     assert record.figures["speed_ratio"] == 2.0
     assert record.figures["accuracy"] == 90.0
+    assert record.commits is None
     assert (tmp_path / str(record.curve)).exists()
     assert (tmp_path / str(record.reference)).exists()
     assert night(tmp_path, config, evaluate=True, gates=gates).record() == record
@@ -176,7 +184,11 @@ def test_a_night_that_was_stopped_goes_on(
         with pytest.raises(KeyboardInterrupt):
             night(tmp_path, config).record()
     assert commands.run == ["training run"]
-    assert night(tmp_path, config).record().outcome == "passed"
+    spent = tmp_path / "tiny" / "abc" / "short" / "seconds.json"
+    spent.write_text(json.dumps({"training": json.loads(spent.read_text())["training"] + 1000}))
+    record = night(tmp_path, config).record()
+    assert record.outcome == "passed"
+    assert 1000 < record.figures["seconds"] < 1010
     assert commands.run == ["training run", "oracle"]
 
 
@@ -195,18 +207,48 @@ def test_what_crashes_is_recorded_and_tried_again(
     assert night(tmp_path, config).record().outcome == "passed"
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyError("\udc80")])
+def test_whatever_goes_wrong_is_recorded_with_where(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def crashed(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(work, "run", crashed)
+    record = night(tmp_path, config).record()
+    assert record.outcome == "crashed"
+    assert "in crashed" in str(record.crash)
+    assert str(record.crash).splitlines()[-1].startswith(type(error).__name__)
+    assert str(record.crash).encode()
+
+
+def test_what_is_half_written_is_not_taken_for_done(
+    tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = night(tmp_path, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)  # between the last byte and the name
+        with pytest.raises(KeyboardInterrupt):
+            run.record()
+    assert night(tmp_path, config).record().outcome == "passed"
+    assert not list(run.folder.glob(".*"))
+
+
 def test_a_departure_is_narrowed_to_the_layout(
     tmp_path: Path, config: Path, commands: Commands
 ) -> None:
     commands.spoiled = {"run": 3}
-    changes = {"processes": 2, "overrides": ["parallel.pipeline=2", "train.precision=bf16"]}
-    commands.spoiled["narrowed_in_fp32"] = 3
-    record = night(tmp_path, config, {"short": "0ld"}, **changes).record()
+    changes = {"processes": 4, "overrides": ["parallel.pipeline=2", "train.precision=bf16"]}
+    commands.spoiled |= {"narrowed_in_fp32": 3, "narrowed_without_data": 3}
+    record = night(tmp_path, config, **changes).record()
     assert record.outcome == "failed"
     assert [finding.step for finding in record.findings if not finding.passed] == [3]
     assert record.narrowed == (
-        "passed last at 0ld; does not depart in one process, still departs in fp32, does not "
-        "depart in one process and fp32"
+        "goes away in one process, without pipeline parallelism; stays in fp32, without data "
+        "parallelism"
     )
     assert "killed at 5" in commands.run
 
@@ -214,9 +256,25 @@ def test_a_departure_is_narrowed_to_the_layout(
 def test_what_cannot_be_narrowed_says_so(tmp_path: Path, config: Path, commands: Commands) -> None:
     commands.spoiled = {"run": 1}
     record = night(tmp_path, config).record()
-    assert record.narrowed == (
-        "no earlier commit is known to pass; it runs in one process and in fp32 already"
-    )
+    assert record.narrowed == "it runs in one process and in fp32 already"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "crashed"])
+def test_what_did_not_pass_says_since_which_commits(
+    tmp_path: Path,
+    config: Path,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: str,
+) -> None:
+    asked = []
+    monkeypatch.setattr(commits, "suspects", lambda *given: asked.append(given) or "these")
+    commands.spoiled = {"run": 1} if outcome == "failed" else {}
+    earlier = [sample.record(1, "short"), sample.record(2, "other")]
+    changes = {} if outcome == "failed" else {"overrides": ["data.root={data}"]}
+    record = night(tmp_path, config, earlier, **changes).record()
+    assert (record.outcome, record.commits) == (outcome, "these")
+    assert asked == [(earlier[:1], "abc", outcome)]
 
 
 @pytest.mark.parametrize("first", range(1, STEPS + 1))
@@ -225,7 +283,7 @@ def test_a_departure_at_any_step_is_seen_when_it_is_narrowed(
 ) -> None:
     commands.spoiled = {"run": first, "narrowed": first}
     record = night(tmp_path, config, processes=2).record()
-    assert str(record.narrowed).endswith("still departs in one process")
+    assert str(record.narrowed) == "stays without data parallelism"
 
 
 def test_what_failed_is_told_where_narrowing_crashes(
@@ -238,7 +296,7 @@ def test_what_failed_is_told_where_narrowing_crashes(
     monkeypatch.setattr(work, "run_and_kill", crashed)
     record = night(tmp_path, config, processes=2).record()
     assert (record.outcome, record.findings[0].step) == ("failed", 2)
-    assert str(record.narrowed).endswith("crashes in one process (exit code 1)")
+    assert str(record.narrowed) == "crashes without data parallelism (exit code 1)"
 
 
 def test_narrowing_that_was_stopped_is_not_judged_by_its_half(
@@ -246,8 +304,8 @@ def test_narrowing_that_was_stopped_is_not_judged_by_its_half(
 ) -> None:
     commands.spoiled = {"run": 2}
     run = night(tmp_path, config, processes=2)
-    commands.train(run.folder / "narrowed_in_one_process", 1, told=False)
-    assert str(run.record().narrowed).endswith("does not depart in one process")
+    commands.train(run.folder / "narrowed_without_data_parallelism", 1, told=False)
+    assert run.record().narrowed == "goes away without data parallelism"
 
 
 # ---- killed and started again
@@ -279,8 +337,44 @@ def test_a_run_that_saves_only_in_the_end_cannot_be_killed(
     tmp_path: Path, config: Path, commands: Commands
 ) -> None:
     changes = {"overrides": [f"checkpoint.every={STEPS}"], "gates": {"resume": True}}
-    record = night(tmp_path, config, against=None, **changes).record()
-    assert "checkpoint.every 6 of 6 steps; expected 1 to 5" in str(record.crash)
+    with pytest.raises(ConfigError, match=r"checkpoint\.every 6 of 6 steps; expected 1 to 5"):
+        night(tmp_path, config, against=None, **changes).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"overrides": ["train.step=5"]}, "unknown key train.step"),
+        ({"processes": 3, "overrides": ["parallel.tensor=2"]}, "3 processes of benchmark short"),
+        ({"evaluate": True, "overrides": ["evaluation.benchmarks=[]"]}, "evaluate needs"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_run(
+    tmp_path: Path, config: Path, commands: Commands, changes: dict[str, Any], said: str
+) -> None:
+    run = night(tmp_path, config, **changes)
+    with pytest.raises(ConfigError, match=said):
+        run.check()
+    assert run.record().outcome == "crashed"
+    assert not commands.run
+
+
+def test_a_benchmark_by_itself_runs_what_it_is_held_against(
+    tmp_path: Path, config: Path, commands: Commands
+) -> None:
+    run = night(tmp_path, config, against=None, gates={})
+    told = run.benchmark.model_dump() | {
+        "name": "other",
+        "against": "short",
+        "gates": {"loss": {STEPS: 1e-3}},
+    }
+    tree = run.night.tier.model_dump() | {"benchmarks": [run.benchmark.model_dump(), told]}
+    tier = Tier.model_validate(tree)
+    here = replace(run.night, tier=tier)
+    assert Run(here, tier.benchmark("other")).record().outcome == "passed"
+    assert commands.run == ["training run", "training run"]
+    assert Run(here, tier.benchmark("short")).record().outcome == "passed"
+    assert len(commands.run) == 2
 
 
 def test_inputs_that_are_half_made_are_made_anew(tmp_path: Path, config: Path) -> None:
@@ -289,14 +383,17 @@ def test_inputs_that_are_half_made_are_made_anew(tmp_path: Path, config: Path) -
         {
             "name": "tiny",
             "minutes": 5,
-            "inputs": {"rows": {"commands": ["mkdir {work}/text"]}},
+            "inputs": {"rows": {"commands": ["mkdir {work}/text", "cp -r {data} {work}/text"]}},
             "benchmarks": [run.benchmark.model_dump() | {"inputs": "rows"}],
         }
     )
-    run = Run(replace(run.night, tier=tier), tier.benchmarks[0])
+    data = tmp_path / "the data"
+    data.mkdir()
+    run = Run(replace(run.night, tier=tier, data=data), tier.benchmarks[0])
     (run.work / "text").mkdir(parents=True)
     run.inputs()
     assert (run.work / "made").exists()
+    assert (run.work / "text" / "the data").exists()
 
 
 def test_data_that_is_not_given_is_a_sentence(
@@ -314,18 +411,50 @@ def test_a_golden_is_kept_with_what_made_it(
     tmp_path: Path, config: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golden, "FOLDER", tmp_path / "golden")
-    absent = night(tmp_path / "0", config, against="golden").record()
-    assert absent.outcome == "crashed"
-    assert "short.json is not there; python tools/nightly.py --tier tiny --golden short" in str(
-        absent.crash
+    assert misfit(night(tmp_path / "0", config, against="golden")).endswith(
+        "short.json is not there; python tools/nightly.py --tier tiny --golden short --reason TEXT "
+        "makes it"
     )
     file = night(tmp_path / "1", config, against="golden").keep_golden("the first")
     assert json.loads(file.read_text())["reason"] == "the first"
     assert night(tmp_path / "2", config, against="golden").record().outcome == "passed"
     other = night(tmp_path / "3", config, against="golden", overrides=["optimizer.lr=1e-3"])
-    assert "another optimizer.lr (0.0001) than this run has (0.001)" in str(other.record().crash)
+    assert "another optimizer.lr (0.0001) than this run has (0.001)" in misfit(other)
     more = night(tmp_path / "4", config, against="golden", overrides=["train.micro_batch=16"])
-    assert "another packs of a step" in str(more.record().crash)
+    assert "another packs of a step" in misfit(more)
+
+
+def misfit(run: Run) -> str:
+    """What a run that failed says of its golden curve."""
+    record = run.record()
+    assert record.outcome == "failed"
+    assert record.figures["final_loss"] > 0
+    first, *others = record.findings
+    assert [first.gate, *(x.gate for x in others)] == ["golden", "loss"]
+    assert not any(x.passed for x in record.findings)
+    return first.sentence
+
+
+@pytest.mark.parametrize("part", ["weights", "norm"])
+def test_a_golden_knows_every_weight_and_the_models_configuration(
+    tmp_path: Path, model: Path, config: Path, part: str
+) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    if part == "norm":
+        said = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 1e-3}))
+    else:
+        file = other / "model.safetensors"
+        weights = load_file(file)
+        weights["model.layers.1.mlp.down_proj.weight"][-1, -1] += 1e-3  # not of its first row
+        save_file(weights, file, {"format": "pt"})
+    before, after = (
+        night(tmp_path, config, overrides=[f"model.path={folder}"]).made_from()
+        for folder in (model, other)
+    )
+    changed = {"weights": "base weights", "norm": "model.norm_eps"}[part]
+    assert [name for name in before if before[name] != after[name]] == [changed]
 
 
 # ---- commands
@@ -335,6 +464,17 @@ def test_a_command_that_fails_says_its_last_lines(tmp_path: Path) -> None:
     program = "print('first'); raise SystemExit('no room')"
     with pytest.raises(Crash, match=r"no room\nexit code 1"):
         work.run(["python", "-c", program], tmp_path / "log", threads=1, until=1e18)
+
+
+def test_of_a_command_that_says_much_the_end_is_told(tmp_path: Path) -> None:
+    program = "for i in range(5000): print(i, 'x' * 1000)\nraise SystemExit('no room')"
+    with pytest.raises(Crash) as caught:
+        work.run(["python", "-c", program], tmp_path / "log", threads=1, until=1e18)
+    told = str(caught.value).splitlines()
+    assert told[1].startswith("4981 xxx")
+    assert told[-2:] == ["no room", "exit code 1"]
+    assert len(told) == 22
+    assert len(str(caught.value)) < 12_000
 
 
 @pytest.mark.parametrize("how", ["late", "killed"])
@@ -356,11 +496,13 @@ def test_a_command_ends_with_all_that_it_has_started(tmp_path: Path, how: str) -
     assert not psutil.pid_exists(int(mark.read_text()))
 
 
-def test_a_command_that_is_killed_leaves_nothing_in_its_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", [False, True], ids=["its group", "another"])
+def test_a_command_that_is_killed_leaves_nothing(tmp_path: Path, session: bool) -> None:
     mark = tmp_path / "pid"
     program = (
         "import os, signal, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        f"start_new_session={session})\n"
         f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -383,6 +525,21 @@ def test_a_command_ends_when_the_night_is_killed(tmp_path: Path) -> None:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert ended(int(mark.read_text()))
+
+
+def test_what_a_killed_night_has_left_is_ended(tmp_path: Path) -> None:
+    beside = Path(f"{tmp_path}_beside")
+    programs = [
+        subprocess.Popen(["sleep", "60"], env=os.environ | {work.MARK: str(folder)})
+        for folder in (tmp_path / "short", beside)
+    ]
+    try:
+        work.end_all_of(tmp_path)
+        assert [psutil.pid_exists(program.pid) for program in programs] == [False, True]
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def ended(pid: int) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from mcore_sft import config
 from mcore_sft.config import ConfigError
-from mcore_sft.nightly import curve, tier
+from mcore_sft.nightly import curve, golden, tier
 from mcore_sft.training.metrics import FILE
 
 SHIPPED = sorted(path.stem for path in tier.FOLDER.glob("*.yaml"))
@@ -44,6 +44,8 @@ def test_every_experiment_of_a_shipped_tier_loads(name):
         assert measured or (gates.validation_loss is None and gates.validation_below is None)
         assert loaded.checkpoint.every or not gates.resume
         assert loaded.evaluation.benchmarks or not benchmark.evaluate
+        kept = golden.FOLDER / f"{benchmark.name}.json"
+        assert kept.exists() or benchmark.against != tier.GOLDEN
         last = loaded.train.steps
         for steps in (gates.loss, gates.grad_norm, gates.loss_below):
             assert all(step <= last for step in steps or {})
@@ -51,6 +53,26 @@ def test_every_experiment_of_a_shipped_tier_loads(name):
 
 def test_tiers_are_those_of_the_issue():
     assert SHIPPED == ["cluster", "cpu", "gpu1"]
+
+
+def test_the_cluster_is_held_to_what_is_published_of_the_experiment():
+    cluster = tier.named("cluster")
+    asked = {}
+    for benchmark in cluster.benchmarks:
+        loaded = config.load(benchmark.config, benchmark.overrides)
+        asked[benchmark.name] = (
+            loaded.train.steps,
+            loaded.evaluation.benchmarks[0].name,
+            benchmark.gates.accuracy,
+            benchmark.gates.loss_below,
+            benchmark.gates.step_seconds,
+        )
+    million = (1855, "math-500", 0.502, {1: 0.6, 250: 0.36}, 6)
+    assert asked == {
+        "openmathinstruct2_1m": million,
+        "openmathinstruct2_1m_fp8": million,
+        "openmathinstruct2": (16000, "math", 0.59, {}, None),
+    }
 
 
 def test_steps_of_a_gate_are_numbers_in_the_order_of_the_file(tmp_path):
