@@ -15,7 +15,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
@@ -35,7 +34,7 @@ class Writer:
 
     def __init__(self, request: AsyncRequest, folder: Path) -> None:
         self._end: Connection | None = None
-        self._moved: Any = None
+        self._moved = ""
         if request.async_fn is None:  # the other ranks hold all that this one does
             return
         transforms = request.async_fn.args[0]
@@ -53,12 +52,14 @@ class Writer:
 
     def goes_on(self) -> bool:
         """Whether it has read or written anything since this was asked last, or has ended."""
+        if not self.is_writing:
+            return True
         before = self._moved
         try:
-            self._moved = self.is_writing and psutil.Process(self._process.pid).io_counters()
-        except psutil.Error:
+            self._moved = Path(f"/proc/{self._process.pid}/io").read_text(encoding="ascii")
+        except OSError:  # where the kernel does not count it, or the process has just ended
             return True
-        return not self._moved or self._moved != before
+        return self._moved != before
 
     def outcome(self) -> dict[str, File] | str:
         """The files that were written, by name within the folder, or what went wrong."""
