@@ -397,7 +397,8 @@ class CheckpointConfig(Section):
     """What the best are told by: the lowest validation loss, or the highest accuracy of those that
     train.evaluate_every evaluates."""
     keep_every: CountOrZero = 0
-    """Checkpoints of every so many steps stay too, to be averaged; 0 is none."""
+    """Checkpoints of every so many steps stay too, to be averaged; a multiple of `every`. 0 is
+    none."""
     resume: bool = True
     """Go on from the newest complete checkpoint of this run, if there is one."""
 
@@ -550,6 +551,16 @@ class RunConfig(Section):
             raise ValueError(
                 "train.validate_every is set but data.validation names no source and "
                 "data.holdout.fraction is 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> Self:
+        saves, kept = self.checkpoint.every, self.checkpoint.keep_every
+        if kept and (not saves or kept % saves):
+            raise ValueError(
+                f"checkpoint.keep_every {kept} is no multiple of checkpoint.every {saves}, and "
+                "only what is saved can stay"
             )
         return self
 
