@@ -19,6 +19,7 @@ from mcore_sft import config as configuration
 from mcore_sft.checkpoint.sharded import FORMAT, Checkpoints, scores, steps
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
+from mcore_sft.data.manifest import digest_of
 from mcore_sft.errors import UserError
 from mcore_sft.training import accuracy
 from mcore_sft.training.accuracy import Accuracy, check_benchmark
@@ -70,7 +71,9 @@ class Bench:
         """Complete a step, prune, and poll, as training does."""
         path = self.config.folder / f"step_{step}"
         path.mkdir(parents=True)
-        (path / "manifest.json").write_text(json.dumps({"format": FORMAT, "scores": {}}))
+        manifest: dict[str, Any] = {"format": FORMAT, "scores": {}}
+        signed = manifest | {"digest": digest_of(manifest)}
+        (path / "manifest.json").write_text(json.dumps(signed))
         self.checkpoints._prune()
         self.checkpoints.newest = path
         self.accuracy.poll(asked)
