@@ -80,7 +80,7 @@ def _tell(evaluation: Evaluation, report: dict[str, Any]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = command.parser("Grade a Hugging Face folder.", config_required=False)
-    parser.add_argument("--model", required=True, type=_path, metavar="DIR", help="what is graded")
+    parser.add_argument("--model", type=_path, metavar="DIR", help="what is graded (needed)")
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -98,7 +98,10 @@ def _arguments() -> argparse.Namespace:
         help="default MODEL/evaluation/NAME; where several are asked, DIR/NAME",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N problems only")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if not (arguments.model or arguments.print_config):
+        parser.error("the following arguments are required: --model")
+    return arguments
 
 
 def _path(said: str | Path) -> Path:

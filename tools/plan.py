@@ -86,7 +86,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = command.parser("What will fit and how fast, before anything runs.")
-    parser.add_argument("--gpus", type=command.count, required=True, metavar="N")
+    parser.add_argument("--gpus", type=command.count, metavar="N", help="how many (needed)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="such as h100 (the default)")
     parser.add_argument(
         "--efficiency",
@@ -96,7 +96,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--top", type=command.count, default=10, metavar="N", help="layouts shown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, all layouts")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if not (arguments.gpus or arguments.print_config):
+        parser.error("the following arguments are required: --gpus")
+    return arguments
 
 
 def _ranking(estimates: "list[Estimate]", rows: list[dict[str, Any]]) -> Table:
