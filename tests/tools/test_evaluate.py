@@ -163,6 +163,17 @@ def written(name: str, text: str) -> Damage:
     return lambda folder: (folder / name).write_text(text)
 
 
+def test_the_configuration_is_printed_without_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        call(monkeypatch, "--print-config", "evaluation.max_new_tokens=7")
+    assert "max_new_tokens: 7" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "--benchmark", "gsm8k")
+    assert "required: --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

@@ -44,6 +44,7 @@ def test_a_plan_is_a_table_and_a_file(model, tmp_path):
     ("arguments", "message"),
     [
         (("--gpus", 8, "--gpu", "h1000"), "--gpu h1000: expected one of a100-40"),
+        ((), "required: --gpus"),
         (("--gpus", 6), "6 GPU(s) cannot be split into parallel.tensor 4"),
         (("--gpus", 0), "expected a whole number, 1 or more; given '0'"),
         (("--gpus", 8, "--efficiency", 2), "expected a share above 0, at most 1; given '2'"),
@@ -54,6 +55,12 @@ def test_what_cannot_be_planned_is_one_sentence(model, arguments, message):
     assert ran.returncode == 2
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_the_configuration_is_printed_whatever_the_gpus():
+    ran = call("tools/plan.py", "--config", CONFIG, "--print-config", "train.steps=7")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "steps: 7" in ran.stdout
 
 
 def test_a_dry_run_counts_the_real_objects(model):
