@@ -23,9 +23,11 @@ from mcore_sft.checkpoint.sharded import (
     superfluous,
     verify,
 )
-from mcore_sft.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from mcore_sft.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
+from mcore_sft.training import loop
 from mcore_sft.training.step import train_step
 from tests import runs, tiny
+from tests.distributed import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +277,56 @@ def _state(here: runs.Loaded) -> dict[str, Tensor]:
     found = {name: weight.detach().clone() for name, weight in here.gpt.named_parameters()}
     states = here.optimizer.optimizer.state.values()
     return found | {str(place): x["exp_avg"].clone() for place, x in enumerate(states)}
+
+
+def _dies_while_it_saves(config: RunConfig, module: Any, name: str) -> None:
+    """The run ends where the second save, or its writer, calls `module.name`."""
+    called, run = getattr(module, name), os.getpid()
+
+    def dies(*arguments: Any, **keywords: Any) -> Any:
+        if steps(config.folder):
+            os.kill(run, signal.SIGKILL)
+            time.sleep(10)
+        return called(*arguments, **keywords)
+
+    setattr(module, name, dies)
+    loop.train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (sharded.dist_checkpointing, "save"),
+        (writer, "_write"),
+        (writer, "digest"),
+        (sharded, "_small_files"),
+        (sharded, "_write_durably"),
+        (Path, "rename"),
+        (sharded, "replace_file"),
+        (sharded.shutil, "rmtree"),
+        (os, "rmdir"),  # the files of a pruned step are gone, the folder is not
+    ],
+)
+def test_a_run_that_is_killed_while_it_saves_goes_on(
+    model: Path, tmp_path: Path, module: Any, name: str
+) -> None:
+    changes = {"train__steps": 6, "checkpoint__every": 2, "checkpoint__keep": 1}
+    whole = runs.experiment(tmp_path / "whole", model, **changes)
+    runs.train(whole)
+    killed = runs.experiment(tmp_path / "killed", model, **changes)
+    with pytest.raises(AssertionError, match="died, exit code -9"):
+        run_ranks(1, _dies_while_it_saves, killed, module, name)
+    for path in steps(killed.folder):
+        assert path.name in ("step_2", "step_4")
+        verify(path)
+    runs.train(killed)
+    assert [path.name for path in killed.folder.glob("*step_*")] == ["step_6"]
+    told = [[line["loss"] for line in runs.metrics(config)] for config in (whole, killed)]
+    assert told[0] == told[1]
+    files = [verify(config.folder / "step_6")["files"] for config in (whole, killed)]
+    shares = [{k: v for k, v in x.items() if k.endswith(".distcp")} for x in files]
+    assert shares[0] == shares[1]
 
 
 @pytest.mark.parametrize("name", ["_small_files", "_write_durably"])
