@@ -92,7 +92,7 @@ def test_the_slow_rank_is_named_though_all_take_as_long(
             assert line["step_seconds"] > 0.5
             parts = ("data", "forward_backward", "optimizer")
             assert sum(line[f"{part}_seconds"] for part in parts) == line["step_seconds"]
-            assert line["data_seconds"] < 0.3 < line["forward_backward_seconds"]  # it is rank 0's
+            assert line["data_seconds"] < line["forward_backward_seconds"]  # it is rank 0's
             weights = step_flops(
                 arch.read(model), tokens=line["tokens"], supervised=0, squares=0
             ) / (line["step_seconds"] * 1e12 * 2)
