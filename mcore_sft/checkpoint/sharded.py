@@ -199,10 +199,19 @@ class Checkpoints:
     def add_score(self, step: int, name: str, score: float) -> None:
         """Keep what was measured of a complete step, and drop what is superfluous now.
 
-        For the main process alone.
+        The main process does.
         """
-        replace_file(self.folder / f"step_{step}" / SCORES, json.dumps({name: score}) + "\n")
+        if not self.mesh.is_main:
+            return
+        path = self.folder / f"step_{step}"
+        known = _scores_since(path) | {name: score if math.isfinite(score) else None}
+        replace_file(path / SCORES, json.dumps(known) + "\n")
         self._prune()
+
+    def lacks(self, step: int, name: str) -> bool:
+        """Whether `step` is there without a score of this name; collective."""
+        found = _from_main(lambda: scores(self.folder, name), self.mesh)
+        return step in found and found[step] is None
 
     def best(self) -> str | None:
         """The best step there is by `checkpoint.metric` and its score, in words."""
@@ -361,10 +370,17 @@ def scores(folder: Path, metric: str) -> dict[int, float | None]:
         known: dict[str, float | None] = {}
         with contextlib.suppress(CheckpointError):
             known |= read_manifest(path).get("scores", {})
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            known |= json.loads((path / SCORES).read_text(encoding="utf-8"))
+        known |= _scores_since(path)
         found[int(path.name.removeprefix("step_"))] = known.get(metric)
     return found
+
+
+def _scores_since(path: Path) -> dict[str, float | None]:
+    """What was measured of a step after it was complete; nothing where that cannot be read."""
+    try:
+        return dict(json.loads((path / SCORES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _small_files(folder: Path, written: Mapping[str, File]) -> dict[str, File]:

@@ -30,9 +30,10 @@ from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
 from mcore_sft.training.packs import load, open_dataset
 from mcore_sft.training.profiling import Profile
-from mcore_sft.training.step import StepResult, validation_loss
+from mcore_sft.training.step import StepResult
 from mcore_sft.training.stop import Stop, reason
 from mcore_sft.training.stragglers import OwnTime
+from mcore_sft.training.validation import Validation, due
 from mcore_sft.training.watchdog import Watchdog
 
 
@@ -63,10 +64,7 @@ def train_on(
     loader = load(config, "train", dataset, tokenizer, architecture, mesh)
     loader.check()
     check_benchmark(config, mesh)
-    validation = None
-    if config.train.validate_every:
-        held_out = open_dataset(config, "validation", mesh)
-        validation = load(config, "validation", held_out, tokenizer, architecture, mesh)
+    validation = Validation(config, tokenizer, architecture, mesh, metrics)
     gpt = build.build(architecture, config.model, config.train, mesh)
     optimizer = optim.build(config.optimizer, config.train, gpt, mesh)
     checkpoints = Checkpoints(
@@ -95,6 +93,7 @@ def train_on(
         completed(checkpoints, metrics, watchdog),
         profile,
     ):
+        validation.make_up(gpt, progress, checkpoints)
         while progress.step < steps and not asked:
             profile.before(progress.step + 1)
             own.begin()
@@ -113,12 +112,7 @@ def train_on(
 
             if config.log.stragglers_every and progress.step % config.log.stragglers_every == 0:
                 metrics.own_times(progress.step, own.gather())
-            scores = {}
-            if validation and not asked and due(progress.step, config.train.validate_every, steps):
-                batches = list(validation.validation_batches(config.train.validation_packs))
-                scores["validation_loss"] = validation_loss(gpt, batches, mesh)
-                metrics.validation(progress, scores["validation_loss"])
-                metrics.lap("validation")
+            scores = {} if asked else validation.scores(gpt, progress)
             if checkpoints.is_pending and not writing:
                 metrics.saved(checkpoints.complete())
             if asked or due(progress.step, config.checkpoint.every, steps):
@@ -126,7 +120,7 @@ def train_on(
                 checkpoints.save(progress, partial(describe, config, dataset), scores)
             accuracy.poll(asked)
             metrics.lap("checkpoint")
-    if asked and progress.step < steps:
+    if asked and (progress.step < steps or validation.is_due(steps)):
         accuracy.end()
         raise Stopped(
             f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
@@ -204,8 +198,3 @@ def announce(
         metrics.say(f"nothing to do: train.steps is {config.train.steps}")
     if progress.step:
         metrics.say(f"resumed after step {progress.step} from {config.folder}")
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether a thing done `every` so many steps, and at the last one, is due after `step`."""
-    return step == last or (every > 0 and step % every == 0)

@@ -15,7 +15,7 @@ from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig, RunConfig
 from mcore_sft.errors import UserError
 from mcore_sft.model import architecture as arch
-from mcore_sft.training import loop, trackers
+from mcore_sft.training import loop, trackers, validation
 from mcore_sft.training.flops import step_flops
 from mcore_sft.training.metrics import Metrics, _cut
 from mcore_sft.training.profiling import Profile
@@ -103,7 +103,7 @@ def test_the_slow_rank_is_named_though_all_take_as_long(
 def test_saving_and_validating_are_told_apart_from_the_step(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, validate = loop.Checkpoints.save, loop.validation_loss
+    save, validate = loop.Checkpoints.save, validation.validation_loss
 
     def slow_save(*arguments: Any) -> None:
         time.sleep(0.6)
@@ -114,7 +114,7 @@ def test_saving_and_validating_are_told_apart_from_the_step(
         return validate(*arguments)
 
     monkeypatch.setattr(loop.Checkpoints, "save", slow_save)
-    monkeypatch.setattr(loop, "validation_loss", slow_validation)
+    monkeypatch.setattr(validation, "validation_loss", slow_validation)
     config = runs.experiment(
         tmp_path / "run",
         model,

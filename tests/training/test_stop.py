@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from mcore_sft import config as configuration
-from mcore_sft.checkpoint.sharded import steps, verify
+from mcore_sft.checkpoint.sharded import scores, steps, verify
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.training import loop
@@ -78,6 +78,29 @@ def test_a_signal_within_the_last_step_is_no_stop(model: Path, tmp_path: Path) -
     config = runs.experiment(tmp_path / "run", model, train__steps=2)
     assert run_ranks(1, _stopped, config, 0, signal.SIGTERM, 1) == ["finished"]
     assert [path.name for path in steps(config.folder)] == ["step_2"]
+
+
+def test_a_validation_that_a_stop_left_out_is_made_up(model: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "data__validation": [{"path": "rows.jsonl", "limit": 3}],
+        "data__packed": str(tmp_path / "packed"),
+        "train__validate_every": 2,
+        "train__steps": 4,
+        "checkpoint__every": 2,
+    }
+    whole = runs.experiment(tmp_path / "whole", model, **changes)
+    runs.pack_rows(whole)
+    expected = [line.get("validation_loss") for line in runs.train(whole, "dp2")]
+    assert [x is None for x in expected] == [True, True, False, True, True, False]
+    config = runs.experiment(tmp_path / "run", model, **changes)
+    for number, step in ((signal.SIGTERM, 1), (signal.SIGUSR1, 3)):
+        for told in run_ranks(2, _stopped, config, 1, number, step):
+            assert f"came; saved after step {step + 1} of 4, start again to go on" in told
+        assert runs.metrics(config)[-1]["step"] == step + 1
+        assert "validation_loss" not in runs.metrics(config)[-1]
+    found = [line.get("validation_loss") for line in runs.train(config, "dp2")]
+    assert found == expected
+    assert scores(config.folder, "validation_loss") == scores(whole.folder, "validation_loss")
 
 
 def test_a_run_whose_time_is_over_saves(model: Path, tmp_path: Path) -> None:
