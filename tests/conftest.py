@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from tests import runs, tiny
 
 torch.set_num_threads(1)
+# Jobs that a script starts in the background ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
