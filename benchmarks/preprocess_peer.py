@@ -20,8 +20,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
+
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 Job = Mapping[str, Any]
 

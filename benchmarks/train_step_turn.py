@@ -23,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from train_step import Case, architecture, batches
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,6 +37,8 @@ from mcore_sft.runtime.hardware import peak_memory
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
+
+from megatron.core.models.gpt import GPTModel
 
 LR = 1e-5
 SETTINGS = OptimizerConfig(lr=LR)

@@ -1,6 +1,6 @@
 """Which packages are installed, which versions are wanted, and whether they can be imported.
 
-Versions are wanted by what packages declare: ours in pyproject.toml, Megatron-core's by itself.
+The versions that are wanted are those that pyproject.toml declares, for this Python.
 """
 
 import importlib
@@ -39,8 +39,9 @@ def requirements(package: str, extra: str = "") -> list[Requirement]:
 
 
 def transformer_engine() -> Requirement:
-    """The versions of Transformer Engine that the installed Megatron-core is made for."""
-    return next(one for one in requirements("megatron-core", "dev") if "transformer" in one.name)
+    """The versions of Transformer Engine that go with the Megatron-core of this Python."""
+    (one,) = requirements("mcore-sft", "gpu")
+    return one
 
 
 def import_error(package: str) -> str | None:

@@ -9,13 +9,31 @@ from mcore_sft import installed
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_extra_takes_the_transformer_engine_that_megatron_core_is_made_for() -> None:
+@pytest.mark.parametrize(
+    ("python", "fitting", "other"),
+    [
+        ("3.11", ("2.9.0", "2.11.0"), ("2.8.0", "2.12.0")),
+        ("3.12", ("2.9.0", "2.11.0", "2.20.2"), ("2.8.0", "2.21.0")),
+        ("3.13", ("2.9.0", "2.11.0", "2.20.2"), ("2.8.0", "2.21.0")),
+    ],
+)
+def test_one_range_of_transformer_engine_goes_with_each_python(
+    python: str, fitting: tuple[str, ...], other: tuple[str, ...]
+) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (ours,) = map(Requirement, project["optional-dependencies"]["gpu"])
-    theirs = installed.transformer_engine()
-    assert ours.name == theirs.name == "transformer-engine"
-    for version, fits in (("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)):
-        assert (version in ours.specifier) == (version in theirs.specifier) == fits
+    declared = map(Requirement, project["optional-dependencies"]["gpu"])
+    markers = {"python_version": python, "extra": "gpu"}
+    (ours,) = (one for one in declared if one.marker and one.marker.evaluate(markers))
+    assert ours.name == "transformer-engine"
+    assert all(version in ours.specifier for version in fitting)
+    assert not any(version in ours.specifier for version in other)
+
+
+def test_the_transformer_engine_that_is_wanted_is_that_of_the_extra() -> None:
+    wanted = installed.transformer_engine()
+    assert wanted.name == "transformer-engine"
+    assert "2.9.0" in wanted.specifier
+    assert "2.8.0" not in wanted.specifier
 
 
 def test_requirements_are_those_of_always_or_of_an_extra() -> None:

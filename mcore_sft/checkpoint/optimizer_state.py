@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from mcore_sft.runtime.mesh import Mesh
+
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import Tensor
-
-from mcore_sft.runtime.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "main"

@@ -26,11 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -42,7 +37,14 @@ from mcore_sft.checkpoint.writer import File, Writer, digest
 from mcore_sft.config import CheckpointConfig
 from mcore_sft.data.manifest import digest_of
 from mcore_sft.model.build import Chunks, whole_weights
+from mcore_sft.runtime.megatron_core import save_async
 from mcore_sft.runtime.mesh import Mesh
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.optimizer import ChainedOptimizer
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -126,12 +128,9 @@ class Checkpoints:
         with whole_weights(self.model):
             model = self._model_state()
             optimizer = optimizer_state.state(self.optimizer, model, self.mesh)
-            request = dist_checkpointing.save(
-                {"model": model, "optimizer": optimizer},
-                str(temporary / "weights"),
-                async_sharded_save=True,
+            request = save_async(
+                {"model": model, "optimizer": optimizer}, str(temporary / "weights")
             )
-        assert request is not None
         self._pending = _Pending(
             temporary=temporary,
             manifest={

@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.distributed import DistributedDataParallel
 from rich.console import Console
 from torch import Tensor
 
@@ -23,6 +20,11 @@ from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.data.progress import progress
 from mcore_sft.model.architecture import Architecture
+from mcore_sft.runtime import megatron_core  # noqa: F401  (before Megatron-core itself)
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel
 
 
 @dataclass(frozen=True)

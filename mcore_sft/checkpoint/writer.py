@@ -15,10 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.command import end_with_parent
+from mcore_sft.runtime import megatron_core  # noqa: F401  (before Megatron-core itself)
+
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-
-from mcore_sft.command import end_with_parent
 
 File = dict[str, Any]
 """Size and SHA-256."""

@@ -8,19 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
@@ -28,7 +15,21 @@ from mcore_sft.model.architecture import Architecture, rope_frequencies
 from mcore_sft.model.layers import PackedAttention, RMSNorm
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
 from mcore_sft.runtime.hardware import layer_implementation
+from mcore_sft.runtime.megatron_core import GPTModel
 from mcore_sft.runtime.mesh import Mesh
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 Chunks = list[DistributedDataParallel]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,18 +40,20 @@ class Gpt(GPTModel):
 
     real_vocab: int
 
-    def _postprocess(
-        self, hidden_states: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Hidden states [T, 1, D] before the last stage; there the loss or logits [1, T, V].
 
         Where labels are given, `loss_mask` carries the supervised rows [R], on the CPU: it is the
-        one tensor that Megatron-core hands through to here untouched.
+        one tensor that Megatron-core hands through to the loss untouched.
         """
-        if not self.post_process or labels is None:
-            output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
-            return output
-        rows = kwargs["loss_mask"]
+        head = None if labels is None else self._loss
+        output: Tensor = super().forward(*args, labels=labels, output_processor=head, **kwargs)
+        return output
+
+    def _loss(
+        self, *, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: Any
+    ) -> Tensor:
+        """The summed cross entropy of the rows that `loss_mask` names."""
         weight = self.output_weight()
         main_grad = getattr(weight, "main_grad", None) if weight.requires_grad else None
         if self.share_embeddings_and_output_weights and self.pre_process:
@@ -60,8 +63,8 @@ class Gpt(GPTModel):
         return linear_cross_entropy(
             hidden_states.squeeze(1),
             weight,
-            labels[0].index_select(0, rows.to(labels.device, non_blocking=True)),
-            rows=rows,
+            labels[0].index_select(0, loss_mask.to(labels.device, non_blocking=True)),
+            rows=loss_mask,
             vocab_size=self.real_vocab,
             group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,

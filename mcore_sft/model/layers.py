@@ -8,12 +8,15 @@ import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mcore_sft.runtime import megatron_core  # noqa: F401  (before Megatron-core itself)
+
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
-from torch.nn import functional
 
 
 class RMSNorm(torch.nn.Module):

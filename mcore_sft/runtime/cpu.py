@@ -1,14 +1,15 @@
-"""The seam that lets Megatron-core 0.16.1 run on CPU: while it is open, "cuda" means the CPU.
+"""The seam that lets Megatron-core run on CPU: while it is open, "cuda" means the CPU.
 
 Megatron-core writes `device="cuda"` or `torch.cuda.current_device()` in its schedules, gradient
-buffers, optimizers and checkpoint code, and no option turns that off. Everything it needs in their
-place is here; on a machine with CUDA this module is never used. A new release may use more of CUDA:
-`check_version` refuses to run any but the one that `tests/runtime/test_cpu.py` has read.
+buffers, optimizers and checkpoint code, and no option turns that off. Where Transformer Engine or
+Apex is installed, it takes their CUDA kernels for norms and copies, on the CPU too. Everything it
+needs in their place is here; on a machine with CUDA this module is never used. A new release may
+use more of CUDA: `check_version` refuses to run any but those that `tests/runtime/test_cpu.py` has
+read.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -16,32 +17,20 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mcore_sft.errors import UserError
+from mcore_sft.runtime.megatron_core import check_version
 
 CPU = torch.device("cpu")
-SUPPORTED = "0.16.1"
 
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Run what is inside with Megatron-core believing that the CPU is its GPU."""
-    check_version(version("megatron-core"))
-    from megatron.core.tensor_parallel import random
-
+    check_version()
     with contextlib.ExitStack() as stack:
-        for module, name, stand_in in (*_cuda_stand_ins(), *_random_stand_ins(random)):
+        for module, name, stand_in in (*_cuda_stand_ins(), *_megatron_stand_ins()):
             stack.enter_context(mock.patch.object(module, name, stand_in))
         stack.enter_context(_CudaMeansCpu())
         yield
-
-
-def check_version(found: str) -> None:
-    """Raise `UserError` unless `found` is the Megatron-core whose use of CUDA is known."""
-    if found != SUPPORTED:
-        raise UserError(
-            f"megatron-core {found} is installed, but running on CPU is known to work with "
-            f"{SUPPORTED} only: pip install megatron-core=={SUPPORTED}"
-        )
 
 
 class _Inert:
@@ -105,8 +94,18 @@ def _cuda_stand_ins() -> list[tuple[ModuleType, str, Any]]:
     return [(cuda, name, stand_in) for name, stand_in in names.items()]
 
 
-def _random_stand_ins(random: ModuleType) -> list[tuple[ModuleType, str, Any]]:
+def _megatron_stand_ins() -> list[tuple[ModuleType, str, Any]]:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.tensor_parallel import random
+
+    apply, scale = utils.local_multi_tensor_applier, utils.local_multi_tensor_scale
     return [
         (random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+        (clip_grads, "multi_tensor_applier", apply),
+        (clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm),
+        (clip_grads, "multi_tensor_scale_impl", scale),
+        (optimizer, "multi_tensor_applier", apply),
+        (optimizer, "multi_tensor_scale_impl", scale),
     ]

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
 from mcore_sft.config import ParallelConfig
@@ -20,6 +17,10 @@ from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import check_architecture
+
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
 @dataclass(frozen=True, kw_only=True)

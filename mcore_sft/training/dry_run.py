@@ -12,8 +12,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -25,6 +23,9 @@ from mcore_sft.runtime import mesh as meshes
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training import optimizer as optim
+
+from megatron.core import parallel_state
+from megatron.core.optimizer import ChainedOptimizer
 
 META = torch.device("meta")
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
 
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import OptimizerConfig, TrainConfig
@@ -24,6 +23,8 @@ from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.metrics import Metrics
 from mcore_sft.training.step import StepResult, train_step
+
+from megatron.core.optimizer import MegatronOptimizer
 
 PATIENCE = 10
 """So many steps in a row without a finite loss and gradient, and the weights are past mending."""

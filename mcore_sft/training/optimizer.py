@@ -8,16 +8,17 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import megatron.core.optimizer
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig as MegatronConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from mcore_sft.config import OptimizerConfig, TrainConfig
 from mcore_sft.model.build import DTYPES, Chunks
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
+
+import megatron.core.optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 
 def build(

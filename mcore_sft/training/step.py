@@ -13,9 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mcore_sft.config import OptimizerConfig
@@ -23,6 +20,10 @@ from mcore_sft.data.batch import Batch
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training import optimizer as optim
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
 @dataclass(frozen=True, kw_only=True)

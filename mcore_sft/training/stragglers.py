@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.utils import get_model_config
 
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.hardware import finish_work
 from mcore_sft.runtime.mesh import Mesh
+
+from megatron.core.utils import get_model_config
 
 SLOW = 1.25
 """A rank is named whose time is so many times that of the middle one."""

@@ -1,0 +1,90 @@
+"""Every difference between the releases of Megatron-core that we run with, and nothing else.
+
+All other code is written for 0.19; what 0.16.1, the last for Python 3.11, lacks is added here. Each
+part says when it can go. No other file asks which version of a package it meets: `make check` holds
+that.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any, NoReturn
+
+from packaging.version import Version
+
+from mcore_sft.errors import UserError
+
+FOUND = Version(version("megatron-core"))
+_OLD, _NEW = Version("0.16.1"), Version("0.19")
+_IS_OLD = FOUND.release[:2] == _OLD.release[:2]
+SUPPORTED = f"{_OLD} (Python 3.11), {_NEW}.x (Python 3.12 and newer)"
+
+
+def check_version(found: Version = FOUND) -> None:
+    """Raise `UserError` unless `found` is a Megatron-core whose use of CUDA is known."""
+    if found.release[:2] not in (_OLD.release[:2], _NEW.release[:2]):
+        wanted = _OLD if sys.version_info < (3, 12) else f"{_NEW}.*"
+        raise UserError(
+            f"megatron-core {found} is installed, but running on CPU is known to work with "
+            f"{SUPPORTED} only; pip install 'megatron-core=={wanted}'"
+        )
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError("a kernel of Megatron-core's mixture of experts needs triton")
+
+
+def _import_without_triton() -> None:
+    """Stand in for the one module of 0.19 that imports triton, undeclared, come what may.
+
+    It holds kernels of mixtures of experts, which no model of ours has. A CPU build of torch comes
+    without triton. This can go when `import megatron.core` works there.
+    """
+    name = "megatron.core.transformer.moe.ops.paged_stash"
+    if not _IS_OLD and name not in sys.modules and importlib.util.find_spec("triton") is None:
+        kernels = ModuleType(name)
+        kernels.GLOBAL_BLOCK_SIZE = 1024  # type: ignore[attr-defined]
+        kernels.paged_stash_copy_kernel = _refuse  # type: ignore[attr-defined]
+        kernels.paged_stash_pop_kernel = _refuse  # type: ignore[attr-defined]
+        sys.modules[name] = kernels
+
+
+_import_without_triton()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.models.gpt import GPTModel as _GPTModel  # noqa: E402
+
+
+class _WithOutputProcessor(_GPTModel):
+    """0.16.1's model with the hook that 0.19's has. This can go with 0.16.1."""
+
+    _processor: Callable[..., Any] | None = None
+
+    def forward(
+        self, *args: Any, output_processor: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Megatron-core's forward pass, `output_processor` in place of output layer and loss."""
+        self._processor = output_processor
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._processor = None
+
+    def _postprocess(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._processor is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        return self._processor(hidden_states=hidden_states, **kwargs)
+
+
+GPTModel: Any = _WithOutputProcessor if _IS_OLD else _GPTModel
+
+
+def save_async(state: dict[str, Any], folder: str) -> Any:
+    """Begin to save `state` with Megatron-core's own writer; an AsyncRequest.
+
+    0.19 takes another package's writer unless told. This can go with 0.16.1, which knows but one.
+    """
+    asked = {} if _IS_OLD else {"async_strategy": "mcore"}
+    return dist_checkpointing.save(state, folder, async_sharded_save=True, **asked)
