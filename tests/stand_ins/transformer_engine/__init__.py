@@ -1,6 +1,6 @@
 """A stand-in for Transformer Engine 2.11 that computes on CPU, in plain torch.
 
-It has the classes, signatures and refusals that Megatron-core 0.16.1 meets. Inputs and weights are
+It has the classes, signatures and refusals that Megatron-core meets. Inputs and weights are
 rounded to 8 bits, gradients are not, and no kernel of the real one is here.
 """
 

@@ -50,6 +50,7 @@ class DotProductAttention(EightBits):
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
+        pad_between_seqs: bool | None = None,
     ) -> Tensor:
         """Attention [T, heads * width]; documents lie between neighbours in `cu_seqlens_q`."""
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal")
@@ -61,6 +62,7 @@ class DotProductAttention(EightBits):
         assert cu_seqlens_q.device == query_layer.device
         assert cu_seqlens_q_padded is None
         assert cu_seqlens_kv_padded is None
+        assert not pad_between_seqs
         starts = cu_seqlens_q.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         assert starts[0] == 0

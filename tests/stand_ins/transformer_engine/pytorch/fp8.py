@@ -60,6 +60,17 @@ def fp8_autocast(
         state.recipe, state.group = before
 
 
+@contextlib.contextmanager
+def fp8_model_init(
+    enabled: bool = True,
+    recipe: Recipe | None = None,
+    preserve_high_precision_init_val: bool = False,
+) -> Iterator[None]:
+    """Make weights of 8 bits inside, which no layer here has."""
+    assert not enabled
+    yield
+
+
 class EightBits(torch.nn.Module):
     """A layer that may compute with 8 bits, and what it keeps for delayed scaling."""
 

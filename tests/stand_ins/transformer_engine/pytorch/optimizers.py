@@ -21,23 +21,20 @@ class FusedSGD(FusedAdam):
 def multi_tensor_applier(
     op: Callable[..., Any], overflow: Tensor, lists: list[list[Tensor]], *args: Any
 ) -> Any:
-    """`op` on lists of tensors."""
-    return op(2048 * 32, overflow, lists, *args)
+    """`op` on lists of tensors, which lie on a GPU."""
+    raise AssertionError("a CUDA kernel of Transformer Engine was called on the CPU")
 
 
-def multi_tensor_l2norm(
-    chunk: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool
-) -> tuple[Tensor, None]:
-    """The norm [1] of all tensors of the first list."""
-    assert not per_tensor
-    return torch.stack([tensor.float().square().sum() for tensor in lists[0]]).sum().sqrt()[
-        None
-    ], None
+def multi_tensor_l2norm(*args: Any) -> tuple[Tensor, None]:
+    """The norm [1] of all tensors of the first list; never on the CPU."""
+    raise AssertionError("a CUDA kernel of Transformer Engine was called on the CPU")
 
 
-def multi_tensor_scale(
-    chunk: int, overflow: Tensor, lists: list[list[Tensor]], scale: float
-) -> None:
-    """The second list becomes the first times `scale`."""
-    for source, target in zip(*lists, strict=True):
-        target.copy_(source * scale)
+def multi_tensor_scale(*args: Any) -> None:
+    """Make the second list the first times a number; never on the CPU."""
+    raise AssertionError("a CUDA kernel of Transformer Engine was called on the CPU")
+
+
+def multi_tensor_scale_tensor(*args: Any) -> None:
+    """Make the second list the first times a tensor; never on the CPU."""
+    raise AssertionError("a CUDA kernel of Transformer Engine was called on the CPU")
