@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from mcore_sft.config import SourceConfig
+from mcore_sft.data import json_text
 from mcore_sft.data.conversation import checked
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.foreign import is_bridge, read_bridge
@@ -332,13 +333,13 @@ def _parse_line(line: bytes) -> Mapping[str, Any]:
             "damaged, or is not UTF-8: write it again"
         )
     try:
-        return _require_object(json.loads(line.decode()))
+        return _require_object(json_text.loads(line.decode()))
     except UnicodeDecodeError as error:
         raise BadRow(
             f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); mend or "
             "remove the row, or save the file as UTF-8"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadRow(f"broken JSON ({error}); expected one JSON object a line") from None
 
 
@@ -490,8 +491,8 @@ def _objects(value: Any, column: str, what: str) -> list[Mapping[str, Any]] | No
     found = value
     if isinstance(value, str):
         try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
+            found = json_text.loads(value)
+        except ValueError:
             found = None
     elif value is None:
         return None

@@ -1,11 +1,11 @@
 """Who said what: the messages of a row, checked and in the one form that templates take."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
+from mcore_sft.data import json_text
 from mcore_sft.data.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -159,7 +159,7 @@ def _call(number: int, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json_text.loads(arguments)
         except ValueError:
             raise UnfitRow(
                 f"message {number}: the arguments of the call of {function['name']} are neither "

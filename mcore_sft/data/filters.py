@@ -3,7 +3,6 @@
 Row -> Row, or the name of the filter that drops it
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mcore_sft.config import FilterConfig
+from mcore_sft.data import json_text
 from mcore_sft.data.arithmetic import has_wrong_equation, spell_out
 from mcore_sft.data.errors import DataError
 
@@ -203,8 +203,8 @@ def read_contaminated(file: Path) -> frozenset[str]:
 
 def _contamination(line: bytes, where: str) -> tuple[str, bool]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = json_text.loads(line)
+    except ValueError as error:
         raise DataError(f"{where}: the contamination file is not valid JSON: {error}") from None
     match row:
         case {"problem": str(problem), "contaminated": bool(contaminated)}:

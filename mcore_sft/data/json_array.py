@@ -8,6 +8,7 @@ from typing import Any
 
 from mcore_sft.data.columns import MAX_ROW_BYTES
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.json_text import TOO_DEEP, is_too_deep
 
 _LARGEST = 2 * MAX_ROW_BYTES  # characters, which may be escaped
 _GAP = re.compile(r"[ \t\r\n]*")
@@ -58,6 +59,8 @@ class JsonArray:
                 if whole:
                     raise self._refused(error) from None
             else:
+                if is_too_deep(value):
+                    raise self._refused(ValueError(TOO_DEEP))
                 if (length := end - self._at) > _LARGEST:
                     raise self._too_large()
                 if _AFTER.match(self._text, end) or whole:  # else it may go on: 1 before .5
