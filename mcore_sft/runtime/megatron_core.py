@@ -32,6 +32,17 @@ def check_version(found: Version = FOUND) -> None:
         )
 
 
+def _ignore_what_pip_left() -> None:
+    """Make a folder without a package in it, which imports all the same, as absent as it is.
+
+    `pip uninstall transformer-engine` leaves one, and Megatron-core then fails to import. This can
+    go when Megatron-core asks for the package's version before it believes in it.
+    """
+    found = importlib.util.find_spec("transformer_engine")
+    if found is not None and found.origin is None:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError("a kernel of Megatron-core's mixture of experts needs triton")
 
@@ -51,6 +62,7 @@ def _import_without_triton() -> None:
         sys.modules[name] = kernels
 
 
+_ignore_what_pip_left()
 _import_without_triton()
 
 from megatron.core import dist_checkpointing  # noqa: E402

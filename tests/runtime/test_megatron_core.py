@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,5 +76,19 @@ import mcore_sft.training.loop
 def test_all_of_a_run_is_imported_where_triton_is_absent() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["transformer_engine/pytorch", "transformer_engine"])
+def test_all_of_a_run_is_imported_beside_what_pip_left_of_transformer_engine(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import mcore_sft.training.loop"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
