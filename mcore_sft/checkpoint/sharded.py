@@ -37,10 +37,9 @@ from mcore_sft.checkpoint.writer import File, Writer, digest
 from mcore_sft.config import CheckpointConfig
 from mcore_sft.data.manifest import digest_of
 from mcore_sft.model.build import Chunks, whole_weights
-from mcore_sft.runtime.megatron_core import save_async
+from mcore_sft.runtime import megatron_core
 from mcore_sft.runtime.mesh import Mesh
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
@@ -128,7 +127,7 @@ class Checkpoints:
         with whole_weights(self.model):
             model = self._model_state()
             optimizer = optimizer_state.state(self.optimizer, model, self.mesh)
-            request = save_async(
+            request = megatron_core.save_async(
                 {"model": model, "optimizer": optimizer}, str(temporary / "weights")
             )
         self._pending = _Pending(
@@ -247,7 +246,7 @@ class Checkpoints:
             _keep_what_was_not_saved(model, path)
             wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
             # A weight's states are wanted by the ranks that update it, be it its first or not.
-            read = dist_checkpointing.load(
+            read = megatron_core.load(
                 wanted, str(path / "weights"), validate_access_integrity=False
             )
             for chunk, state in zip(self.model, read["model"].values(), strict=True):

@@ -6,9 +6,11 @@ that.
 """
 
 import importlib.util
+import io
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -65,6 +67,8 @@ def _import_without_triton() -> None:
 _ignore_what_pip_left()
 _import_without_triton()
 
+import torch.distributed.checkpoint as torch_checkpoint  # noqa: E402
+
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.models.gpt import GPTModel as _GPTModel  # noqa: E402
 
@@ -100,3 +104,33 @@ def save_async(state: dict[str, Any], folder: str) -> Any:
     """
     asked = {} if _IS_OLD else {"async_strategy": "mcore"}
     return dist_checkpointing.save(state, folder, async_sharded_save=True, **asked)
+
+
+def load(state: dict[str, Any], folder: str, *, validate_access_integrity: bool) -> Any:
+    """Fill `state` from what either release saved.
+
+    0.16.1 keeps what is no tensor in a file, common.pt; 0.19 keeps it among the tensors, and reads
+    both. This can go with 0.16.1.
+    """
+    asked = {"common_strategy": _common_of_new()} if _IS_OLD and _is_new(folder) else {}
+    return dist_checkpointing.load(
+        state, folder, validate_access_integrity=validate_access_integrity, **asked
+    )
+
+
+def _is_new(folder: str) -> bool:
+    return not Path(folder, "common.pt").exists()
+
+
+def _common_of_new() -> Any:
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class Common(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str | Path) -> Any:
+            name = "common_state/shard_0_1"
+            read: dict[str, Any] = {name: io.BytesIO()}
+            torch_checkpoint.load(read, checkpoint_id=str(checkpoint_dir), no_dist=True)
+            (common,) = read[name]
+            return common
+
+    return Common()
