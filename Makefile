@@ -18,6 +18,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install \
 	$(shell [ -t 2 ] || echo --quiet)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
+# What a line says that asks which Python, torch or Megatron-core it meets, and acts on it.
+TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__ *[<>!=]=|_IS_OLD'
+
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
@@ -41,6 +44,9 @@ check: setup ## format, lint, types, floors, CUDA
 	@echo "check: mypy" && $(BIN)/mypy --strict mcore_sft
 	@echo "check: torch.cuda is named in mcore_sft/runtime only"
 	@! grep -rn --include='*.py' 'torch\.cuda' mcore_sft | grep -v '^mcore_sft/runtime/'
+	@echo "check: versions are tested in mcore_sft/runtime/megatron_core.py only"
+	@! grep -rnE --include='*.py' $(TESTS_A_VERSION) mcore_sft tools benchmarks \
+		| grep -v '^mcore_sft/runtime/megatron_core.py:'
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory check-cuda
 
