@@ -67,7 +67,7 @@ def _import_without_triton() -> None:
 _ignore_what_pip_left()
 _import_without_triton()
 
-import torch.distributed.checkpoint as torch_checkpoint  # noqa: E402
+from torch.distributed.checkpoint.state_dict_loader import load as load_whole  # noqa: E402
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.models.gpt import GPTModel as _GPTModel  # noqa: E402
@@ -129,7 +129,7 @@ def _common_of_new() -> Any:
         def load_common(self, checkpoint_dir: str | Path) -> Any:
             name = "common_state/shard_0_1"
             read: dict[str, Any] = {name: io.BytesIO()}
-            torch_checkpoint.load(read, checkpoint_id=str(checkpoint_dir), no_dist=True)
+            load_whole(read, checkpoint_id=str(checkpoint_dir), no_dist=True)
             (common,) = read[name]
             return common
 

@@ -298,7 +298,7 @@ def _dies_while_it_saves(config: RunConfig, module: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (sharded.dist_checkpointing, "save"),
+        (sharded.megatron_core, "save_async"),
         (writer, "_write"),
         (writer, "digest"),
         (sharded, "_small_files"),
