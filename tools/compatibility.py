@@ -26,8 +26,8 @@ NAMES = {
 HEAD = """# Compatibility
 
 Made by `make compatibility` from the ranges of pyproject.toml and from docs/compatibility/: a
-record there is what `make lane RECORD=docs/compatibility` (or `make canary`) wrote, and `known.yaml`
-has what no lane tells. Only what stands under "tested" has been run.
+record there is what `make lane RECORD=docs/compatibility` (or `make canary`) wrote, and
+`known.yaml` has what no lane tells. Only what stands under "tested" has been run.
 """
 
 

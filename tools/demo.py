@@ -117,9 +117,8 @@ class Demo:
         limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         code = subprocess.run(words, env={**os.environ, **limit}, check=False).returncode
         if code:
-            raise DemoError(
-                f"`{Path(words[1]).name}` ended with code {code}; its own words are above"
-            )
+            script = next(Path(word).name for word in words if word.endswith(".py"))
+            raise DemoError(f"`{script}` ended with code {code}; its own words are above")
 
 
 def main() -> None:

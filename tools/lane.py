@@ -85,8 +85,8 @@ def run_demo(*words: str) -> Part:
     ended = _run("short demo", sys.executable, *words)
     failures = {}
     if not ended.passed:
-        errors = [line for line in ended.last_lines if "error" in line.lower()]
-        failures[" ".join(words)] = _first_line(": ".join([ended.ended, *errors[-1:]]))
+        errors = [line for line in ended.last_lines if line.startswith("error: ")]
+        failures[" ".join(words)] = _first_line(": ".join([ended.ended, *errors[:1]]))
     minutes = round(ended.seconds / 60, 1)
     return Part(passed=int(ended.passed), skipped=0, minutes=minutes, failures=failures)
 

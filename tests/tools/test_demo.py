@@ -91,7 +91,7 @@ def test_a_short_demo_takes_few_steps_and_asks_for_no_score(made, capfd):
 
 def test_a_command_that_fails_ends_the_demo_with_its_name(made):
     with pytest.raises(DemoError, match=r"`broken\.py` ended with code"):
-        made.run(sys.executable, "broken.py")
+        made.run(sys.executable, "-u", "broken.py")
 
 
 def test_every_run_has_a_new_folder(tmp_path, monkeypatch):
