@@ -22,7 +22,6 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
 .PHONY: help setup demo test test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
-.PHONY: lane canary compatibility
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -61,6 +60,7 @@ sanitize: setup ## the tests of the CPU operators under the address and undefine
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 "$$python" -m pytest -q -s tests/ops
 
+.PHONY: lane canary compatibility
 lane: setup ## the tests that depend on versions, and a short demo; RECORD=DIR keeps a record of it
 	@$(BIN)/python tools/lane.py $(if $(RECORD),--record '$(RECORD)')
 
