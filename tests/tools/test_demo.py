@@ -51,7 +51,8 @@ def test_sequence_parallelism_follows_tensor_unless_told(monkeypatch):
         (["--no-sequence"], False),
     ):
         monkeypatch.setattr(sys, "argv", ["demo.py", *words])
-        assert demo._parse_layout().sequence is sequence
+        layout, short = demo._parse()
+        assert (layout.sequence, short) == (sequence, False)
 
 
 def test_shares_are_those_of_the_report(tmp_path):
@@ -76,9 +77,21 @@ def test_the_end_shows_both_scores_and_fails_below_ninety_percent(made, right, p
     assert f"after           | 500         | {right / 5:.2f}%" in shown
 
 
+def test_a_short_demo_takes_few_steps_and_asks_for_no_score(made, capfd):
+    pytest.importorskip("matplotlib")
+    made.short = True
+    settings = config.load(demo.EXPERIMENT, made.experiment[2:])
+    assert settings.train.steps == 20
+    write_log(made.folder)
+    for name in ("before", "after"):
+        write_report(made.folder / name, right=0, silent=500)
+    finish(made)
+    assert "All four commands ran" in capfd.readouterr().out
+
+
 def test_a_command_that_fails_ends_the_demo_with_its_name(made):
     with pytest.raises(DemoError, match=r"`broken\.py` ended with code"):
-        made.run(sys.executable, "broken.py")
+        made.run(sys.executable, "-u", "broken.py")
 
 
 def test_every_run_has_a_new_folder(tmp_path, monkeypatch):

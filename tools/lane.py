@@ -1,0 +1,156 @@
+"""An environment in, whether what depends on its versions holds there out, with a record of it.
+
+    make lane [VENV=DIR] [RECORD=DIR]
+
+Equalities, planted faults, checkpoint, model, runtime and training, then a short demo. Each part is
+a process of its own, and all run; the exit code is 0 if all passed. The record is JSON: with
+RECORD=docs/compatibility, `make compatibility` puts it into the table. This file needs nothing but
+Python: what the canary installs may fail.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import gpu_report
+
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "transformers", "vllm", "datasets"),
+    "triton",
+)
+TESTS = {
+    "equalities": "tests/test_equalities.py",
+    "planted faults": "tests/test_planted.py",
+    **{room: f"tests/{room}" for room in ("checkpoint", "model", "runtime", "training")},
+}
+MINUTES = 40
+"""No part may take longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """How one part ended; `failures` has what failed, with the first line of each error."""
+
+    passed: int
+    skipped: int
+    minutes: float
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def main() -> int:
+    """Run the lane on the Python that runs this; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--record", type=Path, default=Path("results/lanes"), metavar="DIR")
+    folder = parser.parse_args().record
+    parts = {name: run_tests(name, place) for name, place in TESTS.items()}
+    parts["short demo"] = run_demo("tools/demo.py", "--short")
+    failed = tell(parts)
+    print(f"lane: the record is {keep(record(parts), folder)}")
+    return failed
+
+
+def run_tests(name: str, place: str) -> Part:
+    """Run the tests of a file or folder; those that fail are known from pytest's own report."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "tests.xml")
+        words = ("-m", "pytest", "-q", place, f"--junitxml={file}")
+        ended = _run(name, "env", "OMP_NUM_THREADS=1", sys.executable, *words)
+        cases = list(ElementTree.parse(file).iter("testcase")) if file.exists() else []
+    failures = {}
+    for case in cases:
+        for one in (*case.iter("failure"), *case.iter("error")):
+            error = (one.get("message") or one.text or "").strip() or "no message"
+            failures[f"{case.get('classname')}::{case.get('name')}"] = _first_line(error)
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    passed = len(cases) - len(failures) - skipped
+    if not ended.passed and not failures:  # it crashed, hung, or found no test
+        failures[place] = _first_line(": ".join([ended.ended, *ended.last_lines[-1:]]))
+    minutes = round(ended.seconds / 60, 1)
+    return Part(passed=passed, skipped=skipped, minutes=minutes, failures=failures)
+
+
+def run_demo(*words: str) -> Part:
+    """Run a command that tells by its exit code and an error's sentence."""
+    ended = _run("short demo", sys.executable, *words)
+    failures = {}
+    if not ended.passed:
+        errors = [line for line in ended.last_lines if line.startswith("error: ")]
+        failures[" ".join(words)] = _first_line(": ".join([ended.ended, *errors[:1]]))
+    minutes = round(ended.seconds / 60, 1)
+    return Part(passed=int(ended.passed), skipped=0, minutes=minutes, failures=failures)
+
+
+def tell(parts: dict[str, Part]) -> int:
+    """Print what failed, then a line for each part; 1 if anything failed."""
+    for name, part in parts.items():
+        for what, error in part.failures.items():
+            print(f"lane: FAILED {name}: {what}: {error}")
+    for name, part in parts.items():
+        counts = f"{part.passed} passed, {len(part.failures)} failed, {part.skipped} skipped"
+        print(f"lane: {name:14} {part.minutes:5.1f} min, {counts}", flush=True)
+    return int(any(part.failures for part in parts.values()))
+
+
+def record(parts: dict[str, Part]) -> dict[str, Any]:
+    """What was run, where, with which versions, and what came of it."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "make lane",
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in PACKAGES},
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "minutes": round(sum(part.minutes for part in parts.values()), 1),
+        "parts": {name: asdict(part) for name, part in parts.items()},
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of `package` here; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of these sources, `-dirty` with changes; None without git."""
+    asked = ["git", "-C", str(gpu_report.ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def keep(content: dict[str, Any], folder: Path) -> Path:
+    """Write a record; each stack has one file, where its newest run replaces the older one."""
+    stack = "_".join(f"{name}-{content[name]}" for name in ("python", "torch", "megatron-core"))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{stack}.json"
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def _run(name: str, *words: str) -> gpu_report.Outcome:
+    return gpu_report.run(gpu_report.Part(name=name, command=words, minutes=MINUTES))
+
+
+def _first_line(text: str) -> str:
+    return gpu_report.without_places(text.splitlines()[0])[:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
