@@ -45,7 +45,7 @@ check: setup ## format, lint, types, floors, CUDA
 	@echo "check: torch.cuda is named in mcore_sft/runtime only"
 	@! grep -rn --include='*.py' 'torch\.cuda' mcore_sft | grep -v '^mcore_sft/runtime/'
 	@echo "check: versions are tested in mcore_sft/runtime/megatron_core.py only"
-	@! grep -rnE --include='*.py' $(TESTS_A_VERSION) mcore_sft tools benchmarks \
+	@! grep -rnE --include='*.py' $(TESTS_A_VERSION) mcore_sft \
 		| grep -v '^mcore_sft/runtime/megatron_core.py:'
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory check-cuda

@@ -69,6 +69,7 @@ def test_all_parts_run_and_one_failure_fails_the_lane_and_stands_in_the_record(
         failures = {"test_it": "AssertionError"} if name == "equalities" else {}
         return Part(passed=7, skipped=0, minutes=0.5, failures=failures)
 
+    monkeypatch.setattr(lane, "fetch_megatron", lambda folder: False)
     monkeypatch.setattr(lane, "run_tests", tests)
     monkeypatch.setattr(lane, "run_demo", lambda *_: Part(passed=1, skipped=0, minutes=1.0))
     monkeypatch.setattr(sys, "argv", ["lane.py", "--record", str(tmp_path / "kept")])
