@@ -3,8 +3,8 @@
     .venv/bin/python tools/carry_wheels.py DIR [--python 3.12] [--piece-mib 55]
 
 For Linux on x86_64 with its own torch for CUDA 13: all that requirements/ pins for that Python but
-what only checks the sources, and all of requirements/gpu_cu13.txt. With --piece-mib, DIR gets folders
-of at most that size, to be carried one by one; larger files are cut and joined again.
+what only checks the sources, and all of requirements/gpu_cu13.txt. With --piece-mib, DIR gets
+folders of at most that size, to be carried one by one; larger files are cut and joined again.
 """
 
 import argparse
