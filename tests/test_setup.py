@@ -260,7 +260,7 @@ def test_nvcc_is_asked_for_its_toolkit(
     (toolkit / where).mkdir(parents=True)
     (toolkit / where / "libcudart.so").touch()
     extension = build.cuda_extension(script)
-    assert build.cpp_extension.CUDA_HOME == str(toolkit)
+    assert str(toolkit) == build.cpp_extension.CUDA_HOME
     assert str(toolkit / where) in extension.library_dirs
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(build.NoCudaError, match=r"is release 13\.2, torch is built for CUDA 12\.8"):
