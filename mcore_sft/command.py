@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from mcore_sft import config
@@ -78,6 +79,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, _terminate)
     try:
+        check_clone()
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
@@ -100,6 +102,21 @@ def run(main: Callable[[], None]) -> NoReturn:
         if signal.getsignal(signal.SIGTERM) is _terminate:  # else it came, and stays ignored
             signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def check_clone() -> None:
+    """Raise `UserError` where the script that was started is of another clone than this package.
+
+    A copied environment goes on importing the package of the clone that it was made in.
+    """
+    started = getattr(sys.modules["__main__"], "__file__", None)
+    here = Path(__file__).resolve().parent
+    beside = Path(started).resolve().parent.parent / here.name if started else here
+    if beside != here and beside.is_dir() and (here.parent / "pyproject.toml").exists():
+        raise UserError(
+            f"{sys.executable} imports {here} (expected {beside}, beside {started}); run "
+            f"`make setup` in {beside.parent}, and use the Python of its .venv"
+        )
 
 
 def _terminate(number: int, _: object) -> NoReturn:

@@ -3,7 +3,7 @@
 The versions that are wanted are those that pyproject.toml declares, for this Python.
 """
 
-import importlib
+import importlib.util
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -22,6 +22,17 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def left_behind(module: str) -> str | None:
+    """The folder of `module` where nothing but folders is left of it; None where it is or is not.
+
+    pip leaves folders of what it uninstalls, and they can be imported.
+    """
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is not None:
+        return None
+    return next(iter(found.submodule_search_locations or ()), None)
 
 
 def requirements(package: str, extra: str = "") -> list[Requirement]:

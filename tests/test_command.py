@@ -1,7 +1,9 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,25 @@ def test_handlers_are_as_they_were(monkeypatch):
         command.run(lambda: None)
     assert ended.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("script", ["tools/plan.py", "mcore_sft/train.py"])
+def test_a_script_of_another_clone_is_refused(tmp_path, script):
+    file = tmp_path / "clone" / script
+    for name in ("mcore_sft", "tools"):
+        (tmp_path / "clone" / name).mkdir(parents=True)
+    file.write_text("from mcore_sft import command\ncommand.run(lambda: print('ran'))\n")
+    ours = os.environ | {"PYTHONPATH": str(Path(command.__file__).parents[1])}
+    run = [sys.executable, str(file)]
+    ran = subprocess.run(run, capture_output=True, text=True, check=False, env=ours)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f"(expected {tmp_path}/clone/mcore_sft, beside {file})" in ran.stderr
+    assert f"`make setup` in {tmp_path}/clone," in ran.stderr
+    # A script of somebody's own is free.
+    shutil.move(file, tmp_path / "script.py")
+    run[1] = str(tmp_path / "script.py")
+    ran = subprocess.run(run, capture_output=True, text=True, check=False, env=ours)
+    assert (ran.returncode, ran.stdout) == (0, "ran\n")
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "stopped: SIGTERM came\n"), ("1", "")])

@@ -1,3 +1,4 @@
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -50,3 +51,17 @@ def test_whatever_an_import_raises_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert "No module named" in (installed.import_error("not-there-at-all") or "")
     assert installed.import_error("pyyaml") is None
     assert installed.version("not-there-at-all") is None
+
+
+def test_a_folder_that_was_left_behind_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    left = tmp_path / "was_here"
+    assert installed.left_behind("was_here") is None
+    (left / "__pycache__").mkdir(parents=True)
+    importlib.invalidate_caches()
+    assert installed.left_behind("was_here") == str(left)
+    (left / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert installed.left_behind("was_here") is None

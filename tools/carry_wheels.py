@@ -2,9 +2,9 @@
 
     .venv/bin/python tools/carry_wheels.py DIR [--python 3.12] [--piece-mib 55]
 
-For Linux on x86_64 with its own torch for CUDA 13: all that constraints.txt pins but torch and what
-only checks the sources, and all of requirements/gpu_cu13.txt. With --piece-mib, DIR gets folders of
-at most that size, to be carried one by one; larger files are cut and joined again.
+For Linux on x86_64 with its own torch for CUDA 13: all that requirements/ pins for that Python but
+what only checks the sources, and all of requirements/gpu_cu13.txt. With --piece-mib, DIR gets
+folders of at most that size, to be carried one by one; larger files are cut and joined again.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from mcore_sft import command
 from mcore_sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PINNED = (ROOT / "constraints.txt", ROOT / "requirements" / "gpu_cu13.txt")
+PINNED = ROOT / "requirements"
 LEFT_OUT = re.compile(
-    r"torch|mypy|mypy_extensions|ruff|grimp|import-linter|librt|ast_serialize|types-.*|tensorboard.*"
+    r"mypy|mypy-extensions|ruff|grimp|import-linter|librt|ast-serialize|types-.*|uv"
 )
 SOURCES = ("transformer-engine-torch",)
 """Released as source alone."""
@@ -47,7 +47,7 @@ def main() -> None:
     if folder.exists() and any(folder.iterdir()):
         raise CarryError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    wheels, sources = wanted(PINNED)
+    wheels, sources = wanted(options.python)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         fetched = Path(name)
         print(f"{len(wheels)} wheels for Python {options.python}, {len(sources)} source")
@@ -67,13 +67,15 @@ def main() -> None:
         print(f"{group}: {size / 2**20:.1f} MiB")
 
 
-def wanted(pinned: tuple[Path, ...]) -> tuple[list[str], list[str]]:
+def wanted(python: str) -> tuple[list[str], list[str]]:
     """NAME==VERSION of what comes as a wheel, and of what comes as source."""
-    lines = [line.partition("#")[0].strip() for f in pinned for line in f.read_text().splitlines()]
-    named = {line.partition("==")[0]: line for line in lines if line}
-    kept = {name: line for name, line in named.items() if not LEFT_OUT.fullmatch(name)}
-    wheels = [line for name, line in kept.items() if name not in SOURCES]
-    return wheels, [line for name, line in kept.items() if name in SOURCES]
+    files = [PINNED / f"python{python}.txt", PINNED / "gpu_cu13.txt"]
+    if not files[0].exists():
+        raise CarryError(f"--python {python}: nothing pins its packages (expected 3.11 to 3.13)")
+    pins = [pin for file in files for pin in re.findall(r"^[^\s#-][^\s;]*", file.read_text(), re.M)]
+    kept = [pin for pin in pins if not LEFT_OUT.fullmatch(pin.partition("==")[0])]
+    sources = [pin for pin in kept if pin.partition("==")[0] in SOURCES]
+    return [pin for pin in kept if pin not in sources], sources
 
 
 def checksums(files: list[Path]) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,13 +88,26 @@ def main() -> int:
 
 def packages() -> Iterator[Finding]:
     """Python and what we declare that we need, then what some configurations need."""
+    here = Path(__file__).resolve().parents[1] / "mcore_sft"
+    folder = Path(installed.__file__).resolve().parent
+    try:
+        wanted = metadata.metadata("mcore-sft")["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        mend = "make setup"
+        yield Finding(what="mcore-sft", state=WRONG, found="not installed", mend=mend)
+        return
+    yield Finding(
+        what="mcore-sft",
+        state=OK if folder == here else WRONG,
+        found=f"{folder}" + ("" if folder == here else f", which is not {here}"),
+        mend="make setup",
+    )
     python = platform.python_version()
-    wanted = metadata.metadata("mcore-sft")["Requires-Python"]
     yield Finding(
         what="python",
         state=OK if SpecifierSet(wanted).contains(python, prereleases=True) else WRONG,
         found=f"{python} ({sys.executable}), needed {wanted}",
-        mend="make PYTHON=python3.11 setup",
+        mend="make PYTHON=python3.13 setup",
     )
     for one in installed.requirements("mcore-sft"):
         yield package(one, WRONG)
@@ -108,7 +122,7 @@ def package(wanted: Requirement, otherwise: str) -> Finding:
     """Whether `wanted` is installed, in a version that fits, and can be imported."""
     name, found = wanted.name, installed.version(wanted.name)
     needed = f", needed {wanted.specifier}" if wanted.specifier else ""
-    mend = f"pip install -c constraints.txt '{name}{wanted.specifier}'"
+    mend = f"pip install '{name}{wanted.specifier}'"
     if found is None:
         unneeded = {"apex": "nothing needs it", "triton": "torch brings it with CUDA"}
         return Finding(
@@ -121,7 +135,9 @@ def package(wanted: Requirement, otherwise: str) -> Finding:
         return Finding(what=name, state=otherwise, found=found + needed, mend=mend)
     if error := installed.import_error(name):
         again = mend.replace("install", "install --force-reinstall --no-deps", 1)
-        if name == "megatron-core" and installed.version("transformer-engine"):
+        if name == "megatron-core" and installed.left_behind("transformer_engine"):
+            again = "mend Transformer Engine, which it imports (below)"
+        elif name == "megatron-core" and installed.version("transformer-engine"):
             again = "mend Transformer Engine, which it imports (below), or pip uninstall it"
         found = f"{found}{needed}; cannot be imported: {error}"
         return Finding(what=name, state=otherwise, found=found, mend=again)
@@ -144,7 +160,15 @@ def built() -> Iterator[Finding]:
     yield attempt("nvcc for torch", _nvcc_for_torch, NOTE)
     yield attempt("operators on CPU", _operators, WRONG)
     yield attempt("operators on CUDA", _cuda_operators, NOTE)
-    yield attempt("Transformer Engine", _transformer_engine, NOTE)
+    if left := installed.left_behind("transformer_engine"):
+        yield Finding(
+            what="Transformer Engine",
+            state=WRONG,
+            found=f"not installed, but {left} is there, and Megatron-core imports it",
+            mend=f"rm -r {shlex.quote(left)}",
+        )
+    else:
+        yield attempt("Transformer Engine", _transformer_engine, NOTE)
 
 
 def experiment(file: str, overrides: Sequence[str], gpus: int | None) -> Iterator[Finding]:

@@ -205,7 +205,10 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit that is checked out, `-dirty` where files differ from it."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return told.stdout.strip() or "unknown"
 
 
@@ -324,13 +327,15 @@ def install(what: str, carried: Path) -> None:
         program = "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
         subprocess.run([PYTHON, "-c", program], check=True)
         stamps.mkdir(exist_ok=True)
-        for stamp in ("venv", "torch"):
+        identity = f"{VENV.resolve()} {'.'.join(map(str, sys.version_info[:2]))}\n"
+        (stamps / "venv").write_text(identity, encoding="utf-8")
+        for stamp in ("torch", "pins"):
             (stamps / stamp).touch()
         if bad:
             raise SystemExit(f"error: not installed: {', '.join(bad)}")
     elif what == "operators":
-        (stamps / "package").touch()  # even if it fails: make has no network to do it by
         subprocess.run([*add, "--no-build-isolation", "-e", "."], check=True, cwd=ROOT)
+        (stamps / "package").touch()
         program = "from mcore_sft.ops import library as l; l.load(); l.load_cuda(); print('built')"
         subprocess.run([PYTHON, "-c", program], check=True)
     else:

@@ -43,12 +43,12 @@ namespace portable {
 }
 
 #if defined(__x86_64__)  // one instruction set after another
+#define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define BEGIN_TARGET(features) \
-  _Pragma("clang attribute push(__attribute__((target(" #features "))), apply_to = function)")
-#define END_TARGET _Pragma("clang attribute pop")
+  PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
 #else
-#define PRAGMA(text) _Pragma(#text)
 #define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
 #define END_TARGET PRAGMA(GCC pop_options)
 #endif

@@ -49,7 +49,10 @@ def suspects(earlier: Sequence[Record], now: str, outcome: Outcome) -> str:
 
 def git(*words: str) -> str:
     """What it prints; raises `UserError`."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"git is needed here and cannot be run ({error}); install it") from None
     if done.returncode:
         raise UserError(
             f"git {words[0]} fails here ({done.stderr.strip()}); run this in a clone of the project"

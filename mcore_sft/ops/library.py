@@ -26,6 +26,12 @@ def load_cuda(folder: Path = _PACKAGE) -> None:
     """Load what computes the operators on CUDA tensors, beside `load`; errors as there."""
     built = sorted(folder.glob("_C_cuda.*so"))
     if not built:
+        reason = folder / "_C_cuda.reason"  # setup.py's, where it tried
+        if reason.exists():
+            raise LibraryError(
+                f"{folder}: the compiled CUDA operators (_C_cuda.*so) could not be built "
+                f"({reason.read_text(encoding='utf-8').strip()}); mend that and run {_BUILD}"
+            )
         raise LibraryError(
             f"{folder}: the compiled CUDA operators (_C_cuda.*so) are not built; with nvcc at hand "
             f"(its folder on PATH, or CUDA_HOME) and a CUDA build of torch (this is "

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from mcore_sft.errors import UserError
 from mcore_sft.nightly import commits
 from tests.nightly import sample
 
@@ -100,3 +101,9 @@ def test_without_a_clone_the_failure_is_told_all_the_same(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert commits.suspects([], "abc", "failed").startswith("the commits are not known: git rev-li")
+
+
+def test_without_git_that_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="git is needed here"):
+        commits.current()

@@ -36,6 +36,12 @@ def test_absent_cuda_operators_say_what_their_build_needs(tmp_path: Path) -> Non
         library.load_cuda(tmp_path)
 
 
+def test_why_the_cuda_operators_could_not_be_built_is_told(tmp_path: Path) -> None:
+    (tmp_path / "_C_cuda.reason").write_text("nvcc is of CUDA 12\n")
+    with pytest.raises(library.LibraryError, match=r"could not be built \(nvcc is of CUDA 12\)"):
+        library.load_cuda(tmp_path)
+
+
 def test_loading_twice_is_loading_once() -> None:
     library.load()
     library.load()

@@ -136,6 +136,30 @@ def test_packages(tmp_path, monkeypatch):
         assert mend in told.mend
 
 
+def test_a_transformer_engine_that_was_uninstalled(tmp_path):
+    """pip leaves its folder, which can be imported, and Megatron-core tries to."""
+    left = tmp_path / "transformer_engine"
+    left.mkdir()
+    ran = run(tmp_path, DOCTOR)
+    assert ran.returncode == 1
+    assert f"not installed, but {left} is there" in ran.stdout
+    assert f"-> rm -r {left}" in ran.stdout
+
+
+def test_a_package_that_is_not_installed_or_of_another_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.installed, "__file__", str(tmp_path / "mcore_sft" / "installed.py"))
+    (found,) = [one for one in doctor.packages() if one.what == "mcore-sft"]
+    assert found.state == doctor.WRONG
+    assert f"which is not {ROOT / 'mcore_sft'}" in found.found
+
+    def absent(name):
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "metadata", absent)
+    (found,) = doctor.packages()
+    assert (found.what, found.state, found.mend) == ("mcore-sft", doctor.WRONG, "make setup")
+
+
 def test_training_refuses_in_the_same_words(config, tmp_path, monkeypatch):
     """Before Megatron-core imports a Transformer Engine whose import raises what nobody awaits."""
     (tmp_path / "transformer_engine.py").write_text("raise RuntimeError('no libcudnn')")

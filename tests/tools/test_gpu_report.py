@@ -161,7 +161,17 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_torch_stays_the_machine_s_own() -> None:
-    wheels, sources = carry_wheels.wanted(carry_wheels.PINNED)
-    assert not [line for line in wheels if line.startswith(("torch==", "nvidia", "triton"))]
-    assert {"megatron-core==0.16.1", "pytest-timeout==2.4.0"} <= set(wheels)
-    assert [line.partition("==")[0] for line in sources] == ["transformer-engine-torch"]
+    for python, core in (("3.11", "megatron-core==0.16.1"), ("3.13", "megatron-core==0.19.2")):
+        wheels, sources = carry_wheels.wanted(python)
+        assert not [
+            pin for pin in wheels if pin.startswith(("torch==", "nvidia", "triton", "mypy"))
+        ]
+        assert {core, "pytest-timeout==2.4.0", "einops==0.8.2"} <= set(wheels)
+        assert [pin.partition("==")[0] for pin in sources] == ["transformer-engine-torch"]
+    with pytest.raises(carry_wheels.CarryError, match=r"--python 3\.10: nothing pins"):
+        carry_wheels.wanted("3.10")
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu_report.commit() == "unknown"
