@@ -1,6 +1,7 @@
 """What the commands share: `--config FILE key=value ...` in, one clear sentence on failure out."""
 
 import argparse
+import logging
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,10 @@ STOPPED = 75
 torchrun makes 1 of it, as of every failure."""
 
 
+_UNASKED = ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension")
+"""Loggers that warn whoever has a CPU, or a GPT, of what is ours to know (decision 17)."""
+
+
 class Stopped(Exception):
     """The run was asked to end before its last step, and has saved; the message says by what."""
 
@@ -73,6 +78,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     # these commands could act on. What is asked for and absent is an error of our own.
     for library in ("megatron", "torch"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
+    for name in _UNASKED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     before = signal.getsignal(signal.SIGTERM)
     # torchrun ends ranks that hang where no handler of ours would run. Training hears SIGTERM by
     # itself, from its first step on: what was learned is saved.

@@ -46,6 +46,21 @@ def test_signals_are_one_sentence(number, rank, ends):
     assert (running.returncode, said, error) == ends
 
 
+WARNS = """
+import logging
+from mcore_sft import command
+def main():
+    for name in ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension", "anything"):
+        logging.getLogger(name).warning(f"of {name}")
+command.run(main)
+"""
+
+
+def test_what_libraries_tell_their_developers_is_not_told():
+    done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "of anything\n")
+
+
 def test_handlers_are_as_they_were(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.delenv("RANK", raising=False)
