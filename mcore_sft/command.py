@@ -59,6 +59,18 @@ _UNASKED = ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension")
 """Loggers that warn whoever has a CPU, or a GPT, of what is ours to know (decision 17)."""
 
 
+def _silence_libraries() -> None:
+    """Drop what libraries warn of each other at import: no Apex, renamed functions.
+
+    A user of these commands could act on none of it. What is asked for and absent is an error of
+    our own.
+    """
+    for library in ("megatron", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    for name in _UNASKED:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 class Stopped(Exception):
     """The run was asked to end before its last step, and has saved; the message says by what."""
 
@@ -74,12 +86,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     its traceback. Ctrl-C is exit code 130, SIGTERM 143, and a run that was asked to stop and has
     saved (`Stopped`) is 75.
     """
-    # Libraries warn about each other at import (no Apex, renamed functions): nothing that a user of
-    # these commands could act on. What is asked for and absent is an error of our own.
-    for library in ("megatron", "torch"):
-        warnings.filterwarnings("ignore", module=rf"{library}\.")
-    for name in _UNASKED:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _silence_libraries()
     before = signal.getsignal(signal.SIGTERM)
     # torchrun ends ranks that hang where no handler of ours would run. Training hears SIGTERM by
     # itself, from its first step on: what was learned is saved.
