@@ -134,7 +134,6 @@ trust:
 			rm -f $(STAMPS)/package; }; \
 		exit 0; \
 	fi; \
-	$(CHECK_PYTHON) >/dev/null; \
 	echo "setup: making $(VENV) again: $$again"; rm -rf $(BIN) $(STAMPS)
 
 IDENTITY := import os, sys; \
@@ -158,7 +157,6 @@ PIP_FAILED = echo "error: pip failed, and says why above; mend that and run make
 
 # An environment that is there already, such as uv's, is taken if its Python fits.
 $(STAMPS)/venv:
-	@$(CHECK_COMPILER)
 	@has=$$($(BIN)/python -I -c '$(SUPPORTED)' 2>/dev/null) || has=none; \
 	$(if $(NAMED),wanted=$$($(CHECK_PYTHON)),wanted=$$has); \
 	if [ "$$has" != none ] && [ "$$has" = "$$wanted" ]; then \

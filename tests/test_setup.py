@@ -200,6 +200,8 @@ def test_an_environment_of_another_tool_is_taken(clone: Clone) -> None:
     assert "taking .venv as it is, with Python 3.11" in clone.make()
     assert (stand_in.parent / "pip").exists()
     assert clone.installed()[1] == "-r requirements/python3.11.txt"
+    shutil.rmtree(clone.folder / ".venv" / ".stamps")
+    assert "making .venv with python3\n" in clone.make("PYTHON=python3", "setup")
 
 
 def test_the_compiler_is_looked_for_before_anything_is_installed(clone: Clone) -> None:
