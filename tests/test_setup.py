@@ -22,7 +22,7 @@ place=$(cd "$(dirname "$0")/.." && pwd -P)
 case "$*" in
 -V) echo Python VERSION.0;;
 "-m venv"*)
-    mkdir -p "${@: -1}" && cd "${@: -1}" && mkdir bin && cp "$0" bin/python && touch bin/pip;;
+    mkdir -p "${@: -1}" && cd "${@: -1}" && mkdir -p bin && cp "$0" bin/python && touch bin/pip;;
 *"-m ensurepip"*) touch "$place/bin/pip";;
 *"-m pip --version") test -e "$place/bin/pip";;
 *"-m pip"*)
