@@ -25,7 +25,7 @@ PIP := PIP_USER=0 $(BIN)/python -m pip --disable-pip-version-check --no-input in
 	$(shell [ -t 2 ] || echo --quiet)
 
 # What a line says that asks which Python, torch or Megatron-core it meets, and acts on it.
-TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__ *[<>!=]=|_IS_OLD'
+TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__[^,}]*([<>]|[!=]=|startswith)|version\("[^"]*"\)[^,]*([<>]|[!=]=|startswith)|_IS_OLD'
 
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
@@ -122,19 +122,19 @@ clean: ## remove what was built and cached; .venv, .venv-vllm and results stay
 trust:
 	@[ -e $(STAMPS)/venv ] || exit 0; \
 	made=$$(cat $(STAMPS)/venv); \
-	is=$$($(BIN)/python -I -c '$(IDENTITY)' 2>/dev/null) || is="a Python that does not run"; \
+	is=$$($(BIN)/python -I -c '$(IDENTITY)' 2>/dev/null) || is="broken: its Python does not run"; \
 	$(if $(NAMED),wanted=$$($(CHECK_PYTHON)),wanted=$${is##* }); \
 	if [ "$$made" != "$$is" ]; then \
-		again="it was made as $${made:-another}, and is $$is"; \
+		again="it was made as $${made:-something else} and is now $$is"; \
 	elif [ "$$wanted" != "$${is##* }" ]; then \
-		again="it has Python $${is##* }, and $(PYTHON) is $$wanted"; \
+		again="it has Python $${is##* } and $(PYTHON) is $$wanted"; \
 	else \
 		[ ! -e $(STAMPS)/package ] || $(BIN)/python -I -c '$(IS_HERE)' 2>/dev/null || { \
-			echo "setup: installing the package again: $(VENV) lacks that of this folder"; \
+			echo "setup: reinstalling the package: $(VENV) does not hold that of this folder"; \
 			rm -f $(STAMPS)/package; }; \
 		exit 0; \
 	fi; \
-	echo "setup: making $(VENV) again: $$again"; rm -rf $(BIN) $(STAMPS)
+	echo "setup: remaking $(VENV): $$again"; rm -rf $(BIN) $(STAMPS)
 
 IDENTITY := import os, sys; \
 	print(os.path.realpath(sys.prefix), "%d.%d" % sys.version_info[:2])
@@ -146,13 +146,14 @@ CHECK_PYTHON = { $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
 	for each in $(or $(NAMED),$(PYTHONS)); do \
 		found="$${found:-}$${found:+, }$$each: $$($$each -V 2>/dev/null || echo does not run)"; \
 	done; \
-	echo "error: no Python that is supported (found $$found; expected 3.11 to 3.13);" \
+	echo "error: no supported Python (found $$found; expected 3.11 to 3.13);" \
 		"install one, or name yours: make PYTHON=/path/to/python3.13" >&2; exit 1; }; }
 CHECK_COMPILER = command -v "$${CXX:-g++}" >/dev/null || { \
 	echo "error: no C++ compiler (looked for $${CXX:-g++});" \
 		"install one (Debian, Ubuntu: apt install g++) or name yours: make CXX=clang++" >&2; exit 1; }
-# $(call QUIETLY,program): its last line is shown only if it fails.
-QUIETLY = said=$$($1 2>&1) || { echo "error: '$1' failed: $${said\#\#*$$'\n'}" >&2; exit 1; }
+# $(call QUIETLY,program): what it says is shown only if it fails.
+QUIETLY = said=$$($1 2>&1) || { echo "$$said" >&2; \
+	echo "error: '$1' failed, and says why above" >&2; exit 1; }
 PIP_FAILED = echo "error: pip failed, and says why above; mend that and run make again" >&2; exit 1
 
 # An environment that is there already, such as uv's, is taken if its Python fits.
@@ -189,7 +190,7 @@ $(STAMPS)/package: $(STAMPS)/pins pyproject.toml setup.py $(OPERATORS)
 	@PATH="$$(cd $(BIN) && pwd):$$PATH" $(PIP) --no-deps --no-build-isolation -e . \
 		|| { $(PIP_FAILED); }
 	@[ ! -e mcore_sft/_C_cuda.reason ] || \
-		echo "setup: without operators for CUDA: $$(cat mcore_sft/_C_cuda.reason)"
+		echo "setup: the CUDA operators were not built: $$(cat mcore_sft/_C_cuda.reason)"
 	@touch $@
 
 # vLLM pins its own torch, so it has an environment of its own; nothing of ours is installed there.

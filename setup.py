@@ -83,8 +83,11 @@ def ask(*command: str) -> str:
     """What a program prints."""
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise NoCudaError(f"{command[0]} fails: {error}") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip().splitlines() or [str(error)]
+        raise NoCudaError(f"{command[0]} fails: {said[-1]}") from None
+    except OSError as error:
+        raise NoCudaError(f"{command[0]} does not run: {error}") from None
     return ran.stdout + ran.stderr
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 _MODULES = {
-    "megatron-core": "megatron.core.models.gpt",
+    "megatron-core": "mcore_sft.runtime.megatron_core",
     "protobuf": "google.protobuf",
     "pyyaml": "yaml",
     "transformer-engine": "transformer_engine.pytorch",

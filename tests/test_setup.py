@@ -139,7 +139,7 @@ def test_a_python_that_is_named_is_taken_and_one_that_is_not_named_stays(clone: 
     clone.make()
     clone.installed()
     told = clone.make("PYTHON=python3.11", "setup")
-    assert "making .venv again: it has Python 3.12, and python3.11 is 3.11" in told
+    assert "remaking .venv: it has Python 3.12 and python3.11 is 3.11" in told
     assert "-r requirements/python3.11.txt" in clone.installed()
     assert clone.make() == ""
     assert clone.make("setup", PYTHON="python3.11") == ""
@@ -159,7 +159,7 @@ def test_a_clone_that_was_copied_or_moved_gets_its_own(clone: Clone, how) -> Non
     clone.folder = how(first, first.with_name("other"))
     clone.folder = first.with_name("other")
     told = clone.make()
-    assert f"making .venv again: it was made as {first}/.venv 3.12, and is {clone.folder}" in told
+    assert f"remaking .venv: it was made as {first}/.venv 3.12 and is now {clone.folder}" in told
     assert clone.installed() == ALL
     assert clone.make() == ""
 
@@ -168,7 +168,7 @@ def test_a_python_that_is_gone_or_another_by_now(clone: Clone) -> None:
     clone.make()
     python = clone.folder / ".venv" / "bin" / "python"
     python.write_text(python.read_text().replace("3.12", "3.13"))
-    assert f"3.12, and is {clone.folder}/.venv 3.13" in clone.make()
+    assert f"3.12 and is now {clone.folder}/.venv 3.13" in clone.make()
     python.unlink()
     assert "and is a Python that does not run" in clone.make()
     assert clone.make() == ""
@@ -186,7 +186,7 @@ def test_a_package_that_is_not_this_folder_s_is_installed_again(clone: Clone, ho
         package.write_text(str(other.parent))
     else:
         (clone.folder / "mcore_sft" / "_C.abi3.so").unlink()
-    assert clone.make().startswith("setup: installing the package again: .venv lacks that of this")
+    assert clone.make().startswith("setup: reinstalling the package: .venv does not hold that of this")
     assert clone.installed() == ["-e ."]
     (clone.folder / "mcore_sft" / "_C.abi3.so").touch()
     assert clone.make() == ""
@@ -213,13 +213,14 @@ def test_the_compiler_is_looked_for_before_anything_is_installed(clone: Clone) -
 def test_a_program_that_fails_says_why_itself(clone: Clone) -> None:
     (clone.folder / ".venv").touch()  # such as a folder that cannot be made
     told = clone.make(fails=True)
-    assert "error: 'python3 -m venv --clear .venv' failed: mkdir: cannot create" in told
+    assert "mkdir: cannot create" in told
+    assert "error: 'python3 -m venv --clear .venv' failed, and says why above" in told
     assert "python3-venv" not in told
 
 
 def test_missing_cuda_operators_are_one_line(clone: Clone) -> None:
     (clone.folder / "mcore_sft" / "_C_cuda.reason").write_text("nvcc is of CUDA 12\n")
-    assert clone.make().endswith("setup: without operators for CUDA: nvcc is of CUDA 12\n")
+    assert clone.make().endswith("setup: the CUDA operators were not built: nvcc is of CUDA 12\n")
 
 
 # ---- setup.py

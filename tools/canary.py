@@ -52,7 +52,9 @@ def main() -> int:
         scratch = Path(name)
         sources, python = scratch / "sources", str(scratch / "venv" / "bin" / "python")
         shutil.copytree(ROOT, sources, ignore=_left_out)
-        subprocess.run([uv, "venv", "--quiet", "--python", base, scratch / "venv"], check=True)
+        subprocess.run(
+            [uv, "venv", "--quiet", "--seed", "--python", base, scratch / "venv"], check=True
+        )
         found = json.loads(
             _ask(python, "import json, sys; print(json.dumps(sys.version_info[:2]))")
         )
@@ -172,9 +174,11 @@ def _ask(python: str, program: str) -> str:
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:
-    """What is not source: what was built, what is hidden and, in the root, what runs have made."""
-    made = fnmatch.filter(names, ".*") + fnmatch.filter(names, "*.so") + ["__pycache__"]
-    return {*made, *(("build", "dist", "results", "data") if Path(folder) == ROOT else ())}
+    """What is not source: what was built and, in the root, what is hidden or was made by runs."""
+    made = [*fnmatch.filter(names, "*.so"), "__pycache__"]
+    if Path(folder) == ROOT:
+        made += [*fnmatch.filter(names, ".*"), "build", "dist", "results", "data"]
+    return set(made)
 
 
 def _path() -> str:

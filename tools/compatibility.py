@@ -27,7 +27,10 @@ HEAD = """# Compatibility
 
 Made by `make compatibility` from the ranges of pyproject.toml and from docs/compatibility/: a
 record there is what `make lane RECORD=docs/compatibility` (or `make canary`) wrote, and
-`known.yaml` has what no lane tells. Only what stands under "tested" has been run.
+`known.yaml` adds what no lane can show. Only what stands under "tested" has been run.
+
+Machines: Linux on x86_64. For aarch64 (Grace) the CPU operators compile, by a cross compiler
+(g++ 12); nothing has run there yet.
 """
 
 

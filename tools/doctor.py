@@ -56,10 +56,11 @@ def main() -> int:
     arguments = _arguments()
     warnings.filterwarnings("ignore")  # libraries warn of each other's absence as they are imported
     chosen = arguments.config or "training on the CPU"
+    left = installed.left_behind("transformer_engine")  # what is imported below hides it
     sections = {
         "Packages": packages(),
         "This machine": machine(),
-        "Built for this machine": built(),
+        "Built for this machine": built(left),
     }
     if arguments.config:
         sections[" ".join([f"For {chosen}", *arguments.overrides])] = experiment(
@@ -135,9 +136,7 @@ def package(wanted: Requirement, otherwise: str) -> Finding:
         return Finding(what=name, state=otherwise, found=found + needed, mend=mend)
     if error := installed.import_error(name):
         again = mend.replace("install", "install --force-reinstall --no-deps", 1)
-        if name == "megatron-core" and installed.left_behind("transformer_engine"):
-            again = "mend Transformer Engine, which it imports (below)"
-        elif name == "megatron-core" and installed.version("transformer-engine"):
+        if name == "megatron-core" and installed.version("transformer-engine"):
             again = "mend Transformer Engine, which it imports (below), or pip uninstall it"
         found = f"{found}{needed}; cannot be imported: {error}"
         return Finding(what=name, state=otherwise, found=found, mend=again)
@@ -153,18 +152,21 @@ def machine() -> Iterator[Finding]:
     yield attempt("NVIDIA driver, GPUs", lambda: "; ".join(_listed()), NOTE, "none on a CPU")
 
 
-def built() -> Iterator[Finding]:
-    """Whether torch, the compiled operators and Transformer Engine fit each other and the GPUs."""
+def built(left: str | None) -> Iterator[Finding]:
+    """Whether torch, the compiled operators and Transformer Engine fit each other and the GPUs.
+
+    `left` is the folder that pip left of Transformer Engine, if it did.
+    """
     yield attempt("torch", _torch, WRONG)
     yield attempt("torch on GPUs", _torch_on_gpus, NOTE)
     yield attempt("nvcc for torch", _nvcc_for_torch, NOTE)
     yield attempt("operators on CPU", _operators, WRONG)
     yield attempt("operators on CUDA", _cuda_operators, NOTE)
-    if left := installed.left_behind("transformer_engine"):
+    if left:
         yield Finding(
             what="Transformer Engine",
-            state=WRONG,
-            found=f"not installed, but {left} is there, and Megatron-core imports it",
+            state=NOTE,
+            found=f"not installed, but pip left {left}; a run ignores it, other programs may not",
             mend=f"rm -r {shlex.quote(left)}",
         )
     else:

@@ -23,9 +23,9 @@ def loads(text: str | bytes) -> Any:
 def is_too_deep(value: Any) -> bool:
     """Whether a value that was read from JSON is nested deeper than `DEEPEST`."""
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [one for one in level if isinstance(one, list | dict)]
         level = [
             inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
         ]
-    return bool(level)
+    return any(isinstance(one, list | dict) for one in level)

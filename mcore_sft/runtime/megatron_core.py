@@ -21,16 +21,15 @@ from mcore_sft.errors import UserError
 FOUND = Version(version("megatron-core"))
 _OLD, _NEW = Version("0.16.1"), Version("0.19")
 _IS_OLD = FOUND.release[:2] == _OLD.release[:2]
-SUPPORTED = f"{_OLD} (Python 3.11), {_NEW}.x (Python 3.12 and newer)"
 
 
 def check_version(found: Version = FOUND) -> None:
-    """Raise `UserError` unless `found` is a Megatron-core whose use of CUDA is known."""
+    """Raise `UserError` unless `found` is a release of Megatron-core that has been read."""
     if found.release[:2] not in (_OLD.release[:2], _NEW.release[:2]):
         wanted = _OLD if sys.version_info < (3, 12) else f"{_NEW}.*"
         raise UserError(
-            f"megatron-core {found} is installed, but running on CPU is known to work with "
-            f"{SUPPORTED} only; pip install 'megatron-core=={wanted}'"
+            f"megatron-core {found} is installed, expected {_OLD} (Python 3.11) or {_NEW}.x "
+            f"(Python 3.12 and newer); pip install 'megatron-core=={wanted}'"
         )
 
 

@@ -17,6 +17,7 @@ from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import check_architecture
+from mcore_sft.runtime.megatron_core import check_version
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -95,6 +96,7 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
     """Join the other processes that torchrun started (or run alone) and lay out the mesh."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(parallel, size)
+    check_version()
     device = this_device()
     host = megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
     with host:

@@ -30,6 +30,8 @@ def test_brackets_within_text_do_not_nest() -> None:
 
 def test_empty_lists_count_as_levels() -> None:
     loads("[" * DEEPEST + "]" * DEEPEST)
+    with pytest.raises(ValueError, match="nested more than"):
+        loads("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1))
 
 
 def test_what_is_no_json_is_a_value_error() -> None:

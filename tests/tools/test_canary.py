@@ -108,5 +108,6 @@ def test_the_copy_has_all_sources_and_nothing_that_was_made() -> None:
     root = ["csrc", "data", "mcore_sft", "results", ".venv", ".git", "pyproject.toml"]
     assert canary._left_out(str(canary.ROOT), root) >= {"data", "results", ".venv", ".git"}
     assert not canary._left_out(str(canary.ROOT), root) & {"csrc", "mcore_sft", "pyproject.toml"}
+    assert not canary._left_out(str(canary.ROOT / "tests"), [".metadata"]) & {".metadata"}
     package = canary._left_out(str(canary.ROOT / "mcore_sft"), ["data", "_C.abi3.so", "ops"])
     assert package & {"data", "_C.abi3.so", "ops"} == {"_C.abi3.so"}
