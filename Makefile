@@ -122,7 +122,7 @@ clean: ## remove what was built and cached; .venv, .venv-vllm and results stay
 trust:
 	@[ -e $(STAMPS)/venv ] || exit 0; \
 	made=$$(cat $(STAMPS)/venv); \
-	is=$$($(BIN)/python -I -c '$(IDENTITY)' 2>/dev/null) || is="broken: its Python does not run"; \
+	is=$$($(BIN)/python -I -c '$(IDENTITY)' 2>/dev/null) || is="a Python that does not run"; \
 	$(if $(NAMED),wanted=$$($(CHECK_PYTHON)),wanted=$${is##* }); \
 	if [ "$$made" != "$$is" ]; then \
 		again="it was made as $${made:-something else} and is now $$is"; \

@@ -170,7 +170,7 @@ def test_a_python_that_is_gone_or_another_by_now(clone: Clone) -> None:
     python.write_text(python.read_text().replace("3.12", "3.13"))
     assert f"3.12 and is now {clone.folder}/.venv 3.13" in clone.make()
     python.unlink()
-    assert "and is a Python that does not run" in clone.make()
+    assert "and is now a Python that does not run" in clone.make()
     assert clone.make() == ""
 
 
