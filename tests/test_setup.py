@@ -70,7 +70,9 @@ class Clone:
     def make(self, *words: str, fails: bool = False, **variables: str) -> str:
         """What `make setup` says."""
         path = f"{self.programs}:{os.environ['PATH']}"
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VENV", "MAKEFLAGS")}
+        # What a make that runs the tests says to those that it calls is not for these.
+        own = ("PYTHON", "VENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
+        kept = {k: v for k, v in os.environ.items() if k not in own}
         ran = subprocess.run(
             ["make", *(words or ("setup",))],
             cwd=self.folder,
@@ -186,7 +188,9 @@ def test_a_package_that_is_not_this_folder_s_is_installed_again(clone: Clone, ho
         package.write_text(str(other.parent))
     else:
         (clone.folder / "mcore_sft" / "_C.abi3.so").unlink()
-    assert clone.make().startswith("setup: reinstalling the package: .venv does not hold that of this")
+    assert clone.make().startswith(
+        "setup: reinstalling the package: .venv does not hold that of this"
+    )
     assert clone.installed() == ["-e ."]
     (clone.folder / "mcore_sft" / "_C.abi3.so").touch()
     assert clone.make() == ""

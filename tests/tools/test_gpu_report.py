@@ -55,7 +55,7 @@ def test_what_fails_crashes_or_hangs_is_told_and_the_rest_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("then", "ended"), [("", "passed"), ("time.sleep(60)", "no end within 0.0166667 min")]
+    ("then", "ended"), [("", "passed"), ("time.sleep(60)", "no end within 0.0666667 min")]
 )
 def test_what_has_left_the_part_does_not_hold_it_open(then: str, ended: str) -> None:
     program = (
@@ -64,7 +64,7 @@ def test_what_has_left_the_part_does_not_hold_it_open(then: str, ended: str) -> 
         f" start_new_session=True)\nprint('started', flush=True)\n{then}"
     )
     begun = time.monotonic()
-    outcome = gpu_report.run(part("leaves", program, minutes=1 / 60))
+    outcome = gpu_report.run(part("leaves", program, minutes=4 / 60))
     assert time.monotonic() - begun < 15
     assert (outcome.ended, outcome.last_lines) == (ended, ["started"])
 
