@@ -154,7 +154,7 @@ CHECK_COMPILER = command -v "$${CXX:-g++}" >/dev/null || { \
 # $(call QUIETLY,program): what it says is shown only if it fails.
 QUIETLY = said=$$($1 2>&1) || { echo "$$said" >&2; \
 	echo "error: '$1' failed, and says why above" >&2; exit 1; }
-PIP_FAILED = echo "error: pip failed, and says why above; mend that and run make again" >&2; exit 1
+PIP_FAILED = echo "error: pip failed (see above); fix the cause and run make again" >&2; exit 1
 
 # An environment that is there already, such as uv's, is taken if its Python fits.
 $(STAMPS)/venv:

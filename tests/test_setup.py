@@ -264,11 +264,12 @@ def test_nvcc_is_asked_for_its_toolkit(
     script = compiler(toolkit, "13.2", tmp_path / "nvcc")
     with pytest.raises(build.NoCudaError, match=r"cuda has no libcudart\.so"):
         build.cuda_extension(script)
-    (toolkit / where).mkdir(parents=True)
-    (toolkit / where / "libcudart.so").touch()
+    libraries = toolkit.joinpath(where)
+    libraries.mkdir(parents=True)
+    (libraries / "libcudart.so").touch()
     extension = build.cuda_extension(script)
     assert str(toolkit) == build.cpp_extension.CUDA_HOME
-    assert str(toolkit / where) in extension.library_dirs
+    assert str(libraries) in extension.library_dirs
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(build.NoCudaError, match=r"is release 13\.2, torch is built for CUDA 12\.8"):
         build.cuda_extension(script)

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import lane
 import newest_python
 from gpu_report import ROOT
@@ -109,7 +110,7 @@ def amended(content: dict[str, Any], installation: lane.Part) -> dict[str, Any]:
     """The lane's record as the canary's: its command, our commit, and the installation."""
     parts = {"installation": asdict(installation), **content["parts"]}
     minutes = round(content["minutes"] + installation.minutes, 1)
-    ours = {"command": "make canary", "commit": lane.commit(), "minutes": minutes}
+    ours = {"command": "make canary", "commit": gpu_report.commit(), "minutes": minutes}
     return {**content, **ours, "parts": parts}
 
 

@@ -94,8 +94,7 @@ def packages() -> Iterator[Finding]:
     try:
         wanted = metadata.metadata("mcore-sft")["Requires-Python"]
     except metadata.PackageNotFoundError:
-        mend = "make setup"
-        yield Finding(what="mcore-sft", state=WRONG, found="not installed", mend=mend)
+        yield Finding(what="mcore-sft", state=WRONG, found="not installed", mend="make setup")
         return
     yield Finding(
         what="mcore-sft",

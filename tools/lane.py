@@ -122,7 +122,7 @@ def record(parts: dict[str, Part]) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": "make lane",
-        "commit": commit(),
+        "commit": gpu_report.commit(),
         "python": platform.python_version(),
         **{name: installed(name) for name in PACKAGES},
         "cpu": cpu[1] if cpu else platform.machine(),
@@ -137,15 +137,6 @@ def installed(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The commit of these sources, `-dirty` with changes; None without git."""
-    asked = ["git", "-C", str(gpu_report.ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
         return None
 
 

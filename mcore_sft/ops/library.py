@@ -30,7 +30,7 @@ def load_cuda(folder: Path = _PACKAGE) -> None:
         if reason.exists():
             raise LibraryError(
                 f"{folder}: the compiled CUDA operators (_C_cuda.*so) could not be built "
-                f"({reason.read_text(encoding='utf-8').strip()}); mend that and run {_BUILD}"
+                f"({reason.read_text(encoding='utf-8').strip()}); fix that, then run {_BUILD}"
             )
         raise LibraryError(
             f"{folder}: the compiled CUDA operators (_C_cuda.*so) are not built; with nvcc at hand "

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from packaging.version import Version
 
+from mcore_sft import installed
 from mcore_sft.errors import UserError
 
 FOUND = Version(version("megatron-core"))
@@ -34,13 +35,12 @@ def check_version(found: Version = FOUND) -> None:
 
 
 def _ignore_what_pip_left() -> None:
-    """Make a folder without a package in it, which imports all the same, as absent as it is.
+    """Hide the empty folder that `pip uninstall transformer-engine` leaves behind.
 
-    `pip uninstall transformer-engine` leaves one, and Megatron-core then fails to import. This can
-    go when Megatron-core asks for the package's version before it believes in it.
+    Python imports it as a package, and Megatron-core then fails to import. This can go when
+    Megatron-core checks the version of the package before it uses it.
     """
-    found = importlib.util.find_spec("transformer_engine")
-    if found is not None and found.origin is None:
+    if installed.left_behind("transformer_engine"):
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 

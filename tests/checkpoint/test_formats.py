@@ -27,7 +27,7 @@ from tests.distributed import run_ranks
 
 KEPT = Path(__file__).parent.parent / "fixtures" / "checkpoint"
 """Saved by commit b3ad856 with megatron-core 0.16.1 on two tensor-parallel ranks, in bf16: the
-third of four steps on the project's own rows. It is never made anew."""
+third and last step of a run on the project's own rows. Do not regenerate it."""
 
 
 def test_a_checkpoint_of_an_earlier_version_loads_bit_for_bit(tmp_path: Path) -> None:

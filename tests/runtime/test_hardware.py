@@ -91,8 +91,9 @@ def test_the_transformer_engine_fits_or_is_refused(
     with pytest.raises(ConfigError, match=refusal) as refused:
         hardware.layer_implementation(settings, train, GPU)
     wanted = hardware.installed.transformer_engine().specifier
-    for mend in (f"'transformer-engine[pytorch]{wanted}'", "model.layers=local", "tools/doctor.py"):
-        assert mend in str(refused.value)
+    named = (f"'transformer-engine[pytorch]{wanted}'", "model.layers=local", "tools/doctor.py")
+    for command in named:
+        assert command in str(refused.value)
     local = ModelConfig(path=Path(), layers="local")
     assert hardware.layer_implementation(local, train, GPU) == "local"
 

@@ -169,7 +169,9 @@ def test_a_package_that_is_not_installed_or_of_another_clone(tmp_path, monkeypat
 
     monkeypatch.setattr(doctor.metadata, "metadata", absent)
     (found,) = doctor.packages()
-    assert (found.what, found.state, found.mend) == ("mcore-sft", doctor.WRONG, "make setup")
+    assert found.what == "mcore-sft"
+    assert found.state == doctor.WRONG
+    assert found.mend == "make setup"
 
 
 def test_training_refuses_in_the_same_words(config, tmp_path, monkeypatch):
