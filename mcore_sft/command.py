@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from mcore_sft import config
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import printable
 from mcore_sft.config import RunConfig
-from mcore_sft.errors import UserError
 
 
 def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
@@ -100,11 +101,11 @@ def run(main: Callable[[], None]) -> NoReturn:
             # Most errors are the same on every rank. The first speaks, and torchrun ends the others
             # while they wait; an error that is theirs alone is said a moment later.
             time.sleep(10)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+            print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     except Terminated:
         print("terminated", file=sys.stderr, flush=True)

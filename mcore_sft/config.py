@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 class ConfigError(UserError):

@@ -42,8 +42,7 @@ def dry_run(config: RunConfig, gpus: int) -> None:
     """Print what a rank of each pipeline stage would hold among `gpus`."""
     from dataclasses import replace
 
-    from rich.console import Console
-
+    from mcore_sft.base.terminal import Console
     from mcore_sft.model import architecture as arch
     from mcore_sft.plan import layout, memory
     from mcore_sft.training import dry_run as dry

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mcore_sft import config as configuration
+from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from gpu_report import SUMS
 
 from mcore_sft import command
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PINNED = ROOT / "requirements"

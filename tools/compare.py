@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mcore_sft import command
+from mcore_sft.base.terminal import Console
 from mcore_sft.evaluation import comparison
 from mcore_sft.evaluation.answers import check_writable, write_text
 from mcore_sft.evaluation.comparison import Comparison, Row
@@ -28,11 +27,11 @@ def main() -> None:
         check_writable(arguments.html)
     a, b = comparison.read(arguments.a), comparison.read(arguments.b)
     found = comparison.compare(a, b)
-    console = Console(highlight=False)
+    console = Console()
     console.print(f"{found.benchmark}, {found.paired.total} problems")
     for name, result in (("A", a), ("B", b)):
         line = interval_line(f"{name} symbolic_correct", share([*result.greedy.values()]))
-        console.print(f"{line[:-1]}  {result.folder}", markup=False, soft_wrap=True)
+        console.print(f"{line[:-1]}  {result.folder}", soft_wrap=True)
     _print_pairs(console, found)
     for title, pairs in (("A alone was right", found.lost), ("B alone was right", found.won)):
         _print_flipped(console, title, pairs, arguments.show)
@@ -77,7 +76,7 @@ def _print_flipped(
         table.add_column(column, overflow="fold")
     for left, right in pairs[:limit]:
         cells = (left["id"], left["expected_answer"], _said(left), _said(right))
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     console.print(table)
     if len(pairs) > limit:
         console.print(f"and {len(pairs) - limit} more: --show {len(pairs)}, or --html FILE")

@@ -19,10 +19,10 @@ from datetime import datetime
 from pathlib import Path
 
 from demo_data import write_data
-from rich.console import Console
 
 from mcore_sft import command, config
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Console
 from mcore_sft.evaluation.report import nemo_skills_table
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.training import curve
@@ -38,7 +38,7 @@ SHORT = (
 )
 """What --short changes of the experiment: all four commands run, and no score is asked for."""
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(soft_wrap=True)
 
 
 class DemoError(UserError):
@@ -105,7 +105,7 @@ class Demo:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and take its time."""
-        console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/bold]")
+        console.print(f"\n{len(self.seconds) + 1}. {name}", style="bold")
         begun = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - begun
@@ -113,7 +113,7 @@ class Demo:
     def run(self, *words: str, threads: int | None = None) -> None:
         """Print one command and run it; `threads` is what torch may use in each process."""
         typed = shlex.join(words).replace(" --config", " \\\n      --config")
-        console.print(f"  $ {typed}\n", style="green", markup=False)
+        console.print(f"  $ {typed}\n", style="green")
         limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         code = subprocess.run(words, env={**os.environ, **limit}, check=False).returncode
         if code:
@@ -159,7 +159,7 @@ def make_data(demo: Demo) -> None:
         f"numbers, a tokenizer of {tokenizer.get_vocab_size()} tokens. One of them:\n"
     )
     for text in (example["problem"], *example["generated_solution"].splitlines()):
-        console.print(f"    {text}", style="dim", markup=False)
+        console.print(f"    {text}", style="dim")
     console.print()
 
 
@@ -194,14 +194,14 @@ def finish(demo: Demo) -> None:
     """Show what came of it, and where; raises `DemoError` where it is not good enough."""
     curve.draw(demo.folder / "metrics.jsonl", demo.folder / "loss.png")
     before, after = (read_shares(demo.folder / name) for name in ("before", "after"))
-    console.print("\n[bold]What came of it[/bold]\n")
+    console.print("\nWhat came of it\n", style="bold")
     modes = {"before": before, "after": after}
     print(nemo_skills_table("demo", modes, after[0].total).rstrip(), "\n")
     _show("What lies where", places(demo))
     _show("Time", times(demo))
     right = after[0]
     if demo.short:
-        console.print("\n[green]All four commands ran; 20 steps teach too little to score.[/green]")
+        console.print("\nAll four commands ran; 20 steps teach too little to score.", style="green")
         return
     if right.percent < PASS:
         raise DemoError(
@@ -209,7 +209,7 @@ def finish(demo: Demo) -> None:
             f"{PASS:.0f} % were expected; the loss curve in {demo.folder / 'loss.png'} shows how "
             f"far it came, and train.steps in {EXPERIMENT} takes it further"
         )
-    console.print(f"\n[green]{right.hits} of {right.total} held-out problems are right.[/green]")
+    console.print(f"\n{right.hits} of {right.total} held-out problems are right.", style="green")
 
 
 def places(demo: Demo) -> list[tuple[str, str]]:
@@ -246,7 +246,7 @@ def read_shares(graded: Path) -> tuple[Share, Share]:
 
 
 def _show(title: str, rows: list[tuple[str, str]]) -> None:
-    console.print(f"\n[bold]{title}[/bold]")
+    console.print(f"\n{title}", style="bold")
     width = max(len(what) for what, _ in rows)
     for what, told in rows:
         console.print(f"  {what.ljust(width)}  {told}")

@@ -28,7 +28,7 @@ try:
     from packaging.specifiers import SpecifierSet
 
     from mcore_sft import installed
-    from mcore_sft.errors import UserError
+    from mcore_sft.base.errors import UserError
 except ImportError as error:
     sys.exit(
         f"WRONG  {sys.executable} lacks this package or what it needs ({error}); run `make setup` "

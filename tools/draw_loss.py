@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mcore_sft import command
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 def main() -> None:

@@ -10,9 +10,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mcore_sft import command
+from mcore_sft.base.terminal import Console
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.damage import find_damage, find_structural_damage
 from mcore_sft.data.dataset import Arrays, PackedDataset
@@ -28,7 +27,7 @@ def main() -> None:
     """Inspect as the command line says."""
     arguments = _arguments()
     folder: Path = arguments.folder
-    console = Console(highlight=False, markup=False)
+    console = Console()
     if arguments.verify:
         _verify(folder, console)
         return

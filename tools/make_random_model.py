@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from mcore_sft import command
+from mcore_sft.base.errors import UserError
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
-from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import FAMILIES
 
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "</s>")

@@ -11,7 +11,7 @@ from pathlib import Path
 from demo_data import train_tokenizer
 
 from mcore_sft import command
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 class TextError(UserError):

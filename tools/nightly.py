@@ -10,7 +10,6 @@ failed, 2: it could not begin, 3: something crashed, or could not be kept.
 
 import argparse
 import contextlib
-import fcntl
 import http.client
 import json
 import math
@@ -25,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mcore_sft import command
-from mcore_sft.errors import UserError
+from mcore_sft.base import files
+from mcore_sft.base.errors import UserError
 from mcore_sft.nightly import commits, history, page, tier, work
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
@@ -136,9 +136,8 @@ def _alone(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(files.lock(folder / "lock"))
+        except files.Locked:
             raise UserError(
                 f"{folder}: another night is running there; wait for its end, or give --output"
             ) from None

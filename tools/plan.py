@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mcore_sft import command
+from mcore_sft.base.terminal import Console
 
 if TYPE_CHECKING:
     from mcore_sft.plan.ranking import Estimate

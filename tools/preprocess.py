@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from mcore_sft import command
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import RunConfig
 from mcore_sft.data.job import Job, check_fit
 from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard

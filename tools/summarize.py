@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mcore_sft import command
+from mcore_sft.base.terminal import Console
 from mcore_sft.evaluation import comparison
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import ANSWERS, REPORT, TEXT
@@ -36,11 +35,11 @@ def main() -> None:
             f"{', '.join(map(str, folders))}: no {REPORT} of an evaluation there or below; "
             "tools/evaluate.py writes them"
         )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if results:
         console.print(_table(sorted(results, key=_order)))
     for folder in unfinished:
-        console.print(f"{folder}: not finished; evaluate again", markup=False, soft_wrap=True)
+        console.print(f"{folder}: not finished; evaluate again", soft_wrap=True)
 
 
 def _found(folders: Sequence[Path], name: str) -> Iterator[Path]:
@@ -67,8 +66,8 @@ def _table(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> Table:
     for folder, report in results:
         benchmark = report["benchmark"]
         table.add_row(
-            escape(benchmark["name"]),
-            escape(str(folder)),
+            benchmark["name"],
+            str(folder),
             str(benchmark["problems"]),
             *(_share(report["score"].get(name)) for name in scores),
             report["evaluation"]["policy"],

@@ -7,9 +7,8 @@ python tools/to_hf.py --average results/X/step_10000 results/X/step_20000 result
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from mcore_sft import command
+from mcore_sft.base.terminal import Console
 
 
 def main() -> None:

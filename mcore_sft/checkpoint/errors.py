@@ -1,6 +1,6 @@
 """What is wrong with a checkpoint or a Hugging Face folder, said to the user."""
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 class CheckpointError(UserError):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint import sharded, weights
 from mcore_sft.checkpoint.describe import MODEL, RECORD, with_dtype, write_json
 from mcore_sft.checkpoint.errors import CheckpointError

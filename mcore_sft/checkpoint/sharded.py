@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
+from mcore_sft.base import files
 from mcore_sft.checkpoint import optimizer_state
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.writer import File, Writer, digest
@@ -186,12 +186,12 @@ class Checkpoints:
     def _publish(self, pending: "_Pending", outcomes: list[Any], final: Path) -> None:
         """Give the step its manifest and its name, and remove those that it makes superfluous."""
         if self.mesh.is_main:
-            files = {name: file for share in outcomes for name, file in share.items()}
-            files |= _small_files(pending.temporary, files)
-            manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
-            _write_durably(pending.temporary / MANIFEST, signed(manifest))
-            pending.temporary.rename(final)
-            replace_file(self.folder / POINTER, final.name + "\n")
+            named = {name: file for share in outcomes for name, file in share.items()}
+            named |= _small_files(pending.temporary, named)
+            manifest = {**pending.manifest, "files": dict(sorted(named.items()))}
+            files.write(pending.temporary / MANIFEST, signed(manifest))
+            files.rename(pending.temporary, final)
+            files.replace(self.folder / POINTER, final.name + "\n")
             self._prune()
 
     def add_score(self, step: int, name: str, score: float) -> None:
@@ -203,7 +203,7 @@ class Checkpoints:
             return
         path = self.folder / f"step_{step}"
         known = _scores_since(path) | {name: score if math.isfinite(score) else None}
-        replace_file(path / SCORES, json.dumps(known) + "\n")
+        files.replace(path / SCORES, json.dumps(known) + "\n")
         self._prune()
 
     def lacks(self, step: int, name: str) -> bool:
@@ -508,27 +508,3 @@ def _fault(path: Path, expected: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     return None
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that holds what it held before, or all of `text`."""
-    beside = path.with_name(f".{path.name}")
-    _write_durably(beside, text)
-    beside.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.data.progress import progress

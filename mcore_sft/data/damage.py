@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.dataset import Array, Arrays
 from mcore_sft.data.errors import DataError

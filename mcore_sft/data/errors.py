@@ -1,6 +1,6 @@
 """What is said when data cannot be used."""
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 class DataError(UserError):

@@ -7,10 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from mcore_sft.base.files import sha256_of
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, SourceConfig
-from mcore_sft.data import manifest as manifests
 from mcore_sft.data.blocks import Block, SourceFile, changed
 from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.encode import Recipe
@@ -142,7 +141,7 @@ class Job:
             if named is None:
                 return None
             file = SourceFile.of(self.config.root / named)
-            return file, manifests.sha256_of(file.path)
+            return file, sha256_of(file.path)
         except OSError as error:
             raise DataError(
                 f"{error.filename}: cannot be read ({error.strerror}); "

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from mcore_sft.base.files import sha256_of
 from mcore_sft.data.errors import DataError
 
 FORMAT = 3
@@ -61,12 +62,6 @@ class _Manifest(BaseModel):
     splits: Annotated[dict[str, _Split], Field(min_length=1)]
     files: dict[str, _File]
     digest: str
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digest_of(tree: Any) -> str:

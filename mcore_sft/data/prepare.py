@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
+from mcore_sft.base.files import end_of_links
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, HoldoutConfig
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.encode import BAD, Drops, Encoded
@@ -25,7 +26,7 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import token_type
 from mcore_sft.data.job import Job
 from mcore_sft.data.order import distinct_rows, held_out, row_order
-from mcore_sft.data.place import end_of_links, holds_dataset, new_folder, workspace
+from mcore_sft.data.place import holds_dataset, new_folder, workspace
 from mcore_sft.data.progress import progress
 from mcore_sft.data.prompt import UNFIT
 from mcore_sft.data.report import write_report

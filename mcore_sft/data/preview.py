@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from rich.console import Console
 from rich.rule import Rule
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.data.blocks import Block
 from mcore_sft.data.encode import Drops, Encoded, Encoder
 from mcore_sft.data.job import Job
@@ -30,7 +30,7 @@ def preview(job: Job, count: int, *, console: Console) -> None:
     for reason, number in drops.counts.items():
         console.print(Rule(f"{number:,} dropped on the way: {reason}", align="left"))
         for sample in drops.samples.get(reason, ()):
-            console.print(f"{sample.where}: {sample.text}", markup=False, highlight=False)
+            console.print(f"{sample.where}: {sample.text}")
 
 
 def _examples_of(

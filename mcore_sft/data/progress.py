@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
@@ -15,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from mcore_sft.base.terminal import Console
 
 SECONDS = 30.0
 """Between lines in a log, where a bar would be lines without end."""
@@ -29,7 +30,7 @@ def progress(
         yield _lines(description, total, console)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -55,6 +56,6 @@ def _lines(description: str, total: int | None, console: Console) -> Callable[[i
         share = f"{done / total:.0%} of {decimal(total)}" if total else decimal(done)
         left = f"  left {timedelta(seconds=round((total - done) / rate))}" if total else ""
         line = f"{description}  {share}  {decimal(int(rate))}/s{left}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
     return count

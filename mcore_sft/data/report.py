@@ -13,9 +13,9 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.data.contamination import Kind
 from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.encode import Sample, excerpt

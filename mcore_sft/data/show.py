@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from rich.bar import Bar
-from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.data.dataset import Arrays, PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prompt import Example

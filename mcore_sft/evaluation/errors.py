@@ -1,6 +1,6 @@
 """The error of this room."""
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 class EvaluationError(UserError):

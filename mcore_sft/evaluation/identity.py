@@ -9,6 +9,7 @@ from pathlib import Path
 from platform import python_version
 
 from mcore_sft import __version__
+from mcore_sft.base.files import sha256_of
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.evaluation.errors import EvaluationError
 
@@ -46,13 +47,13 @@ def model_files(folder: Path) -> dict[str, str]:
 
 def _hashes(folder: Path) -> dict[str, str]:
     found = {
-        path.name: _sha256(path)
+        path.name: sha256_of(path)
         for name in ("config.json", "generation_config.json", "model.safetensors.index.json")
         if (path := folder / name).is_file()
     }
     weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     whole = sum(path.stat().st_size for path in weights) <= _WHOLE_BYTES
-    return found | {path.name: _sha256(path) if whole else _sampled(path) for path in weights}
+    return found | {path.name: sha256_of(path) if whole else _sampled(path) for path in weights}
 
 
 def configuration_hash(
@@ -85,11 +86,6 @@ def answer_hash(
     """
     whole = json.dumps([configuration, list(prompt_ids), list(sampling)])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sampled(path: Path) -> str:

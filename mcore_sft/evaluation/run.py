@@ -17,7 +17,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
@@ -355,7 +355,7 @@ def _text(evaluation: Evaluation, verdicts: Verdicts) -> str:
 def _progress(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar of answers with answers/s, tokens/s and time left; yields what counts both."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),

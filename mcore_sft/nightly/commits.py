@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Sequence
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 from mcore_sft.nightly.history import Outcome, Record
 
 DIRTY = "-dirty"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 METRICS = "metrics.jsonl"
 """What a training run writes into its folder."""

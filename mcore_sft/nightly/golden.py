@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.errors import UserError
 from mcore_sft.model import architecture
 from mcore_sft.nightly.curve import Curve
 

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 
 from mcore_sft import config as configuration
+from mcore_sft.base.errors import UserError
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import nearest_multiple
-from mcore_sft.errors import UserError
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.nightly import commits, golden, judge, narrow, work
 from mcore_sft.nightly.curve import Curve, CurveError, write_whole

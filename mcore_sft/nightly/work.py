@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 LAST_LINES, LONGEST_LINE = 20, 500
 MARK = "MCORE_SFT_NIGHTLY"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 _PACKAGE = Path(__file__).parent.parent
 _BUILD = "`pip install --no-build-isolation -e .` in the root of the repository"

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.config import RunConfig
 from mcore_sft.data.loader import nearest_multiple
-from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import Architecture
 
 MEAN_EXAMPLE = 512

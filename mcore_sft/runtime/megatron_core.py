@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from packaging.version import Version
 
 from mcore_sft import installed
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 FOUND = Version(version("megatron-core"))
 _OLD, _NEW = Version("0.16.1"), Version("0.19")

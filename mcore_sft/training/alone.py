@@ -1,15 +1,12 @@
 """One run at a time in a folder: two would sweep away what the other is writing."""
 
 import contextlib
-import errno
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from mcore_sft.errors import UserError
+from mcore_sft.base import files
+from mcore_sft.base.errors import UserError
 from mcore_sft.runtime.mesh import Mesh
-
-_TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
@@ -22,13 +19,11 @@ def alone(folder: Path, mesh: Mesh) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _TAKEN:
-                raise UserError(
-                    f"{folder}: another run is training there; wait until it has ended, or name "
-                    "another output"
-                ) from None
-        yield
+    try:
+        with files.lock(folder / ".lock", by="lockf"):
+            yield
+    except files.Locked:
+        raise UserError(
+            f"{folder}: another run is training there; wait until it has ended, or name another "
+            "output"
+        ) from None

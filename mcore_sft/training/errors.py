@@ -1,6 +1,6 @@
 """What stops a training run, said to the user."""
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 
 
 class TrainingError(UserError):

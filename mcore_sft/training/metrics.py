@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,10 +20,12 @@ from rich.progress import (
     Progress as Bar,
 )
 
-from mcore_sft.checkpoint.sharded import Progress, replace_file
+from mcore_sft.base import files
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Console
+from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig
 from mcore_sft.data.batch import Batch
-from mcore_sft.errors import UserError
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import peak_flops
 from mcore_sft.runtime.mesh import Mesh
@@ -62,7 +63,7 @@ class Metrics:
         self.mesh = mesh
         peak = settings.peak_tflops
         self.peak = 1e12 * peak if peak else peak_flops(mesh.device)
-        self.console = Console(stderr=True, quiet=not mesh.is_main, highlight=False)
+        self.console = Console(stderr=True, quiet=not mesh.is_main)
         self.bar = Bar(
             TextColumn("training"),
             BarColumn(),
@@ -230,7 +231,7 @@ def _cut(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line + "\n" for line in lines if 0 < _step(line) <= step]
-    replace_file(path, "".join(kept))
+    files.replace(path, "".join(kept))
 
 
 def _step(line: str) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.config import ConfigError, LogConfig
-from mcore_sft.errors import UserError
 
 Tracker = Callable[[int, dict[str, float]], None]
 """Told of each step and its numbers by name."""

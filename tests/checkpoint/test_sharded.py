@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mcore_sft.base import files
 from mcore_sft.checkpoint import sharded, writer
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
@@ -330,14 +331,16 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(
     assert shares[0] == shares[1]
 
 
-@pytest.mark.parametrize("name", ["_small_files", "_write_durably"])
+@pytest.mark.parametrize(
+    ("room", "name"), [(sharded, "_small_files"), (files, "write")], ids=["sums", "manifest"]
+)
 def test_a_disk_that_is_full_at_the_end_of_a_save_is_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Any, name: str
 ) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sharded, name, full)
+    monkeypatch.setattr(room, name, full)
     config = runs.experiment(tmp_path / "run", model, train__steps=1)
     with pytest.raises(AssertionError, match=r"step_1 could not be written \(OSError: .* No space"):
         runs.train(config)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig
 from mcore_sft.data import damage
 from mcore_sft.data import manifest as manifests

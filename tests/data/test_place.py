@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.place import new_folder, workspace
 
@@ -153,7 +154,7 @@ def test_link_stays_and_what_it_points_at_is_written(exists, tmp_path):
 def test_link_to_itself_is_refused_at_once(tmp_path):
     link = tmp_path / "packed"
     link.symlink_to(link)
-    with pytest.raises(DataError, match=r"packed: a symbolic link that leads back to itself"):
+    with pytest.raises(UserError, match=r"packed: a symbolic link that leads back to itself"):
         make(link, "one", meanwhile=lambda _: pytest.fail("it was begun"))
     assert names(tmp_path) == ["packed"]
 

@@ -8,8 +8,8 @@ import awkward as ak
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError

@@ -2,8 +2,7 @@ import io
 import json
 from pathlib import Path
 
-from rich.console import Console
-
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig
 from mcore_sft.data import sources
 from mcore_sft.data.job import Job

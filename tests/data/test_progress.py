@@ -1,8 +1,8 @@
 import io
 
 import pytest
-from rich.console import Console
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.data import progress
 
 

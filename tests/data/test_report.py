@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.config import PromptConfig
 from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.encode import Sample

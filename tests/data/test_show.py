@@ -2,8 +2,8 @@ import io
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
+from mcore_sft.base.terminal import Console
 from mcore_sft.data.prompt import Example
 from mcore_sft.data.show import coloured, length_chart
 from mcore_sft.data.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 from mcore_sft.runtime import megatron_core
 
 ROOT = Path(__file__).parents[2]

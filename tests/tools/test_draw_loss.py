@@ -5,7 +5,7 @@ from pathlib import Path
 import draw_loss
 import pytest
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 from mcore_sft.training.curve import read_losses
 
 LINES = [

@@ -13,7 +13,7 @@ from typing import Any
 import nightly
 import pytest
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 from mcore_sft.nightly import history
 from mcore_sft.nightly.run import Run
 from tests.nightly import sample

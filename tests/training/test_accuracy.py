@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from mcore_sft import config as configuration
+from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import FORMAT, Checkpoints, scores, signed, steps
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
-from mcore_sft.errors import UserError
 from mcore_sft.training import accuracy
 from mcore_sft.training.accuracy import Accuracy, check_benchmark
 from tests import runs

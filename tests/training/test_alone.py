@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mcore_sft.errors import UserError
+from mcore_sft.base.errors import UserError
 from mcore_sft.training.alone import alone
 
 MAIN: Any = SimpleNamespace(is_main=True)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig, RunConfig
-from mcore_sft.errors import UserError
 from mcore_sft.model import architecture as arch
 from mcore_sft.training import loop, trackers, validation
 from mcore_sft.training.flops import step_flops

@@ -1,0 +1,205 @@
+"""Files and folders that are there whole or not at all, and stay there after a power loss.
+
+    written beside -> fsync -> rename -> fsync of the folder
+
+A rename alone is not enough: a file system may keep the new name and lose the content.
+"""
+
+import errno
+import fcntl
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from mcore_sft.base.errors import UserError
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_HELD = (errno.EACCES, errno.EAGAIN)
+_OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY)
+
+
+class Locked(Exception):
+    """Another process holds the lock."""
+
+
+class Occupied(Exception):
+    """Something else has taken the place meanwhile, and was left as it is."""
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder and all that lies in it are on the disk; raises OSError."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a new file, which is on the disk when this returns; raises OSError."""
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file that holds all of `content`, or what it held before; raises OSError."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside, content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name, which it keeps after a power loss; raises OSError."""
+    path.rename(target)
+    for folder in {path.parent, target.parent}:
+        sync(folder)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes; raises OSError."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def lock(file: Path, by: Literal["flock", "lockf"] = "flock") -> Iterator[bool]:
+    """Hold the lock `file`, which is made and removed; False where the file system has no locks.
+
+    Raises `Locked` if another process holds it, and OSError if it cannot be made. Processes that
+    are forked meanwhile hold an `flock` too; a `lockf` is held by this process alone, and by all
+    of its threads at once.
+    """
+    handle = _open_lock(file, getattr(fcntl, by))
+    try:
+        yield handle is not None
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        if handle is not None:
+            os.close(handle)
+
+
+def _open_lock(file: Path, take: Callable[[int, int], None]) -> int | None:
+    while True:
+        # Open for writing: no other lock holds across a network.
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            take(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        except FileNotFoundError:
+            pass  # whoever held it has removed the file meanwhile: once more
+        except OSError as error:
+            os.close(handle)
+            if error.errno in _HELD:
+                raise Locked(str(file)) from None
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
+        os.close(handle)
+
+
+@contextmanager
+def workspace(place: Path) -> Iterator[Path]:
+    """A folder beside `place` for one process's files, removed in the end.
+
+    Raises `Locked` if another process has one, and OSError. What killed processes left is removed,
+    or taken back: see `new_folder`.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with lock(_lock_of(place)) as alone:
+        if alone:
+            _recover(place)
+        partial = Path(tempfile.mkdtemp(prefix=_partial(place), dir=place.parent))
+        try:
+            partial.chmod(0o755)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(
+    place: Path, may_replace: Callable[[Path], bool] = lambda place: False
+) -> Iterator[Path]:
+    """A folder to write to, which takes the name `place` once it is whole, or is removed.
+
+    What lies there by then is replaced if `may_replace(place)`, and is set aside until the new
+    folder bears its name: a process that is killed between the two leaves the old folder to be
+    taken back by the next one. Raises `Locked`, `Occupied` and OSError.
+    """
+    with workspace(place) as partial:
+        yield partial
+        sync_tree(partial)
+        old = _replaced(place)
+        if place.exists() and may_replace(place):
+            shutil.rmtree(old, ignore_errors=True)
+            rename(place, old)
+        try:
+            rename(partial, place)  # which replaces an empty folder and nothing else
+        except OSError as error:
+            if error.errno in _OCCUPIED:
+                raise Occupied(str(place)) from None
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(place: Path) -> None:
+    """Take back what a killed process set aside for a new folder that never came; raises OSError.
+
+    Nothing is done while another process writes there, or where the file system has no locks.
+    """
+    if _replaced(place).exists():
+        with suppress(Locked), lock(_lock_of(place)) as alone:
+            if alone:
+                _recover(place)
+
+
+def _recover(place: Path) -> None:
+    """The holder of the lock alone may: remove what killed processes left, or take it back."""
+    old = _replaced(place)
+    if old.exists() and not place.exists():
+        rename(old, place)
+    for left in [old, *place.parent.glob(f"{glob.escape(_partial(place))}*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def end_of_links(place: Path) -> Path:
+    """Where `place` leads to, if it is a symbolic link: what is renamed must lie beside that."""
+    end = Path(os.path.realpath(place))
+    if end.is_symlink():
+        raise UserError(f"{place}: a symbolic link that leads back to itself; remove it")
+    return end
+
+
+def _lock_of(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
+
+
+def _partial(place: Path) -> str:
+    return f".{place.name}.partial-"
+
+
+def _replaced(place: Path) -> Path:
+    return place.with_name(f".{place.name}.replaced")

@@ -1,0 +1,46 @@
+"""What reaches a terminal: names, paths, rows and answers come from elsewhere, and are text alone.
+
+A terminal obeys escape codes, and rich obeys square brackets; neither is ours to pass on.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich import console as rich_console
+from rich.segment import Segment
+from rich.text import Text
+
+# C0 but tab and line feed, DEL and C1, marks that turn the direction of text, line separators.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    r"""What `text` says, with each character that a terminal would obey written out, as `\x1b`."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+class Console(rich_console.Console):
+    """Prints text as it is: no markup, no emoji, and nothing that the terminal obeys.
+
+    What is ours to style has a `style`, or is printed with `markup=True`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Strings, before they are measured: what is written out is longer."""
+        return super().render_str(printable(text), **options)
+
+    def render(
+        self,
+        renderable: rich_console.RenderableType,
+        options: rich_console.ConsoleOptions | None = None,
+    ) -> Iterable[Segment]:
+        """The pieces of everything else that is printed, styles apart from text."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
