@@ -64,16 +64,13 @@ def prepare(data: Path, tokenizer: Path, folder: Path, rows: int) -> RunConfig:
             "train": [{"path": "rows.jsonl", "problem": "question", "solution": "answer"}],
             "sequence_length": LENGTH,
         },
-        "train": {"precision": "fp32"},
+        "train": {"packs": PACKS, "precision": "fp32"},
         "optimizer": {"lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.0, "clip_grad": 1.0},
         "checkpoint": {"resume": False},
     }
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(experiment))
     run("tools/preprocess.py", "--config", str(file))
-    packed = PackedDataset(folder / "packed", verify=False)
-    experiment["train"]["global_batch"] = round(PACKS * packed.num_examples / len(packed))
-    file.write_text(yaml.safe_dump(experiment))
     return configuration.load(file)
 
 
@@ -121,7 +118,7 @@ def reference_loss(config: RunConfig) -> float:
     """Loss of our first step's examples by transformers, each by itself."""
     loader = Loader(
         PackedDataset(config.packed, verify=False),
-        global_batch=config.train.global_batch,
+        packs_per_step=PACKS,
         micro_batch=1,
         seed=config.train.seed,
         last_step=config.train.last_step,

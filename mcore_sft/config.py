@@ -266,6 +266,11 @@ class ParallelConfig(Section):
     optimizer, weights are gathered while the forward pass does."""
 
     @property
+    def fewest_micro_batches(self) -> int:
+        """Micro-batches that a step needs: the interleaved schedule takes one for each stage."""
+        return self.pipeline if self.virtual > 1 else 1
+
+    @property
     def model_size(self) -> int:
         """Processes that hold the model once; data parallelism takes a multiple of them."""
         return self.tensor * self.pipeline * self.context
@@ -292,8 +297,10 @@ class TrainConfig(Section):
 
     steps: Count = 1000
     """Optimizer steps."""
-    global_batch: Count = 512
-    """Examples a step; the loader takes the nearest fixed number of packs."""
+    packs: Count | None = None
+    """Packs a step, on every layout; without it, as many as hold `global_batch` examples."""
+    global_batch: Count | None = None
+    """Examples a step, in the nearest number of packs; 512 where `packs` is not given."""
     micro_batch: Count = 1
     """Packs joined in one row of a forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -343,8 +350,20 @@ class TrainConfig(Section):
     spike_window: Annotated[int, Field(ge=2)] = 128
     """Steps of that mean; while there are fewer than half of them, there are no spikes."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _size(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("packs") is given.get("global_batch") is None:
+            return {**given, "global_batch": 512}
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.packs and self.global_batch:
+            raise ValueError(
+                f"packs: {self.packs} and global_batch: {self.global_batch} are two sizes of a "
+                "step; give one, and null for the other"
+            )
         if self.fp8 != "none" and self.precision != "bf16":
             raise ValueError(f"fp8: {self.fp8} needs precision: bf16, given {self.precision}")
         if self.fp8_bf16_ends and self.fp8 in ("none", "delayed"):

@@ -32,9 +32,11 @@ from mcore_sft.config import (
     ParallelConfig,
     PromptConfig,
     RunConfig,
+    TrainConfig,
 )
 from mcore_sft.data.batch import Batch, _share, collate
 from mcore_sft.data.conversation import Conversation, Message
+from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
@@ -45,6 +47,7 @@ from mcore_sft.model import architecture as arch
 from mcore_sft.nightly import plain
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import loop
+from mcore_sft.training.packs import row_unit
 from mcore_sft.training.step import StepResult, packed, same_scales, train_step
 from mcore_sft.training.stop import Stop
 from tests import runs, tiny
@@ -244,6 +247,62 @@ def check_3_layout(
             assert relative(result.grad_norm, expected.grad_norm) < 1e-5
             for name in ("supervised", "tokens", "examples", "lr"):
                 assert getattr(result, name) == getattr(expected, name)
+
+
+def _uneven_cases() -> Iterator[Any]:
+    """The matrix; often are empty micro-batches on each chunk of a stage, or shared by ranks."""
+    for size, section in runs.matrix():
+        if any(axis in section and needs not in section for axis, needs in NEEDS.items()):
+            continue
+        often = size == 2 and section in ({"pipeline": 2, "virtual": 2}, {"context": 2})
+        name = f"{size}: {', '.join(f'{k}={v}' for k, v in section.items())}"
+        yield pytest.param(size, section, id=name, marks=[] if often else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("size", "section"), list(_uneven_cases()))
+def test_3_every_layout_agrees_where_packs_do_not_fill_it(
+    model: Path, uneven_steps: list[StepResult], size: int, section: dict[str, Any]
+) -> None:
+    """Micro-batches without a document take part in each step, and all is computed twice."""
+    for found in run_ranks(size, _uneven_steps, ParallelConfig(**section), model):
+        for result, expected in zip(found, uneven_steps, strict=True):
+            assert relative(result.loss, expected.loss) < 1e-6
+            assert relative(result.grad_norm, expected.grad_norm) < 1e-5
+            for name in ("supervised", "tokens", "examples"):
+                assert getattr(result, name) == getattr(expected, name)
+
+
+@pytest.fixture(scope="module")
+def uneven_steps(model: Path) -> list[StepResult]:
+    """The same steps in a single process, where no pack is empty."""
+    found: list[StepResult] = run_ranks(1, _uneven_steps, ParallelConfig(), model)[0]
+    return found
+
+
+def _uneven_steps(parallel: ParallelConfig, model: Path) -> list[StepResult]:
+    """Steps of one, three and five packs."""
+    torch.set_num_threads(1)
+    settings = OptimizerConfig(clip_grad=1.0)
+    with loaded(model, parallel, recompute="full") as here:
+        loader = Loader(
+            PackedDataset(model / "packed", verify=False),
+            packs_per_step=1,
+            micro_batch=1,
+            seed=1,
+            last_step="drop",
+            rank=here.mesh.data.rank,
+            size=here.mesh.data.size,
+            pad_id=0,
+            align=row_unit(TrainConfig(), here.mesh),
+            fewest=parallel.fewest_micro_batches,
+            context=here.mesh.context.size,
+            context_rank=here.mesh.context.rank,
+        )
+        steps = [loader.taking(packs).batches(packs) for packs in (1, 3, 5)]
+        return [
+            train_step(here.model, here.optimizer, batches, here.mesh, settings, 1e-4)
+            for batches in steps
+        ]
 
 
 @pytest.mark.parametrize(("axis", "needs"), NEEDS.items())

@@ -124,7 +124,7 @@ def live(
         ("llama-3.2", {"tensor": 2}, 1, 1),
         ("qwen3", {"tensor": 2, "sequence": True}, 2, 1),
         ("llama-3.2", {"pipeline": 2}, 1, 3),
-        ("llama-3.1", {"pipeline": 2, "virtual": 2}, 1, 4),
+        ("llama-3.1", {"pipeline": 2, "virtual": 2}, 1, 5),
         ("llama-3.1", {"data": 2, "distributed_optimizer": True}, 1, 1),
     ],
     ids=["one", "tied_tp2", "qk_norm_tp2_sp", "tied_pp2", "pp2_vp2", "dp2_do"],
@@ -168,6 +168,8 @@ def test_chunks_in_flight_are_those_of_the_papers():
     # L (1 + (p - 1) / (p v)) layers on the first of p = 4 stages with v = 2 chunks each.
     chunks = memory.chunks_in_flight(Layout(pipeline=4, virtual=2), 0, 16)
     assert chunks / (4 * 2) == 1 + 3 / (4 * 2)
+    # Seven micro-batches are one group: groups of four to six leave a last one that is too small.
+    assert memory.chunks_in_flight(Layout(pipeline=4, virtual=2), 0, 7) == 2 * 3 + 7 + 1
 
 
 def test_the_bubble_and_the_exchanges_cost_time():
@@ -228,11 +230,13 @@ def test_interleaved_stages_hold_more_chunks_of_fewer_layers():
     assert [stage.weights for stage in interleaved] == [stage.weights for stage in plain]
 
 
-def test_a_step_takes_what_the_schedule_takes():
-    assert Layout(data=4, micro_batch=2).packs(61) == 64
-    assert Layout(data=4, micro_batch=2, pipeline=3).packs(61) == 64
-    assert Layout(data=4, micro_batch=2, pipeline=3, virtual=2).packs(61) == 72
-    assert Layout(data=4).packs(1) == 4
+def test_a_step_takes_the_packs_that_are_asked_for():
+    """However many empty ones the layout's last round needs."""
+    assert LOAD.packs(run_config("train.global_batch=490")) == 61
+    assert LOAD.packs(run_config("train.packs=59")) == 59
+    assert Layout(data=4, micro_batch=2).filling(61).micro_batches == 8
+    assert Layout(data=4, pipeline=3).filling(1).micro_batches == 1
+    assert Layout(data=4, pipeline=3, virtual=2).filling(1).micro_batches == 3
 
 
 def test_the_layout_of_a_configuration_is_its_own():
@@ -261,7 +265,8 @@ def test_layouts_that_fit_come_first_and_can_be_said():
     config = run_config("train.global_batch=512")
     found = ranking.rank(SHAPE_8B, config, 8, GPUS["h100"], LOAD)
     assert [one.fits for one in found] == sorted((one.fits for one in found), reverse=True)
-    fitting = [one.seconds / one.packs for one in found if one.fits]
+    assert {one.packs for one in found} == {64}
+    fitting = [one.seconds for one in found if one.fits]
     assert fitting == sorted(fitting)
     assert fitting
     for one in found:

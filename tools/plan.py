@@ -62,7 +62,7 @@ def main() -> None:
     console.print(
         f"{asked.memory.total / memory.GIB:.1f} GiB and {ranking.RESERVE / memory.GIB:.0f} in "
         f"reserve of {gpu.memory / memory.GIB:.0f}: {'fits' if asked.fits else 'DOES NOT FIT'}; "
-        f"{asked.packs} packs and {asked.seconds:.2f} s a step, "
+        f"{asked.packs} packs a step and {own.filling(asked.packs)}; {asked.seconds:.2f} s a step, "
         f"{found['tokens_per_second_per_gpu']:,.0f} tokens a second and GPU, "
         f"{found['run_hours']:,.1f} hours for {steps:,} steps"
     )
@@ -104,7 +104,7 @@ def _arguments() -> argparse.Namespace:
 
 def _ranking(estimates: "list[Estimate]", rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Layouts, the fastest that fit first", title_justify="left")
-    for name in ("GiB", "fits", "packs", "s/step", "tokens/s/GPU", "hours"):
+    for name in ("GiB", "fits", "packs", "empty", "s/step", "tokens/s/GPU", "hours"):
         table.add_column(name, justify="right")
     table.add_column("configuration", overflow="fold")
     for one, row in zip(estimates, rows, strict=True):
@@ -113,6 +113,7 @@ def _ranking(estimates: "list[Estimate]", rows: list[dict[str, Any]]) -> Table:
             f"{one.memory.total / 2**30:.1f}",
             "yes" if one.fits else "no",
             str(one.packs),
+            f"{100 * one.empty:.0f} %",
             f"{one.seconds:.2f}",
             f"{row['tokens_per_second_per_gpu']:,.0f}",
             f"{row['run_hours']:,.1f}",

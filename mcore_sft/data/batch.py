@@ -29,6 +29,7 @@ class Batch:
     (cu_seqlens) in the row of all context-parallel ranks, padding included; rows int64 [R], in
     order, of the rows that have a label, always on the CPU;
     longest = tokens of the longest document, whole; useful = tokens that are not padding;
+    squares = sum of length^2 over the documents that are not padding, whole;
     examples = documents that are not padding and begin on this rank.
     """
 
@@ -39,6 +40,7 @@ class Batch:
     rows: Tensor
     longest: int
     useful: int
+    squares: int
     examples: int
 
     @property
@@ -61,6 +63,7 @@ class Batch:
             rows=self.rows,
             longest=self.longest,
             useful=self.useful,
+            squares=self.squares,
             examples=self.examples,
         )
 
@@ -109,6 +112,7 @@ def collate(
         rows=torch.from_numpy(np.flatnonzero(labels != IGNORE).astype(np.int64)),
         longest=int(np.diff(ends).max()),
         useful=int(real.reshape(-1)[own].sum()),
+        squares=sum(len(example) ** 2 for pack in packs for example in pack.examples),
         examples=sum(len(pack.examples) for pack in packs) if rank == 0 else 0,
     )
 

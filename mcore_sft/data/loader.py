@@ -3,38 +3,83 @@
 (seed, step, rank) -> packs -> batches
 """
 
+import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from mcore_sft.config import TrainConfig
 from mcore_sft.data.batch import Batch, collate, document_unit
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.pack import Pack
 
 
-def nearest_multiple(packs: float, unit: int) -> int:
-    """The multiple of `unit`, and at least one, that is nearest to `packs`: those of a step."""
-    return max(1, round(packs / unit)) * unit
+def packs_of_a_step(train: TrainConfig, examples_per_pack: float) -> int:
+    """Packs that every step takes, whatever the layout: as stated, or as many as hold a batch."""
+    if train.packs is not None:
+        return train.packs
+    assert train.global_batch is not None
+    return max(1, round(train.global_batch / examples_per_pack))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """How many packs go through a layout at once; the last round is filled up with empty ones.
+
+    In each round `size` data-parallel ranks compute a micro-batch of `micro_batch` packs each.
+    """
+
+    packs: int
+    size: int
+    micro_batch: int
+    fewest: int = 1
+    """Rounds that the layout needs at least."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of each rank."""
+        return max(self.fewest, -(-self.packs // self._round))
+
+    @property
+    def empty(self) -> float:
+        """The share of empty packs among those that are computed."""
+        return 1 - self.packs / (self.micro_batches * self._round)
+
+    @property
+    def nearest_full(self) -> int:
+        """The number of packs, nearest to `packs`, that leaves none empty."""
+        return max(self.fewest, round(self.packs / self._round)) * self._round
+
+    @property
+    def _round(self) -> int:
+        return self.size * self.micro_batch
+
+    def __str__(self) -> str:
+        """The share of empty packs, and beyond a tenth the number of packs that needs none."""
+        said = f"{100 * self.empty:.0f} % empty packs"
+        if 10 * self.packs >= 9 * self.micro_batches * self._round:
+            return said
+        return f"{said} (none with train.packs={self.nearest_full} train.global_batch=null)"
 
 
 class Loader:
     """Batches of every step for one data-parallel rank.
 
-    A step takes `packs_per_step` packs: the multiple of size x micro_batch x rounds that is nearest
-    to `global_batch` examples. Micro-batch j of rank r takes the packs after those of rank r - 1,
-    so that a step consumes the same packs in the same order for every number of ranks.
+    A step takes `packs_per_step` packs. Micro-batch j of rank r takes the packs after those of
+    rank r - 1, so that a step consumes the same packs in the same order for every number of ranks.
     """
 
     def __init__(
         self,
         dataset: PackedDataset,
         *,
-        global_batch: int,
+        packs_per_step: int,
         micro_batch: int,
         seed: int,
         last_step: Literal["drop", "pad"],
@@ -42,11 +87,11 @@ class Loader:
         size: int,
         pad_id: int,
         align: int = 1,
-        rounds: int = 1,
+        fewest: int = 1,
         context: int = 1,
         context_rank: int = 0,
     ) -> None:
-        """`align` rounds each context rank's rows up, `rounds` the micro-batches of a step.
+        """`align` rounds each context rank's rows up; a step has `fewest` micro-batches or more.
 
         `context` ranks share each row (`collate`). Packs depend on none of these.
         """
@@ -57,19 +102,37 @@ class Loader:
         self._size = size
         self._pad_id = pad_id
         self._permutation = lru_cache(maxsize=2)(self._permute)
-        self._rounds = rounds
+        self._fewest = fewest
         self._context = context
         self._context_rank = context_rank
         document = document_unit(context)
         longest = dataset.sequence_length if document == 1 else dataset.longest_pack(document)
         unit = math.lcm(align * context, document)
         self.length = -(-longest // unit) * unit
-        examples_per_pack = dataset.num_examples / len(dataset)
-        together = size * micro_batch * rounds
-        self.packs_per_step = nearest_multiple(global_batch / examples_per_pack, together)
-        self.examples_per_step = self.packs_per_step * examples_per_pack
-        whole, rest = divmod(len(dataset), self.packs_per_step)
-        self.steps_per_epoch = whole + (1 if rest and last_step == "pad" else 0)
+        self._last_step = last_step
+        self.packs_per_step = packs_per_step
+
+    def taking(self, packs_per_step: int) -> "Loader":
+        """The same packs in the same order, so many a step."""
+        other = copy.copy(self)
+        other.packs_per_step = packs_per_step
+        return other
+
+    @property
+    def examples_per_step(self) -> float:
+        """Examples of a step on average."""
+        return self.packs_per_step * self._dataset.num_examples / len(self._dataset)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every pack once, but for those that `last_step` drops."""
+        whole, rest = divmod(len(self._dataset), self.packs_per_step)
+        return whole + (1 if rest and self._last_step == "pad" else 0)
+
+    @property
+    def filling(self) -> Filling:
+        """How the packs of a step fill the micro-batches of all ranks."""
+        return self._filled(self.packs_per_step)
 
     def check(self) -> None:
         """Raise `DataError` if the packs do not fill one step; validation needs no step."""
@@ -77,8 +140,8 @@ class Loader:
             raise DataError(
                 f"the dataset has {len(self._dataset)} packs, fewer than the "
                 f"{self.packs_per_step} of a step (about {self.examples_per_step:.0f} examples); "
-                "lower train.global_batch or train.micro_batch, fill up with train.last_step=pad, "
-                "or give more data"
+                "lower train.global_batch or train.packs, fill up with train.last_step=pad, or "
+                "give more data"
             )
 
     def epoch(self, step: int) -> int:
@@ -106,9 +169,14 @@ class Loader:
         Every rank has as many micro-batches.
         """
         size = self._micro_batch
-        count = -(-number // (self._size * size * self._rounds)) * self._rounds
-        begins = [(micro * self._size + self._rank) * size for micro in range(count)]
+        rounds = range(self._filled(number).micro_batches)
+        begins = [(micro * self._size + self._rank) * size for micro in rounds]
         return [packs[begin : begin + size].tolist() for begin in begins]
+
+    def _filled(self, packs: int) -> Filling:
+        return Filling(
+            packs=packs, size=self._size, micro_batch=self._micro_batch, fewest=self._fewest
+        )
 
     def _batch(self, packs: list[int]) -> Batch:
         real = [self._dataset.pack(index) for index in packs]

@@ -1,6 +1,6 @@
 """A run that departs in, what it is run without to see with which part the departure goes away.
 
-Every trial takes the same micro-batches in each step as the run itself.
+Every trial takes the same packs in each step as the run itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,8 +38,6 @@ class Departed:
 
     config: RunConfig
     processes: int
-    global_batch: int
-    """Examples that come to the packs of a step, on however many ranks they are rounded."""
 
     @property
     def axes(self) -> list[Trial]:
@@ -87,8 +85,7 @@ class Departed:
         return self._trial(name, changes, processes)
 
     def _trial(self, name: str, changes: Sequence[str], processes: int) -> Trial:
-        overrides = (*changes, f"train.global_batch={self.global_batch}")
-        return Trial(name=name, overrides=overrides, processes=processes)
+        return Trial(name=name, overrides=tuple(changes), processes=processes)
 
 
 def narrowed(run: Departed, departs: Callable[[Trial], bool | str]) -> str:

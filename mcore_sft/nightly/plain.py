@@ -2,8 +2,8 @@
 
     python -m mcore_sft.nightly.plain --config FILE --curve OUT.json [key=value ...]
 
-It takes the packs that a run of `--processes` ranks takes in each step, but their examples one by
-one, and shares with the trainer neither model, loss, optimizer, schedule nor batches.
+It takes the packs that a run takes in each step, but their examples one by one, and shares with the
+trainer neither model, loss, optimizer, schedule nor batches.
 """
 
 import math
@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mcore_sft import command
 from mcore_sft.config import OptimizerConfig, RunConfig
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader
+from mcore_sft.data.loader import Loader, packs_of_a_step
 from mcore_sft.data.prompt import Example
 from mcore_sft.nightly.curve import Curve
 from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import finish_work, peak_memory
 
 
-def run(config: RunConfig, processes: int = 1, steps: int | None = None) -> Curve:
+def run(config: RunConfig, steps: int | None = None) -> Curve:
     """Train on what `config` names, as many `steps` of it or all; nothing is written."""
     device = this_device()
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
@@ -36,7 +36,7 @@ def run(config: RunConfig, processes: int = 1, steps: int | None = None) -> Curv
     optimizer = adamw(model, settings)
     losses, norms, speeds, validation = [], [], [], {}
     taken = min(steps or config.train.steps, config.train.steps)
-    for step, examples in enumerate(examples_of_steps(config, processes, taken), start=1):
+    for step, examples in enumerate(examples_of_steps(config, taken), start=1):
         begun = time.perf_counter()
         supervised = sum(len(learned(example)) for example in examples)
         optimizer.zero_grad()
@@ -107,21 +107,18 @@ def learned(example: Example) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.concatenate([np.zeros(0, dtype=np.int64), *spans])
 
 
-def examples_of_steps(config: RunConfig, processes: int, steps: int) -> Iterator[list[Example]]:
-    """What a run of `processes` ranks learns from in each step."""
+def examples_of_steps(config: RunConfig, steps: int) -> Iterator[list[Example]]:
+    """What a run learns from in each step, on whatever layout."""
     dataset = PackedDataset(config.packed)
-    rounds = config.parallel.pipeline if config.parallel.virtual > 1 else 1
-    ranks = processes // config.parallel.model_size
     loader = Loader(
         dataset,
-        global_batch=config.train.global_batch,
+        packs_per_step=packs_of_a_step(config.train, dataset.num_examples / len(dataset)),
         micro_batch=1,
         seed=config.train.seed,
         last_step=config.train.last_step,
         rank=0,
         size=1,
         pad_id=0,
-        rounds=ranks * config.train.micro_batch * rounds,
     )
     for step in range(steps):
         packs = [pack for micro_batch in loader.packs(step) for pack in micro_batch]
@@ -142,11 +139,10 @@ def main() -> None:
     """Run what the command line names and write the curve."""
     parser = command.parser("A plain loop over transformers, to hold a training run against.")
     parser.add_argument("--curve", type=Path, required=True, metavar="OUT.json")
-    parser.add_argument("--processes", type=command.count, default=1, help="of the run")
     parser.add_argument("--steps", type=command.count, help="no more than so many")
     arguments = parser.parse_intermixed_args()
     config = command.experiment(arguments)
-    run(config, arguments.processes, arguments.steps).write(arguments.curve)
+    run(config, arguments.steps).write(arguments.curve)
 
 
 if __name__ == "__main__":

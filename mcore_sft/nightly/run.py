@@ -26,7 +26,7 @@ from mcore_sft import config as configuration
 from mcore_sft.base.errors import UserError
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import nearest_multiple
+from mcore_sft.data.loader import packs_of_a_step
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.nightly import commits, golden, judge, narrow, work
 from mcore_sft.nightly.curve import Curve, CurveError, write_whole
@@ -290,14 +290,10 @@ class Run:
 
     def made_from(self) -> dict[str, object]:
         """What decides the curve of the oracle."""
-        return golden.made_from(self.config(self.folder), self._packs()[0])
-
-    def _packs(self) -> tuple[int, float]:
-        """Those of a step, and examples in one of them on average."""
         config = self.config(self.folder)
         data = PackedDataset(config.packed, verify=False)
-        examples = data.num_examples / len(data)
-        return nearest_multiple(config.train.global_batch / examples, self._unit(config)), examples
+        packs = packs_of_a_step(config.train, data.num_examples / len(data))
+        return golden.made_from(config, packs)
 
     def keep_golden(self, reason: str) -> Path:
         """Run the oracle and keep its curve."""
@@ -326,12 +322,7 @@ class Run:
         return self._without(min(steps), reference) if reference and steps else None
 
     def _without(self, step: int, reference: Curve) -> str:
-        packs, examples = self._packs()
-        run = narrow.Departed(
-            config=self.config(self.folder),
-            processes=self.benchmark.processes,
-            global_batch=round(packs * examples),
-        )
+        run = narrow.Departed(config=self.config(self.folder), processes=self.benchmark.processes)
         return narrow.narrowed(run, lambda trial: self._departs(step, trial, reference))
 
     def _departs(self, step: int, trial: narrow.Trial, reference: Curve) -> bool | str:
@@ -369,8 +360,7 @@ class Run:
 
     def _oracle(self, stage: str, file: Path, *words: str) -> None:
         oracle = ["python", "-m", "mcore_sft.nightly.plain", "--curve", str(file)]
-        ranks = ["--processes", str(self.benchmark.processes)]
-        self._run(stage, [*oracle, *ranks, *words, *self._words(self.folder)])
+        self._run(stage, [*oracle, *words, *self._words(self.folder)])
 
     def _run(self, stage: str, command: list[str], log: Path | None = None) -> None:
         with self._timed(stage):
@@ -411,13 +401,6 @@ class Run:
     def _threads(self, command: list[str]) -> int:
         ranks = int(command[3]) if command[0] == "torchrun" else 1
         return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-    def _unit(self, config: RunConfig) -> int:
-        """Packs that all ranks take at once."""
-        parallel = config.parallel
-        rounds = parallel.pipeline if parallel.virtual > 1 else 1
-        ranks = self.benchmark.processes // parallel.model_size
-        return ranks * config.train.micro_batch * rounds
 
     def _named(self, text: str) -> str:
         if "{data}" in text and self.night.data is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.config import RunConfig
-from mcore_sft.data.loader import nearest_multiple
+from mcore_sft.data.loader import Filling, packs_of_a_step
 from mcore_sft.model.architecture import Architecture
 
 MEAN_EXAMPLE = 512
@@ -44,17 +44,10 @@ class Layout:
         """Processes that it takes."""
         return self.tensor * self.pipeline * self.context * self.data
 
-    @property
-    def smallest_step(self) -> int:
-        """The packs of a step are a multiple of this, as mcore_sft/data/loader.py rounds them.
-
-        Interleaved stages take their micro-batches in groups of as many as there are stages.
-        """
-        return self.data * self.micro_batch * (self.pipeline if self.virtual > 1 else 1)
-
-    def packs(self, wanted: float) -> int:
-        """Packs of a step: the multiple that is nearest to `wanted`."""
-        return nearest_multiple(wanted, self.smallest_step)
+    def filling(self, packs: int) -> Filling:
+        """How so many packs a step fill its micro-batches."""
+        fewest = self.pipeline if self.virtual > 1 else 1
+        return Filling(packs=packs, size=self.data, micro_batch=self.micro_batch, fewest=fewest)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -77,6 +70,10 @@ class Workload:
     supervised: float
     measured: bool
     """Whether a packed dataset says so, or it is assumed."""
+
+    def packs(self, config: RunConfig) -> int:
+        """Packs of a step, as the loader takes them."""
+        return packs_of_a_step(config.train, self.examples)
 
 
 def configured(config: RunConfig, gpus: int) -> Layout:

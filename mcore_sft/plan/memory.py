@@ -14,6 +14,7 @@ from rich.table import Table
 from mcore_sft.config import RunConfig
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.plan.layout import Layout, Workload
+from mcore_sft.training.interleaving import group_size
 
 GIB = 2**30
 LOSS_CHUNK_BYTES = 2**30
@@ -42,7 +43,7 @@ def stage_memory(
     a: Architecture, config: RunConfig, layout: Layout, load: Workload
 ) -> list[Memory]:
     """Memory of a rank of each pipeline stage of `layout`."""
-    packs = layout.packs(config.train.global_batch / load.examples)
+    filling = layout.filling(load.packs(config))
     return [
         memory(
             a,
@@ -51,7 +52,7 @@ def stage_memory(
             precision=config.train.precision,
             sequence_length=config.data.sequence_length,
             supervised=load.supervised / config.data.sequence_length,
-            micro_batches=packs // (layout.data * layout.micro_batch),
+            micro_batches=filling.micro_batches,
             layers="local" if config.model.layers == "local" else "transformer_engine",
         )
         for stage in range(layout.pipeline)
@@ -163,12 +164,14 @@ def layer_activations(
 def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     """Model chunks of micro-batches whose activations `stage` holds at the same time.
 
-    p - stage micro-batches under 1F1B (Narayanan et al. 2021, section 2.2.1). Interleaved,
-    2 (p - stage - 1) + (v - 1) p + 1 chunks, of which the first stage's are the
-    L (1 + (p - 1) / (p v)) layers of Korthikanti et al. 2022, section 4.2.3.
+    p - stage micro-batches under 1F1B (Narayanan et al. 2021, section 2.2.1). Interleaved in groups
+    of g micro-batches, 2 (p - stage - 1) + (v - 1) g + 1 chunks, of which the first stage's are the
+    L (1 + (p - 1) / (p v)) layers of Korthikanti et al. 2022, section 4.2.3, where g = p.
     """
     p, v = layout.pipeline, layout.virtual
-    chunks = p - stage if v == 1 else 2 * (p - stage - 1) + (v - 1) * p + 1
+    if v == 1:
+        return min(p - stage, micro_batches)
+    chunks = 2 * (p - stage - 1) + (v - 1) * group_size(micro_batches, p) + 1
     return min(chunks, micro_batches * v)
 
 

@@ -24,6 +24,8 @@ class Estimate:
     fits: bool
     packs: int
     """Packs of a step."""
+    empty: float
+    """The share of empty packs among those that are computed."""
     seconds: float
     """Of a step."""
 
@@ -37,13 +39,15 @@ def estimate(
     efficiency: float = EFFICIENCY,
 ) -> Estimate:
     """Memory of the fullest stage, and the seconds of a step, of `layout`."""
-    packs = layout.packs(config.train.global_batch / load.examples)
+    packs = load.packs(config)
+    filling = layout.filling(packs)
     fullest = max(stage_memory(a, config, layout, load), key=lambda found: found.total)
     return Estimate(
         layout=layout,
         memory=fullest,
         fits=fullest.total + RESERVE <= gpu.memory,
         packs=packs,
+        empty=filling.empty,
         seconds=step_seconds(
             a,
             layout,
@@ -51,7 +55,7 @@ def estimate(
             load,
             precision=config.train.precision,
             sequence_length=config.data.sequence_length,
-            micro_batches=packs // (layout.data * layout.micro_batch),
+            micro_batches=filling.micro_batches,
             efficiency=efficiency,
         ),
     )
@@ -65,13 +69,9 @@ def rank(
     load: Workload,
     efficiency: float = EFFICIENCY,
 ) -> list[Estimate]:
-    """All layouts, the fastest that fit first; those whose smallest step holds more than a global
-    batch are left out.
-    """
-    wanted = config.train.global_batch / load.examples
+    """All layouts, the fastest that fit first."""
     found = [
         estimate(a, config, layout, gpu, load, efficiency)
         for layout in layouts(a, config.data.sequence_length, gpus)
-        if layout.smallest_step <= max(1, wanted)
     ]
-    return sorted(found, key=lambda one: (not one.fits, one.seconds / one.packs, one.memory.total))
+    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.memory.total))

@@ -28,7 +28,7 @@ from mcore_sft.training.alone import alone
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
-from mcore_sft.training.packs import load, open_dataset
+from mcore_sft.training.packs import PACKS, as_begun, load, open_dataset
 from mcore_sft.training.profiling import Profile
 from mcore_sft.training.step import StepResult
 from mcore_sft.training.stop import Stop, reason
@@ -62,7 +62,6 @@ def train_on(
     dataset = open_dataset(config, "train", mesh)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     loader = load(config, "train", dataset, tokenizer, architecture, mesh)
-    loader.check()
     check_benchmark(config, mesh)
     validation = Validation(config, tokenizer, architecture, mesh, metrics)
     gpt = build.build(architecture, config.model, config.train, mesh)
@@ -70,11 +69,14 @@ def train_on(
     checkpoints = Checkpoints(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
     )
-    fixed = what_stays(config, dataset, loader, architecture)
+    fixed = what_stays(config, dataset, architecture)
     progress = resumed(config, checkpoints, fixed)
+    loader = as_begun(loader, progress, metrics.say)
+    loader.check()
     if progress is None:
         folder = SafetensorsFolder(config.model.path)
-        progress = Progress(fixed=fixed | {"base weights": folder.fingerprint()})
+        fixed |= {"base weights": folder.fingerprint(), PACKS: loader.packs_per_step}
+        progress = Progress(fixed=fixed)
         weights.load_pretrained(folder, gpt, architecture, metrics.console)
         optimizer.reload_model_params()
 
@@ -160,12 +162,11 @@ def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) ->
 
 
 def what_stays(
-    config: RunConfig, dataset: PackedDataset, loader: Loader, architecture: arch.Architecture
+    config: RunConfig, dataset: PackedDataset, architecture: arch.Architecture
 ) -> dict[str, Any]:
     """What a resumed run must share with the run that stopped: its examples and its weights."""
     return {
         "dataset": dataset.fingerprint,
-        "packs of a step": loader.packs_per_step,
         "train.seed": config.train.seed,
         "train.last_step": config.train.last_step,
         "train.precision": config.train.precision,
@@ -190,7 +191,8 @@ def announce(
         f"{config.train.precision}"
     )
     metrics.say(
-        f"{loader.packs_per_step} packs a step (about {loader.examples_per_step:.0f} examples), "
+        f"{loader.packs_per_step} packs a step (about {loader.examples_per_step:.0f} examples) "
+        f"and {loader.filling}, "
         f"{loader.steps_per_epoch} steps an epoch, {config.train.steps} steps "
         f"({config.train.steps / loader.steps_per_epoch:.2f} epochs)"
     )

@@ -185,7 +185,7 @@ class Metrics:
         """
         if self.peak is None:
             return None
-        squares = sum(int(batch.starts.diff().square().sum()) for batch in batches)
+        squares = sum(batch.squares for batch in batches)
         useful = sum(batch.useful for batch in batches) * self.mesh.context.size
         needed = step_flops(
             self.architecture,

@@ -3,17 +3,22 @@
 RunConfig + Mesh -> PackedDataset, Loader
 """
 
+from collections.abc import Callable
 from typing import Literal
 
+from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import RunConfig, TrainConfig
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader
+from mcore_sft.data.loader import Loader, packs_of_a_step
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import eight_bit_unit
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
+
+PACKS = "packs of a step"
+"""What a checkpoint calls their number."""
 
 
 def open_dataset(config: RunConfig, split: str, mesh: Mesh) -> PackedDataset:
@@ -54,7 +59,7 @@ def load(
             )
     return Loader(
         dataset,
-        global_batch=config.train.global_batch,
+        packs_per_step=packs_of_a_step(config.train, dataset.num_examples / len(dataset)),
         micro_batch=config.train.micro_batch,
         seed=config.train.seed,
         last_step=config.train.last_step,
@@ -62,11 +67,22 @@ def load(
         size=mesh.data.size,
         pad_id=tokenizer.pad_id,
         align=row_unit(config.train, mesh),
-        # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
-        rounds=mesh.pipeline.size if mesh.parallel.virtual > 1 else 1,
+        fewest=mesh.parallel.fewest_micro_batches,
         context=mesh.context.size,
         context_rank=mesh.context.rank,
     )
+
+
+def as_begun(loader: Loader, progress: Progress | None, say: Callable[[str], None]) -> Loader:
+    """The same packs, as many a step as the run that is resumed takes: which come next follows."""
+    if progress is None or progress.fixed[PACKS] == loader.packs_per_step:
+        return loader
+    packs = progress.fixed[PACKS]
+    say(
+        f"this run has taken {packs} packs a step so far and goes on so; train.global_batch or "
+        f"train.packs asks for {loader.packs_per_step}, which a run with another output would take"
+    )
+    return loader.taking(packs)
 
 
 def row_unit(train: TrainConfig, mesh: Mesh) -> int:

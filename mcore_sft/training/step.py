@@ -20,6 +20,7 @@ from mcore_sft.data.batch import Batch
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training import optimizer as optim
+from mcore_sft.training.interleaving import group_size
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -126,6 +127,9 @@ def run(model: Chunks, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bo
     schedule = get_forward_backward_func()
     iterators = [iter(batches) for _ in model]
     length = batches[0].length * mesh.context.size
+    if mesh.parallel.virtual > 1:
+        group = group_size(len(batches), mesh.pipeline.size)
+        model[0].config.microbatch_group_size_per_vp_stage = group
     parts = schedule(
         forward_step_func=partial(forward_step, mesh=mesh),
         data_iterator=iterators if len(model) > 1 else iterators[0],

@@ -1,11 +1,13 @@
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mcore_sft.config import TrainConfig
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.loader import Loader
+from mcore_sft.data.loader import Filling, Loader, packs_of_a_step
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example
 
@@ -39,7 +41,7 @@ class Packs:
 
 def loader(count: int, **settings) -> Loader:
     dataset: Any = Packs(count)
-    known = {"global_batch": 16, "micro_batch": 1, "seed": 3, "last_step": "drop", "pad_id": PAD}
+    known = {"packs_per_step": 8, "micro_batch": 1, "seed": 3, "last_step": "drop", "pad_id": PAD}
     return Loader(dataset, **{**known, "rank": 0, "size": 1, **settings})
 
 
@@ -48,7 +50,7 @@ def packs_of(batch, length: int = 8) -> list[int]:
     return [int(row[0]) - 1 for row in batch.tokens.view(-1, length)]
 
 
-def step_order(count: int, step: int, size: int, **settings) -> list[int]:
+def step_order(count: int, step: int, size: int = 1, **settings) -> list[int]:
     """Packs of a step in the order in which they are consumed by all ranks together."""
     ranks = [loader(count, rank=r, size=size, **settings).batches(step) for r in range(size)]
     return [
@@ -56,12 +58,88 @@ def step_order(count: int, step: int, size: int, **settings) -> list[int]:
     ]
 
 
-def test_step_takes_the_nearest_multiple_of_packs():
-    assert loader(100).packs_per_step == 8  # 16 examples, 2 in a pack
-    assert loader(100, size=3).packs_per_step == 9
-    assert loader(100, size=2, micro_batch=3).packs_per_step == 6
-    assert loader(100, size=2, micro_batch=50).packs_per_step == 100
-    assert loader(100, global_batch=13).examples_per_step == 12
+@pytest.mark.parametrize(
+    ("stated", "examples_per_pack", "expected"),
+    [
+        ({"global_batch": 512}, 8.7, 59),
+        ({"global_batch": 512}, 12.0, 43),
+        ({"global_batch": 1}, 8.7, 1),
+        ({"packs": 64}, 8.7, 64),
+        ({}, 8.0, 64),
+    ],
+)
+def test_packs_of_a_step_are_stated_or_those_nearest_to_the_examples(
+    stated, examples_per_pack, expected
+):
+    assert packs_of_a_step(TrainConfig(**stated), examples_per_pack) == expected
+
+
+@pytest.mark.parametrize(
+    ("packs", "size", "micro_batch", "fewest", "micro_batches", "percent", "full"),
+    [
+        (59, 1, 1, 1, 59, 0, 59),
+        (59, 16, 1, 1, 4, 8, 64),
+        (59, 48, 1, 1, 2, 39, 48),
+        (59, 2, 4, 1, 8, 8, 56),
+        (5, 1, 1, 8, 8, 38, 8),
+        (1, 2, 3, 1, 1, 83, 6),
+    ],
+)
+def test_the_last_round_is_filled_up_and_told(
+    packs, size, micro_batch, fewest, micro_batches, percent, full
+):
+    filling = Filling(packs=packs, size=size, micro_batch=micro_batch, fewest=fewest)
+    assert filling.micro_batches == micro_batches
+    assert round(100 * filling.empty) == percent
+    assert filling.nearest_full == full
+    said = str(filling)
+    assert said.startswith(f"{percent} % empty packs")
+    assert (f"train.packs={full}" in said) == (percent > 10)
+
+
+def test_every_layout_takes_the_same_packs_once_in_the_same_order():
+    """Each rank has as many micro-batches of as many packs, on every layout."""
+    for packs, count in ((1, 10), (3, 10), (5, 13), (8, 23)):
+        order = [
+            pack for step in range(5) for pack in step_order(count, step, packs_per_step=packs)
+        ]
+        for size, micro_batch, fewest in itertools.product((1, 2, 3, 4), (1, 2, 5), (1, 2, 4)):
+            layout = {"size": size, "micro_batch": micro_batch, "fewest": fewest}
+            seen = []
+            for step in range(5):
+                taken = step_order(count, step, packs_per_step=packs, **layout)
+                assert taken[packs:] == [-1] * (len(taken) - packs), layout
+                seen += taken[:packs]
+            assert seen == order, layout
+
+
+@pytest.mark.parametrize("last_step", ["drop", "pad"])
+def test_an_epoch_has_as_many_steps_on_every_layout(last_step):
+    """Where it is padded, the last step's packs are followed by empty ones."""
+    settings = {"packs_per_step": 5, "last_step": last_step}
+    steps = 2 if last_step == "drop" else 3
+    for size, micro_batch, fewest in itertools.product((1, 2, 3), (1, 4), (1, 4)):
+        layout = {"size": size, "micro_batch": micro_batch, "fewest": fewest}
+        assert loader(13, **settings, **layout).steps_per_epoch == steps
+        seen = [
+            pack
+            for step in range(steps)
+            for pack in step_order(13, step, **settings, **layout)
+            if pack >= 0
+        ]
+        assert len(seen) == len(set(seen)) == (10 if last_step == "drop" else 13)
+
+
+def test_another_number_of_packs_a_step_changes_no_order():
+    before = loader(40)
+    other = before.taking(5)
+    assert (before.packs_per_step, other.packs_per_step) == (8, 5)
+    assert (before.steps_per_epoch, other.steps_per_epoch) == (5, 8)
+    one, two = (
+        [pack for step in range(x.steps_per_epoch) for micro in x.packs(step) for pack in micro]
+        for x in (before, other)
+    )
+    assert one == two
 
 
 def test_number_of_ranks_does_not_change_what_a_step_consumes():
@@ -126,14 +204,12 @@ def test_validation_takes_all_packs_in_order_as_many_batches_for_each_rank(limit
     assert [pack for pack in seen if pack >= 0] == list(range(expected))
 
 
-def test_micro_batches_come_in_rounds():
-    assert loader(100, rounds=4).packs_per_step == 8
-    assert loader(100, rounds=3, size=2).packs_per_step == 6
-    held_out = loader(7, rounds=2, size=2)
+def test_validation_has_the_micro_batches_that_a_schedule_needs():
+    held_out = loader(7, fewest=2, size=2)
     found = [packs_of(batch) for batch in held_out.validation_batches()]
     assert found == [[0], [2], [4], [6]]
-    found = [packs_of(batch) for batch in loader(5, rounds=4).validation_batches()]
-    assert found == [[0], [1], [2], [3], [4], [-1], [-1], [-1]]
+    found = [packs_of(batch) for batch in loader(3, fewest=4).validation_batches()]
+    assert found == [[0], [1], [2], [-1]]
 
 
 def test_a_row_that_context_ranks_share_holds_every_pack_filled_up():

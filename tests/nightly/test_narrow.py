@@ -24,7 +24,7 @@ EVERY = [
 def departed(*overrides, processes=1):
     overrides = ("train.precision=fp32", "parallel.tensor=1", "parallel.sequence=false", *overrides)
     loaded = config.load("configs/demo.yaml", overrides)
-    return narrow.Departed(config=loaded, processes=processes, global_batch=37)
+    return narrow.Departed(config=loaded, processes=processes)
 
 
 def narrowed(run, *faults, crashes=()):
@@ -67,14 +67,14 @@ def is_on(fault, loaded, processes):
     }[fault]
 
 
-def test_each_axis_is_off_alone_and_takes_the_same_micro_batches():
+def test_each_axis_is_off_alone_and_takes_the_same_packs():
     run = departed(*FULL, processes=16)
     assert [trial.name for trial in run.axes] == [f"without {axis}" for axis in EVERY]
     for trial in (*run.axes, run.alone):
         loaded = config.load("configs/demo.yaml", [*overrides_of(run), *trial.overrides])
         loaded.parallel.require_split(trial.processes, "processes", "")
         assert loaded.train.micro_batch == run.config.train.micro_batch
-        assert loaded.train.global_batch == 37
+        assert loaded.train.global_batch == run.config.train.global_batch
     assert [trial.processes for trial in run.axes] == [16, 8, 16, 8, 8, 16, 16, 8]
     assert run.alone.processes == 1
 

@@ -19,7 +19,7 @@ def test_the_examples_of_a_step_are_those_of_all_ranks(model: Path, tmp_path: Pa
     changes = {"train__micro_batch": 2, "train__global_batch": 24, "train__steps": 3}
     config = runs.experiment(tmp_path, model, **changes)
     for step, examples in zip(
-        runs.train(config, "dp2"), plain.examples_of_steps(config, 2, 3), strict=True
+        runs.train(config, "dp2"), plain.examples_of_steps(config, 3), strict=True
     ):
         assert step["examples"] == len(examples)
         assert step["tokens"] == sum(len(example) for example in examples)

@@ -420,7 +420,7 @@ def test_a_golden_is_kept_with_what_made_it(
     assert night(tmp_path / "2", config, against="golden").record().outcome == "passed"
     other = night(tmp_path / "3", config, against="golden", overrides=["optimizer.lr=1e-3"])
     assert "another optimizer.lr (0.0001) than this run has (0.001)" in misfit(other)
-    more = night(tmp_path / "4", config, against="golden", overrides=["train.micro_batch=16"])
+    more = night(tmp_path / "4", config, against="golden", overrides=["train.global_batch=20"])
     assert "another packs of a step" in misfit(more)
 
 

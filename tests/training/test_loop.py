@@ -213,7 +213,6 @@ def test_a_small_validation_set(model: Path, tmp_path: Path) -> None:
         ({"optimizer__betas": [0.5, 0.6]}, "optimizer.betas was"),
         ({"optimizer__decay_1d": False}, "optimizer.decay_1d was True, now False"),
         ({"train__seed": 7}, "train.seed was 42, now 7"),
-        ({"train__global_batch": 20}, "packs of a step was 4, now 8"),
         ({"train__precision": "bf16"}, "train.precision was fp32, now bf16"),
         ({"train__last_step": "pad"}, "train.last_step was drop, now pad"),
     ],
