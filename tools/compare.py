@@ -5,7 +5,6 @@ python tools/compare.py results/A/evaluation/math results/B/evaluation/math [--h
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -44,10 +43,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("a", type=Path, metavar="A", help="folder that tools/evaluate.py wrote")
-    parser.add_argument("b", type=Path, metavar="B", help="another, of the same problems")
+    parser.add_argument(
+        "a", type=command.path, metavar="A", help="folder that tools/evaluate.py wrote"
+    )
+    parser.add_argument("b", type=command.path, metavar="B", help="another, of the same problems")
     parser.add_argument("--show", type=int, default=20, metavar="N", help="flipped problems listed")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="B's report, flips marked")
+    parser.add_argument(
+        "--html", type=command.path, metavar="FILE", help="B's report, flips marked"
+    )
     return parser.parse_args()
 
 

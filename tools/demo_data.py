@@ -230,7 +230,9 @@ def write_data(folder: Path) -> tuple[list[Row], list[Row], Tokenizer]:
 def main() -> None:
     """Write the demo's data and tokenizer."""
     made = argparse.ArgumentParser(description="Write the demo's word problems and tokenizer.")
-    made.add_argument("--output", type=Path, required=True, help="folder; text/ must be new there")
+    made.add_argument(
+        "--output", type=command.path, required=True, help="folder; text/ must be new there"
+    )
     write_data(made.parse_args().output)
 
 

@@ -83,7 +83,7 @@ def main() -> int:
                 {"section": title, **asdict(one)} for title, found in told.items() for one in found
             ],
         }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return int(bool(wrong))
 
 
@@ -395,9 +395,11 @@ def _vllm(config: "RunConfig") -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What is here, what fits, and what is missing.")
-    parser.add_argument("--config", metavar="FILE", help="experiment file (configs/*.yaml)")
+    parser.add_argument(
+        "--config", type=os.path.expanduser, metavar="FILE", help="experiment file (configs/*.yaml)"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="of the run (default: those here)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it")
+    parser.add_argument("--json", type=os.path.expanduser, metavar="FILE", help="write all of it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_intermixed_args()
     if arguments.overrides and not arguments.config:

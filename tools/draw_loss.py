@@ -10,8 +10,10 @@ from mcore_sft.base.errors import UserError
 def main() -> None:
     """Draw the run of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="DIR", help="such as results/NAME")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="without it, DIR/loss.png")
+    parser.add_argument("run", type=command.path, metavar="DIR", help="such as results/NAME")
+    parser.add_argument(
+        "--output", type=command.path, metavar="FILE", help="without it, DIR/loss.png"
+    )
     arguments = parser.parse_args()
     log: Path = arguments.run / "metrics.jsonl"
     if not log.exists():

@@ -80,7 +80,7 @@ def _tell(evaluation: Evaluation, report: dict[str, Any]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = command.parser("Grade a Hugging Face folder.", config_required=False)
-    parser.add_argument("--model", type=_path, metavar="DIR", help="what is graded (needed)")
+    parser.add_argument("--model", type=command.path, metavar="DIR", help="what is graded (needed)")
     parser.add_argument(
         "--benchmark",
         action="append",
@@ -89,11 +89,11 @@ def _arguments() -> argparse.Namespace:
         help="math, math-500, gsm8k, ...; math:8 for 8 samples; may be given several times",
     )
     parser.add_argument(
-        "--data", type=_path, metavar="FILE", help="JSON lines that hold the benchmark"
+        "--data", type=command.path, metavar="FILE", help="JSON lines that hold the benchmark"
     )
     parser.add_argument(
         "--output",
-        type=_path,
+        type=command.path,
         metavar="DIR",
         help="default MODEL/evaluation/NAME; where several are asked, DIR/NAME",
     )
@@ -104,22 +104,18 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _path(said: str | Path) -> Path:
-    return Path(configuration.expanded(said))
-
-
 def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.config:
         run = command.experiment(arguments)
         said = {"evaluation": run.evaluation.model_dump(), "prompt": run.prompt.model_dump()}
-        root = _path(run.data.root)
+        root = run.data.root
     else:
         given = configuration.parse_section(Alone, {}, arguments.overrides)
         if arguments.print_config:
             print(configuration.dump(given), end="")
             raise SystemExit(0)
         said, root = given.model_dump(exclude_unset=True), Path(".")
-    alone = Alone.model_validate(configuration.expanded(said))
+    alone = Alone.model_validate(said)
     return Plan(evaluation=alone.evaluation, prompt=alone.prompt, root=root)
 
 

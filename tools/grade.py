@@ -61,9 +61,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="one verdict a row, in the order of the input"
+        "--input", required=True, type=command.path, metavar="FILE", help="JSON lines"
+    )
+    parser.add_argument(
+        "--output",
+        type=command.path,
+        metavar="FILE",
+        help="one verdict a row, in the order of the input",
     )
     parser.add_argument(
         "--policy",

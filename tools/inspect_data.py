@@ -54,14 +54,16 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="such as results/NAME/data")
+    parser.add_argument(
+        "folder", type=command.path, metavar="DIR", help="such as results/NAME/data"
+    )
     parser.add_argument("--split", metavar="NAME", help="train, validation; default: the first")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--pack", type=int, metavar="N", help="show this pack, from 0")
     what.add_argument("--example", type=int, metavar="N", help="show this example, from 0")
     what.add_argument("--random", type=int, metavar="SEED", help="show a pack drawn by this seed")
     what.add_argument("--verify", action="store_true", help="read all of it and name any damage")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed to show text")
+    parser.add_argument("--tokenizer", type=command.path, metavar="DIR", help="needed to show text")
     parser.add_argument("--ids", action="store_true", help="a line for each token, with its id")
     return parser.parse_args()
 

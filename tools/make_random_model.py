@@ -175,9 +175,14 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     made = argparse.ArgumentParser(description="Make a Hugging Face folder with random weights.")
-    made.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     made.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder, tokenizer.json or tokenizer.model"
+        "--output", type=command.path, required=True, help="folder to write; must be new"
+    )
+    made.add_argument(
+        "--tokenizer",
+        type=command.path,
+        required=True,
+        help="folder, tokenizer.json or tokenizer.model",
     )
     made.add_argument("--architecture", choices=FAMILIES, help="model_type of config.json")
     made.add_argument(

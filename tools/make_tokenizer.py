@@ -32,9 +32,11 @@ def texts_in(paths: Iterable[Path]) -> Iterator[str]:
 def main() -> None:
     """Make the tokenizer that the command line describes."""
     made = argparse.ArgumentParser(description="Make a tokenizer of the text in JSON lines.")
-    made.add_argument("--output", type=Path, required=True, help="folder to write")
+    made.add_argument("--output", type=command.path, required=True, help="folder to write")
     made.add_argument("--vocab-size", type=int, required=True)
-    made.add_argument("text", type=Path, nargs="+", help="JSON lines; all their strings are read")
+    made.add_argument(
+        "text", type=command.path, nargs="+", help="JSON lines; all their strings are read"
+    )
     given = made.parse_args()
     tokenizer = train_tokenizer(texts_in(given.text), vocab_size=given.vocab_size)
     given.output.mkdir(parents=True, exist_ok=True)

@@ -180,9 +180,11 @@ def _device() -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tier", required=True, metavar="NAME", help="of configs/nightly")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="what {data} is in the tier")
+    parser.add_argument(
+        "--data", type=command.path, metavar="DIR", help="what {data} is in the tier"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks")
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR")
+    parser.add_argument("--output", type=command.path, default=OUTPUT, metavar="DIR")
     parser.add_argument("--webhook", metavar="URL", help="where the summary is sent")
     parser.add_argument("--golden", metavar="NAME", help="make this benchmark's golden curve")
     parser.add_argument("--reason", metavar="TEXT", help="why")

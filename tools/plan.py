@@ -9,7 +9,6 @@ the data the manifest, where it is packed. Speeds are data sheets times assumed 
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -95,7 +94,9 @@ def _arguments() -> argparse.Namespace:
         help="of the peak that computation is assumed to reach (default: 0.45)",
     )
     parser.add_argument("--top", type=command.count, default=10, metavar="N", help="layouts shown")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, all layouts")
+    parser.add_argument(
+        "--json", type=command.path, metavar="FILE", help="write all of it, all layouts"
+    )
     arguments = parser.parse_intermixed_args()
     if not (arguments.gpus or arguments.print_config):
         parser.error("the following arguments are required: --gpus")

@@ -1,7 +1,6 @@
 """Text in, packed dataset out: python tools/preprocess.py --config configs/X.yaml [--show N]."""
 
 import argparse
-from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft.base.terminal import Console
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     instead.add_argument(
         "--export-jsonl",
-        type=Path,
+        type=command.path,
         metavar="FILE",
         help="write data.train, without what data.holdout keeps for validation, as NeMo-Skills' "
         "plain JSON lines (expected_answer, input, output)",

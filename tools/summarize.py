@@ -25,7 +25,7 @@ _WIDE = 1000
 def main() -> None:
     """Print what lies under the folders of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("folders", nargs="+", type=command.path, metavar="DIR")
     folders: Sequence[Path] = parser.parse_args().folders
     # a dataset has a report.json too, and no report.txt
     results = [(folder, comparison.read_report(folder)) for folder in _found(folders, TEXT)]

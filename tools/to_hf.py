@@ -18,18 +18,18 @@ def main() -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="such as results/NAME/step_1000"
+        "--checkpoint", type=command.path, metavar="DIR", help="such as results/NAME/step_1000"
     )
     source.add_argument(
         "--average",
-        type=Path,
+        type=command.path,
         nargs="+",
         metavar="DIR",
         help="checkpoints of one run, whose weights are averaged",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=command.path,
         metavar="DIR",
         help="without it, hf_step_1000 or hf_average_10000_20000 beside the checkpoint",
     )

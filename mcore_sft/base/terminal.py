@@ -3,9 +3,11 @@
 A terminal obeys escape codes, and rich obeys square brackets; neither is ours to pass on.
 """
 
+import errno
+import os
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from rich import console as rich_console
 from rich.segment import Segment
@@ -20,14 +22,35 @@ def printable(text: object) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def let_go(stream: IO[str]) -> None:
+    """Send all that `stream` is still to print nowhere: its terminal or pipe is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class Console(rich_console.Console):
     """Prints text as it is: no markup, no emoji, and nothing that the terminal obeys.
 
+    A terminal that closes, or a pipe, ends nothing: what is printed goes nowhere from then on.
     What is ours to style has a `style`, or is printed with `markup=True`.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, if there is still somebody to read it."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a terminal that has closed
+                raise
+            let_go(self.file)
+
+    def on_broken_pipe(self) -> None:
+        """Go on without whoever read."""
+        let_go(self.file)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Strings, before they are measured: what is written out is longer."""

@@ -16,11 +16,13 @@ import contextlib
 import functools
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,22 +65,51 @@ class Progress:
     skipped: int = 0
     """Steps that left the weights as they were."""
     losses: list[float] = field(default_factory=list)
-    """Losses of the last steps, which a spike is told by."""
+    """Losses of the last steps that were no spike, which a spike is told by."""
+    spikes: int = 0
+    """Steps in a row, up to this one, whose loss was a spike."""
+    nonfinite: int = 0
+    """Steps in a row, up to this one, whose loss or gradient was no finite number."""
+    validation: str | None = None
+    """Fingerprint of the validation packs, if the dataset has any; they may change."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What was changed where the run was resumed: {"step": 6, "changed": {key: [old, new]}}."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """What the run grew from, and what must stay as it was for a resumed run to be the same."""
 
-    def check(self, fixed: dict[str, Any]) -> None:
-        """Raise `CheckpointError` unless the run that goes on is the run that stopped."""
+    def check(self, fixed: dict[str, Any], formerly: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless the run that goes on is the run that stopped.
+
+        `formerly` has what older versions recorded instead, by name.
+        """
         changed = [
-            f"{name} was {self.fixed.get(name)}, now {value}"
-            for name, value in fixed.items()
-            if self.fixed.get(name) != value
+            f"{name} was {short(was)}, now {short(now)}"
+            for name, was, now in _leaves("", self.fixed, fixed)
+            if was != now and not (name in formerly and was == formerly[name])
         ]
         if changed:
             raise CheckpointError(
                 f"this is not the run that stopped after step {self.step}: {'; '.join(changed)}; "
                 "set it back, or name another output"
             )
+
+
+def _leaves(
+    prefix: str, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each value of `now` by its dotted name, and what it was `then`."""
+    for name, value in now.items():
+        was = then.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):
+            yield from _leaves(f"{prefix}{name}.", was, value)
+        else:
+            yield prefix + name, was, value
+
+
+def short(value: Any) -> str:
+    """A value in a sentence: a fingerprint by its first digits."""
+    text = "none" if value is None else str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 class Checkpoints:
@@ -226,11 +257,14 @@ class Checkpoints:
                 (self.folder / f"step_{step}").rename(nameless)
                 shutil.rmtree(nameless)
 
-    def restore_latest(self, fixed: dict[str, Any]) -> Progress | None:
+    def restore_latest(
+        self, fixed: dict[str, Any], formerly: Mapping[str, Any] = MappingProxyType({})
+    ) -> Progress | None:
         """Load the newest step that is whole; None if the run has no checkpoint yet.
 
         Damaged ones are set aside as `damaged_step_N`, and said; `CheckpointError` if all are.
-        `fixed` is compared with what the checkpoint says before anything is loaded.
+        `fixed` is compared with what the checkpoint says before anything is loaded; see
+        `Progress.check`.
         """
         damaged: dict[Path, CheckpointError] = {}
         for path in _from_main(lambda: steps(self.folder), self.mesh):
@@ -241,7 +275,7 @@ class Checkpoints:
                 continue
             self._set_aside(damaged)
             progress = Progress(**manifest["progress"])
-            progress.check(fixed)
+            progress.check(fixed, formerly)
             model = self._model_state()
             _keep_what_was_not_saved(model, path)
             wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
@@ -420,20 +454,7 @@ def verify(
 
 
 def _from_main(find: Callable[[], Any], mesh: Mesh) -> Any:
-    """What the main process finds, or its `CheckpointError`, on every process.
-
-    A file system of a network may show each machine another state of the folder.
-    """
-    told: list[Any] = [None]
-    if mesh.is_main:
-        try:
-            told = [find()]
-        except CheckpointError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0, group=mesh.world.group)
-    if isinstance(told[0], CheckpointError):
-        raise told[0]
-    return told[0]
+    return mesh.from_main(find)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

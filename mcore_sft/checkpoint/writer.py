@@ -88,7 +88,7 @@ def digest(path: Path) -> File:
 
 
 def _run(end: Connection, transforms: list[Any], buckets: list[Any], folder: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the run ends itself, and waits for this process
     gc.disable()  # tensors of the GPU are not this process's to free
     end_with_parent()

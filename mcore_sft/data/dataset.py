@@ -86,7 +86,7 @@ class PackedDataset:
         self.supervised = self._arrays.supervised
         self.counts: dict[str, Any] = self.manifest["splits"][split]
         self.sequence_length: int = self.manifest["sequence_length"]
-        self.fingerprint: str = self.manifest["fingerprint"]
+        self.fingerprint = manifests.split_fingerprint(self.manifest, split)
 
     def __len__(self) -> int:
         return len(self._arrays.pack_offsets) - 1

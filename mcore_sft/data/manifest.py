@@ -77,6 +77,12 @@ def fingerprint_of(files: Mapping[str, Any]) -> str:
     return digest_of({name: told for name, told in files.items() if name not in REPORTS})
 
 
+def split_fingerprint(manifest: Mapping[str, Any], split: str) -> str:
+    """SHA-256 that stands for one split of a dataset, whatever other splits it has."""
+    files = manifest["files"]
+    return digest_of({name: files[name] for name in files if name.startswith(f"{split}.")})
+
+
 def describe_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by name."""
     return {

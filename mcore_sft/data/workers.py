@@ -1,7 +1,8 @@
 """Blocks in, encoded blocks out, in order: the processes that tokenize, and how they end.
 
-They end with the process that started them, however that ends. Ctrl-C and SIGTERM are for that one
-alone: a worker that dies while it answers leaves half an answer, for whose end the pool then waits.
+They end with the process that started them, however that ends. Ctrl-C, SIGTERM and SIGHUP are for
+that one alone: a worker that dies while it answers leaves half an answer, for whose end the pool
+then waits.
 """
 
 import signal
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing import active_children, get_context
 
-from mcore_sft.command import end_with_parent
+from mcore_sft.command import ENDING, end_with_parent
 from mcore_sft.data.blocks import Block
 from mcore_sft.data.encode import Encoded, Encoder, Recipe
 from mcore_sft.data.errors import DataError
@@ -66,7 +67,7 @@ def _signals_held() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    held_back = (signal.SIGINT, signal.SIGTERM)
+    held_back = (signal.SIGINT, *ENDING)
     before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in held_back}
     signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:

@@ -30,7 +30,7 @@ def made_from(config: RunConfig, packs_of_a_step: int) -> dict[str, Any]:
     return {
         **_architecture(config.model.path),
         "base weights": _every_weight(config.model.path),
-        "dataset": PackedDataset(config.packed, verify=False).fingerprint,
+        "dataset": PackedDataset(config.packed, verify=False).manifest["fingerprint"],
         "packs of a step": packs_of_a_step,
         **{f"train.{name}": train[name] for name in _TRAIN},
         **{f"optimizer.{name}": x for name, x in config.optimizer.model_dump(mode="json").items()},

@@ -9,7 +9,6 @@ trainer neither model, loss, optimizer, schedule nor batches.
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -138,7 +137,7 @@ def validation_loss(model: PreTrainedModel, config: RunConfig) -> float:
 def main() -> None:
     """Run what the command line names and write the curve."""
     parser = command.parser("A plain loop over transformers, to hold a training run against.")
-    parser.add_argument("--curve", type=Path, required=True, metavar="OUT.json")
+    parser.add_argument("--curve", type=command.path, required=True, metavar="OUT.json")
     parser.add_argument("--steps", type=command.count, help="no more than so many")
     arguments = parser.parse_intermixed_args()
     config = command.experiment(arguments)

@@ -186,11 +186,15 @@ class Accuracy:
         try:
             report = json.loads((ended.output / name / "report.json").read_text(encoding="utf-8"))
             percent = float(report["score"]["symbolic_correct"]["percent"])
-            self._checkpoints.add_score(ended.step, "accuracy", percent)
         except (OSError, ValueError, LookupError, TypeError) as error:
             self._warn(ended.step, repr(error))
             return
         self._metrics.accuracy(ended.step, percent, name)
+        self._metrics.sync()
+        try:
+            self._checkpoints.add_score(ended.step, "accuracy", percent)
+        except OSError as error:
+            self._warn(ended.step, repr(error))
 
     def _warn(self, step: int, reason: str) -> None:
         self._metrics.say(
@@ -202,7 +206,6 @@ class Accuracy:
 def check_benchmark(config: RunConfig, mesh: Mesh) -> None:
     """Raise `EvaluationError` before the first step where the benchmark cannot be read."""
     if config.train.evaluate_every and mesh.is_main:
-        config = RunConfig.model_validate(configuration.expanded(config.model_dump()))
         benchmarks.load(config.watched, config.data.root)
 
 

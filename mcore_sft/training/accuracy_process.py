@@ -16,7 +16,6 @@ from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft import config as configuration
-from mcore_sft.config import RunConfig
 
 _NICE = 10
 _GRACE_SECONDS = 10.0
@@ -35,8 +34,7 @@ def main() -> None:
     from mcore_sft.evaluation.run import Evaluation, evaluate
 
     checkpoint, output = map(Path, sys.argv[1:])
-    said = configuration.load(output / "config.yaml").model_dump()
-    config = RunConfig.model_validate(configuration.expanded(said))
+    config = configuration.load(output / "config.yaml")
     model = output.parent / f"hf_{checkpoint.name}"
     _clear(output.parent)
     try:

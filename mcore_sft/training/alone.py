@@ -1,6 +1,12 @@
-"""One run at a time in a folder: two would sweep away what the other is writing."""
+"""One run at a time in a folder, which can be written: known before anything else is.
+
+    output --made, locked, written to--> this run alone, until it has ended
+
+Two runs in one folder would sweep away what the other writes.
+"""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,22 +14,58 @@ from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 from mcore_sft.runtime.mesh import Mesh
 
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def alone(folder: Path, mesh: Mesh) -> Iterator[None]:
-    """Keep other runs from `folder`, where its file system has locks; `UserError` if one is there.
+    """Make `folder` and keep other runs from it, where its file system has locks; collective.
 
-    The main process holds the lock alone: what it has forked does not, and may outlive it.
+    `UserError` on every rank if another run is there or the folder cannot be written. The main
+    process alone holds the lock: processes that it forks do not, and may outlive it. Folders that
+    stay empty are removed.
     """
-    if not mesh.is_main:
+    with contextlib.ExitStack() as held:
+        mesh.from_main(lambda: _take(folder, held))
         yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _take(folder: Path, held: contextlib.ExitStack) -> None:
     try:
-        with files.lock(folder / ".lock", by="lockf"):
-            yield
+        _make(folder, held)
+        held.enter_context(files.lock(folder / LOCK, by="lockf"))
+        tempfile.TemporaryFile(dir=folder).close()  # the lock may be an old one
     except files.Locked:
         raise UserError(
-            f"{folder}: another run is training there; wait until it has ended, or name another "
-            "output"
+            f"{folder}: another run is training there. Fix: wait until it has ended, or name "
+            "another folder with output=DIR"
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"output {folder}: cannot be written ({_reason(folder, error)}). Fix: name another "
+            "folder with output=DIR, or make this one writable"
+        ) from None
+
+
+def _make(folder: Path, held: contextlib.ExitStack) -> None:
+    """Make what is missing of `folder`, so that it is still there after a power loss."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        held.callback(_remove_if_empty, path)
+        with contextlib.suppress(PermissionError):  # a folder that may be written and not read
+            files.sync(path.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _reason(folder: Path, error: OSError) -> str:
+    if folder.is_symlink() and not folder.exists():
+        return f"a symbolic link to {folder.readlink()}, where nothing is"
+    lock = folder / LOCK
+    if isinstance(error, PermissionError) and lock.exists():
+        return f"{lock} belongs to another user"
+    return f"{error.strerror}: {error.filename}"

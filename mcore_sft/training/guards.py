@@ -27,7 +27,8 @@ from mcore_sft.training.step import StepResult, train_step
 from megatron.core.optimizer import MegatronOptimizer
 
 PATIENCE = 10
-"""So many steps in a row without a finite loss and gradient, and the weights are past mending."""
+"""So many steps in a row without a finite loss and gradient, and the weights are past repair; so
+many spikes in a row, and they are the level of the loss."""
 SHOWN = 8
 """Packs and examples that a sentence names; the JSON line names all."""
 
@@ -55,7 +56,6 @@ class Guard:
         self._optimizer = optimizer
         self._mesh = mesh
         self._metrics = metrics
-        self._in_a_row = 0
         self._losses: list[torch.Tensor] = []
         model[-1].register_forward_hook(self._record)
 
@@ -87,18 +87,26 @@ class Guard:
         total = torch.tensor(told, dtype=torch.float64, device=self._mesh.device)
         dist.all_reduce(total, group=self._mesh.world.group)
         loss = float(total[0] / total[1])
-        before, window = progress.losses, self._settings.spike_window
         if not math.isfinite(loss) or total[2]:
-            self._in_a_row += 1
-            self._report_nonfinite(progress.step, self._means(losses, batches, progress.step), norm)
+            progress.nonfinite += 1
+            self._report_nonfinite(progress, self._means(losses, batches, progress.step), norm)
             return True
-        self._in_a_row = 0
-        progress.losses = [*before, loss][-window:]
-        if not is_spike(loss, before, self._settings.spike_sigmas, window):
+        progress.nonfinite = 0
+        if not take_in(progress, loss, self._settings):
             return False
-        means = self._means(losses, batches, progress.step)
-        self._report_spike(progress.step, means, loss, before)
+        self._report_spike(progress, self._means(losses, batches, progress.step), loss)
+        if progress.spikes == PATIENCE:
+            self._begin_anew(progress)
         return self._settings.on_spike == "skip"
+
+    def _begin_anew(self, progress: Progress) -> None:
+        """Let the spikes be the level of the loss, and learn from the next steps what one is."""
+        progress.losses, progress.spikes = [], 0
+        told = (
+            f"step {progress.step + 1}: {PATIENCE} spikes in a row are a new level of the loss; "
+            f"the window of the last {self._settings.spike_window} losses starts anew"
+        )
+        self._metrics.flag(progress.step + 1, "new_level", told, {})
 
     def _means(self, losses: list[float], batches: Sequence[Batch], step: int) -> list["Mean"]:
         """The micro-batches of all ranks; `losses` are empty on all but one of those alike."""
@@ -110,7 +118,8 @@ class Guard:
         dist.all_gather_object(shares, mine, group=self._mesh.world.group)
         return means_of([part for share in shares for part in share])
 
-    def _report_nonfinite(self, step: int, means: list["Mean"], norm: float) -> None:
+    def _report_nonfinite(self, progress: Progress, means: list["Mean"], norm: float) -> None:
+        step = progress.step
         damaged = [mean for mean in means if not math.isfinite(mean.loss)]
         if damaged:
             told = f"the loss is {damaged[0].loss} in {self._named(damaged)}"
@@ -125,15 +134,14 @@ class Guard:
                 "optimizer.lr, clip gradients with optimizer.clip_grad, or go on past such steps "
                 "with train.on_nonfinite=skip"
             )
-        if self._in_a_row == PATIENCE:
+        if progress.nonfinite >= PATIENCE:
             raise TrainingError(
                 f"{told}. So it was in {PATIENCE} steps in a row: the weights are damaged, and no "
-                "step will mend them; go back to a checkpoint before, with a lower optimizer.lr"
+                "step will repair them; go back to a checkpoint before, with a lower optimizer.lr"
             )
 
-    def _report_spike(
-        self, step: int, means: list["Mean"], loss: float, before: list[float]
-    ) -> None:
+    def _report_spike(self, progress: Progress, means: list["Mean"], loss: float) -> None:
+        step, before = progress.step, progress.losses
         worst = max(means, key=lambda mean: mean.loss)
         skips = self._settings.on_spike == "skip"
         told = (
@@ -155,6 +163,20 @@ class Guard:
         packs = [pack for mean in means for pack in mean.packs]
         examples = [example for pack in packs for example in self._dataset.examples_of(pack)]
         return {"packs": packs, "examples": examples}
+
+
+def take_in(progress: Progress, loss: float, settings: TrainConfig) -> bool:
+    """Whether the `loss` of a step is a spike; what is none joins those that the next is told by.
+
+    A spike stays out: it would raise the mean and the deviation that it is told by.
+    """
+    window = settings.spike_window
+    if is_spike(loss, progress.losses, settings.spike_sigmas, window):
+        progress.spikes += 1
+        return True
+    progress.losses = [*progress.losses, loss][-window:]
+    progress.spikes = 0
+    return False
 
 
 def is_spike(loss: float, before: Sequence[float], sigmas: float, window: int) -> bool:

@@ -5,9 +5,7 @@ Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import describe
@@ -15,7 +13,6 @@ from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress, agree
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
-from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
@@ -30,6 +27,7 @@ from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
 from mcore_sft.training.packs import PACKS, as_begun, load, open_dataset
 from mcore_sft.training.profiling import Profile
+from mcore_sft.training.resume import report, resumed, what_stays
 from mcore_sft.training.step import StepResult
 from mcore_sft.training.stop import Stop, reason
 from mcore_sft.training.stragglers import OwnTime
@@ -47,7 +45,7 @@ def train(config: RunConfig) -> Progress:
     architecture.check(config.parallel, config.data.sequence_length)
     if config.train.deterministic:
         be_deterministic()
-    with connect(config.parallel) as mesh:
+    with connect(config.parallel) as mesh, alone(config.folder, mesh):
         return train_on(mesh, config, architecture, stop)
 
 
@@ -70,7 +68,7 @@ def train_on(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
     )
     fixed = what_stays(config, dataset, architecture)
-    progress = resumed(config, checkpoints, fixed)
+    progress = resumed(config, checkpoints, fixed, dataset)
     loader = as_begun(loader, progress, metrics.say)
     loader.check()
     if progress is None:
@@ -81,13 +79,14 @@ def train_on(
         optimizer.reload_model_params()
 
     announce(metrics, config, mesh, loader, progress)
+    for line in report(progress, config, dataset, mesh):
+        metrics.say(line)
     guard = Guard(config.train, dataset, loader, config.packed, gpt, optimizer, mesh, metrics)
     own = OwnTime(gpt, mesh)
     watchdog = Watchdog(config.folder, config.train.hang_seconds, gpt, mesh)
     accuracy = Accuracy(config, checkpoints, metrics, mesh)
     steps, asked = config.train.steps, 0
     with (
-        alone(config.folder, mesh),
         accuracy,
         metrics.logging(progress.step),
         stop,
@@ -119,6 +118,7 @@ def train_on(
                 metrics.saved(checkpoints.complete())
             if asked or due(progress.step, config.checkpoint.every, steps):
                 metrics.saved(checkpoints.wait(watchdog.beat))
+                metrics.sync()
                 checkpoints.save(progress, partial(describe, config, dataset), scores)
             accuracy.poll(asked)
             metrics.lap("checkpoint")
@@ -131,14 +131,6 @@ def train_on(
     if config.checkpoint.best and (best := checkpoints.best()):
         metrics.say(f"the best is {best}")
     return progress
-
-
-def resumed(config: RunConfig, checkpoints: Checkpoints, fixed: dict[str, Any]) -> Progress | None:
-    """Where the run was, its weights and moments restored; None if it begins."""
-    if config.checkpoint.resume:
-        return checkpoints.restore_latest(fixed)
-    checkpoints.begin_anew()
-    return None
 
 
 def advance(progress: Progress, result: StepResult) -> None:
@@ -159,22 +151,6 @@ def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) ->
         metrics.saved(checkpoints.wait(watchdog.beat))
         raise
     metrics.saved(checkpoints.wait(watchdog.beat))
-
-
-def what_stays(
-    config: RunConfig, dataset: PackedDataset, architecture: arch.Architecture
-) -> dict[str, Any]:
-    """What a resumed run must share with the run that stopped: its examples and its weights."""
-    return {
-        "dataset": dataset.fingerprint,
-        "train.seed": config.train.seed,
-        "train.last_step": config.train.last_step,
-        "train.precision": config.train.precision,
-        "optimizer.betas": list(config.optimizer.betas),
-        "optimizer.eps": config.optimizer.eps,
-        "optimizer.decay_1d": config.optimizer.decay_1d,
-        "architecture": asdict(architecture),
-    }
 
 
 def announce(

@@ -1,6 +1,7 @@
 """What was measured: a StepResult in, a line on the console and a line of JSON out."""
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from rich.progress import (
 from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Console
-from mcore_sft.checkpoint.sharded import Progress
+from mcore_sft.checkpoint.sharded import POINTER, Progress
 from mcore_sft.config import LogConfig
 from mcore_sft.data.batch import Batch
 from mcore_sft.model.architecture import Architecture
@@ -81,13 +82,11 @@ class Metrics:
 
     @contextlib.contextmanager
     def logging(self, resumed_at: int) -> Iterator[None]:
-        """Log what happens inside; lines of steps after `resumed_at` of an earlier try are cut."""
-        if self.mesh.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _cut(self.path, resumed_at)
-            self._trackers = trackers.open_trackers(
-                self.settings, self.folder, self.name, resumed_at
-            )
+        """Log what happens inside, after the lines up to `resumed_at` of an earlier try.
+
+        Collective; raises `UserError` on every rank.
+        """
+        self.mesh.from_main(lambda: self._open(resumed_at))
         with self.bar:
             self._task = self.bar.add_task("", total=self.steps, completed=resumed_at, rate="")
             self._resumed_at = resumed_at
@@ -95,6 +94,17 @@ class Metrics:
             yield
         if self.mesh.is_main and self.settings.curve:
             curve.draw(self.path, self.path.with_name("loss.png"))
+
+    def _open(self, resumed_at: int) -> None:
+        with self._named():
+            _open(self.path, resumed_at)
+        self._trackers = trackers.open_trackers(self.settings, self.folder, self.name, resumed_at)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk: what is published now must not outlive them."""
+        if self.mesh.is_main:
+            with self._named():
+                files.sync(self.path)
 
     def lap(self, what: str) -> None:
         """The time since the last lap was spent on `what`."""
@@ -211,27 +221,47 @@ class Metrics:
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in entry.items()
             }
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(plain, allow_nan=False) + "\n")
-            except OSError as error:
-                # Not a TrainingError: the other ranks know nothing of it, and end with this one.
-                raise UserError(
-                    f"{self.path} could not be written ({error.strerror}); see to the disk and "
-                    "start again: the run goes on from its newest checkpoint"
-                ) from error
+            with self._named(), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
             numbers = {name: x for name, x in plain.items() if isinstance(x, int | float)}
             for track in self._trackers:
                 track(entry["step"], numbers)
 
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # Not a TrainingError: the other ranks know nothing of it, and end with this one.
+            raise UserError(
+                f"{self.path} could not be written ({error.strerror}); see to the disk and "
+                "start again: the run goes on from its newest checkpoint"
+            ) from error
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which are about to be taken again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line + "\n" for line in lines if 0 < _step(line) <= step]
-    files.replace(path, "".join(kept))
+
+def _open(path: Path, step: int) -> None:
+    """Make the log ready for the steps after `step`, durable by its name.
+
+    Where the run goes on, lines of later steps are cut: those are taken again. But lines that
+    nothing will write again stay, in metrics.1.jsonl and so on: those of a run that is begun anew
+    after its checkpoints were moved away, and those up to a checkpoint that is no longer there.
+    """
+    content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = content.splitlines()
+    kept = "".join(line + "\n" for line in lines if 0 < _step(line) <= step)
+    last = max(map(_step, lines), default=0)
+    if lines and (step == 0 or last >= _last_checkpoint(path.parent) > step):
+        numbered = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+        files.rename(path, next(place for place in numbered if not place.exists()))
+    if kept != content or not path.exists():
+        files.replace(path, kept)
+
+
+def _last_checkpoint(folder: Path) -> int:
+    """The step that was complete last, whether it is still there or not; 0 if none was."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / POINTER).read_text(encoding="ascii").strip().removeprefix("step_"))
+    return 0
 
 
 def _step(line: str) -> int:

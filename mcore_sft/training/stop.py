@@ -5,16 +5,20 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-_CLOCK = 1  # below the numbers of the signals that are heard
+_CLOCK = signal.NSIG  # no signal has this number
+_HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _REASONS = {
     _CLOCK: "train.max_minutes are over",
+    signal.SIGHUP: "SIGHUP came",
     signal.SIGUSR1: "SIGUSR1 came",
     signal.SIGTERM: "SIGTERM came",
 }
 
 
 class Stop:
-    """Hears SIGTERM and SIGUSR1 (Slurm's warning) where it is entered, and watches the clock.
+    """Hears SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) where it is entered; watches the clock.
+
+    SIGHUP is not heard where it is ignored: `nohup` asks for a run that outlives its terminal.
 
     What was asked of one rank is a number, so that the ranks can agree on the largest and with it
     on the step: a signal may reach them before and after the end of a step.
@@ -27,8 +31,9 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._hear)
+        for number in _HEARD:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -39,7 +44,7 @@ class Stop:
     def asked(self) -> int:
         """0, or what asked this rank to stop."""
         if self._end is not None and time.monotonic() >= self._end:
-            return max(self._came, _CLOCK)
+            return self._came or _CLOCK
         return self._came
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

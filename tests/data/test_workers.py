@@ -36,7 +36,11 @@ def test_process_hears_neither():
     asked = "import signal; print(*signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     with _signals_held():
         heard = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
-    assert {int(number) for number in heard.stdout.split()} == {signal.SIGINT, signal.SIGTERM}
+    assert {int(number) for number in heard.stdout.split()} == {
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    }
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 

@@ -210,7 +210,6 @@ def test_a_small_validation_set(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optimizer__betas": [0.5, 0.6]}, "optimizer.betas was"),
         ({"optimizer__decay_1d": False}, "optimizer.decay_1d was True, now False"),
         ({"train__seed": 7}, "train.seed was 42, now 7"),
         ({"train__precision": "bf16"}, "train.precision was fp32, now bf16"),

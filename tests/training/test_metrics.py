@@ -17,7 +17,7 @@ from mcore_sft.config import LogConfig, RunConfig
 from mcore_sft.model import architecture as arch
 from mcore_sft.training import loop, trackers, validation
 from mcore_sft.training.flops import step_flops
-from mcore_sft.training.metrics import Metrics, _cut
+from mcore_sft.training.metrics import Metrics, _open
 from mcore_sft.training.profiling import Profile
 from mcore_sft.training.stragglers import slow_ranks
 from tests import runs
@@ -28,7 +28,7 @@ def test_lines_after_the_step_that_is_resumed_are_cut(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
     file.write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    _cut(file, 3)
+    _open(file, 3)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
 
