@@ -328,34 +328,31 @@ SPARED = {"optimizer__decay_1d": False}
 """Norms are left out of the decay."""
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind", "changes"),
-    [
-        pytest.param(setting("clip_grad"), "exp_avg", {}, id="clip_grad"),
-        pytest.param(clipped_to(1.5), "exp_avg_sq", {}, id="norm clipped to"),
-        pytest.param(clipped_to(1e9), "exp_avg", {}, id="clipping deleted"),
-        pytest.param(setting("lr"), "update", {}, id="lr"),
-        pytest.param(built(rate_multiplier), "update", {}, id="multiplier of lr"),
-        pytest.param(setting("min_lr"), "update", {}, id="min_lr"),
-        pytest.param(setting("warmup_steps"), "update", {}, id="warmup_steps"),
-        pytest.param(schedule_end, "update", {}, id="end of cosine"),
-        pytest.param(schedule_end, "update", {"optimizer__schedule": "linear"}, id="end of linear"),
-        pytest.param(decay_of_moment(0), "exp_avg", {}, id="beta of exp_avg"),
-        pytest.param(decay_of_moment(1), "exp_avg_sq", {}, id="beta of exp_avg_sq"),
-        pytest.param(first_update_counts(1.5), "update", {}, id="bias correction"),
-        pytest.param(setting("eps"), "update", {}, id="eps"),
-        pytest.param(setting("weight_decay"), "update", {}, id="weight_decay"),
-        pytest.param(
-            decay_multiplier(lambda x: 1.5 * x), "update", SPARED, id="multiplier of decay"
-        ),
-        pytest.param(
-            decay_multiplier(lambda x: 1.0), "update", SPARED, id="multiplier of decay dropped"
-        ),
-        pytest.param(divisor_of_gradients, "grad_norm", {}, id="divisor of gradients"),
-        pytest.param(divisor_of_the_loss, "loss", {}, id="divisor of the loss"),
-        pytest.param(summed_loss, "loss", {}, id="summed loss"),
-    ],
-)
+FAULTS: dict[str, tuple[Fault, str, dict[str, Any]]] = {
+    "clip_grad": (setting("clip_grad"), "exp_avg", {}),
+    "norm clipped to": (clipped_to(1.5), "exp_avg_sq", {}),
+    "clipping deleted": (clipped_to(1e9), "exp_avg", {}),
+    "lr": (setting("lr"), "update", {}),
+    "multiplier of lr": (built(rate_multiplier), "update", {}),
+    "min_lr": (setting("min_lr"), "update", {}),
+    "warmup_steps": (setting("warmup_steps"), "update", {}),
+    "end of cosine": (schedule_end, "update", {}),
+    "end of linear": (schedule_end, "update", {"optimizer__schedule": "linear"}),
+    "beta of exp_avg": (decay_of_moment(0), "exp_avg", {}),
+    "beta of exp_avg_sq": (decay_of_moment(1), "exp_avg_sq", {}),
+    "bias correction": (first_update_counts(1.5), "update", {}),
+    "eps": (setting("eps"), "update", {}),
+    "weight_decay": (setting("weight_decay"), "update", {}),
+    "multiplier of decay": (decay_multiplier(lambda x: 1.5 * x), "update", SPARED),
+    "multiplier of decay dropped": (decay_multiplier(lambda x: 1.0), "update", SPARED),
+    "divisor of gradients": (divisor_of_gradients, "grad_norm", {}),
+    "divisor of the loss": (divisor_of_the_loss, "loss", {}),
+    "summed loss": (summed_loss, "loss", {}),
+}
+"""Name -> the fault, what must notice it, and the settings that it matters under."""
+
+
+@pytest.mark.parametrize(("fault", "kind", "changes"), FAULTS.values(), ids=FAULTS)
 def test_a_number_that_is_wrong_by_half_is_noticed(
     model: Path,
     tmp_path: Path,
@@ -439,7 +436,10 @@ def test_guards(
     check(model, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["spike_sigmas", "spike_window"])
+GUARDED = ["spike_sigmas", "spike_window"]
+
+
+@pytest.mark.parametrize("name", GUARDED)
 def test_a_spike_measured_by_a_wrong_number_is_noticed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
