@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,20 @@ def test_3_layouts(
     assert_same_curve(found, reference_run, layout)
 
 
-Steps = tuple[list[StepResult], dict[str, tuple[tuple[slice, ...], Tensor]]]
-"""What steps gave, and this rank's shard of each weight after them with its place in the whole."""
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A rank's part of a weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    place: tuple[slice, ...]
+    """Of the part in the whole."""
+    tensor: Tensor
+
+
+Steps = tuple[list[StepResult], list[Shard]]
+"""What steps gave, and a rank's shards of all weights after them."""
 NEEDS = {"sequence": "tensor", "virtual": "pipeline"}
 
 
@@ -254,24 +267,25 @@ def test_3_every_layout_agrees(
 def check_3_layout(model: Path, reference_steps: Steps, size: int, section: dict[str, Any]) -> None:
     """Three steps on the layout that a parallel section describes, and the weights after them."""
     layout = f"{size}: {', '.join(f'{k}={v}' for k, v in section.items())}"
-    expected_results, whole = reference_steps
+    bounds = {"loss": 1e-6, "grad_norm": 1e-5}
+    bounds |= dict.fromkeys(("supervised", "tokens", "examples", "lr"), 0.0)
+    expected_results, alone = reference_steps
+    whole = {shard.name: torch.empty(shard.shape) for shard in alone}
+    for shard in alone:
+        whole[shard.name][shard.place] = shard.tensor
     for results, shards in run_ranks(size, _steps, ParallelConfig(**section), model):
         for step, (result, expected) in enumerate(
             zip(results, expected_results, strict=True), start=1
         ):
-            for name, bound in (("loss", 1e-6), ("grad_norm", 1e-5)):
-                assert_same(
-                    layout, step, name, getattr(result, name), getattr(expected, name), bound
-                )
-            for name in ("supervised", "tokens", "examples", "lr"):
-                assert_same(layout, step, name, getattr(result, name), getattr(expected, name), 0)
-        for key, (place, shard) in shards.items():
-            theirs = whole[key][1][place]
-            ours = shard[tuple(slice(size) for size in theirs.shape)]  # without filled-up rows
+            for name, bound in bounds.items():
+                ours, theirs = getattr(result, name), getattr(expected, name)
+                assert_same(layout, step, name, ours, theirs, bound)
+        for shard in shards:
+            there = whole[shard.name][shard.place]
+            here = shard.tensor[tuple(slice(size) for size in there.shape)]  # no filled-up rows
             # A hundredth of what three updates at 1e-4 change.
-            assert_close(
-                {f"{key} after step 3": ours}, {f"{key} after step 3": theirs}, layout, share=3e-6
-            )
+            named = f"{shard.name} after step 3"
+            assert_close({named: here}, {named: there}, layout, share=3e-6)
 
 
 @pytest.mark.parametrize(("axis", "needs"), NEEDS.items())
@@ -316,18 +330,17 @@ def _steps(parallel: ParallelConfig, model: Path) -> Steps:
             for _ in range(3)
         ]
         with whole_weights(here.model):
-            return results, {
-                shard.key: (_place(shard), shard.data.detach().clone())
-                for chunk in here.model
-                for shard in weights.shards(chunk.module)
-            }
+            parts = [part for chunk in here.model for part in weights.shards(chunk.module)]
+            return results, [_shard(part) for part in parts]
 
 
-def _place(shard: Any) -> tuple[slice, ...]:
-    """Where in the whole tensor a shard lies."""
-    return tuple(
-        slice(first, first + size)
-        for first, size in zip(shard.global_offset, shard.data.shape, strict=True)
+def _shard(part: Any) -> Shard:
+    ends = zip(part.global_offset, part.data.shape, strict=True)
+    return Shard(
+        name=part.key,
+        shape=part.global_shape,
+        place=tuple(slice(first, first + size) for first, size in ends),
+        tensor=part.data.detach().clone(),
     )
 
 
