@@ -808,18 +808,18 @@ def differences_10(
     config = runs.experiment(scratch / "ours", model, **SETTINGS_10 | changes)
     lines = runs.train(config)
     steps, states = _plain_loop(model, tuple(sorted(changes.items())))
+    base = load_file(model / "model.safetensors")
     for line, step in zip(lines, steps, strict=True):
+        update = line["step"]
         for measured, expected in step.items():
-            name = "first loss" if (measured, line["step"]) == ("loss", 1) else measured
+            name = "first loss" if (measured, update) == ("loss", 1) else measured
             ours, theirs = (
-                {f"{name} of step {line['step']}": torch.tensor(x, dtype=torch.float64)}
+                {f"{name} of step {update}": torch.tensor(x, dtype=torch.float64)}
                 for x in (line[measured], expected)
             )
             yield from differences(ours, theirs, "one", share=SHARES_10[name])
-    base = load_file(model / "model.safetensors")
-    for update in updates:
-        found = runs.state(config, update)
-        for kind in ("update", *MOMENTS):
+        found = runs.state(config, update) if update in updates else {}
+        for kind in ("update", *MOMENTS) if found else ():
             ours, theirs = (_named(kind, update, one, base) for one in (found, states[update]))
             yield from differences(ours, theirs, "one", share=SHARES_10[kind])
 

@@ -5,7 +5,6 @@ pytest -> tests.xml -> Record
 A suite whose tests.xml is there at this commit is not run again.
 """
 
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +49,7 @@ class SuiteRun:
         beside = report.with_name(".tests.xml.tmp")
         beside.unlink(missing_ok=True)
         words = ["-q", *self.suite.tests, "-m", EVERY_SPEED, f"--junitxml={beside}"]
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
+        command = ["python", "-m", "pytest", "-p", "no:cacheprovider", *words]
         try:
             work.run(command, self.folder / "tests.log", threads=1, until=self.night.until)
         except Crash:
