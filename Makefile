@@ -30,7 +30,7 @@ TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__[^
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 NVCC ?= nvcc
 
-.PHONY: help setup demo test test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm \
+.PHONY: help setup demo test test-layouts test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm \
 	gpu-report lock clean trust
 
 help: ## show this list
@@ -44,6 +44,9 @@ demo: setup ## train a small model to solve word problems; PARALLEL="--pipeline 
 
 test: setup ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-layouts: setup ## the equalities of every layout, which `make test` takes a part of
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_equalities.py -k every_layout
 
 check: setup ## format, lint, types, floors, CUDA
 	@echo "check: ruff format" && $(BIN)/ruff format --check .

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mcore_sft import config as configuration
 from mcore_sft.base.terminal import Console
-from mcore_sft.checkpoint import weights
+from mcore_sft.checkpoint import sharded, weights
+from mcore_sft.checkpoint.optimizer_state import MOMENTS
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from mcore_sft.data.batch import Batch, collate
@@ -174,6 +175,17 @@ def metrics(config: RunConfig) -> list[dict[str, Any]]:
     """What the run wrote of each step."""
     lines = (config.folder / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def state(config: RunConfig, step: int) -> dict[str, dict[str, Tensor]]:
+    """Weights and both moments after `step` updates, by Hugging Face's names."""
+    read = sharded.whole_tensors(config.folder / f"step_{step}")
+    architecture = arch.read(config.model.path)
+    prefixes = {"weights": "", **{name: f"optimizer.{name}." for name in MOMENTS}}
+    return {
+        kind: dict(weights.export(lambda key, prefix=prefix: read(prefix + key), architecture))
+        for kind, prefix in prefixes.items()
+    }
 
 
 def _train(config: RunConfig) -> None:

@@ -43,16 +43,16 @@ def ran(
     return done.returncode, log.read_text().splitlines(), done.stdout.partition("\nci: ")[2]
 
 
-ALL = ["setup", "check", "test", "lane setup", "lane lane"]
+ALL = ["setup", "check", "test", "test-layouts", "lane setup", "lane lane"]
 
 
 def test_both_lanes_run_one_after_the_other(tmp_path: Path) -> None:
     code, jobs, told = ran(tmp_path)
     assert (code, jobs) == (0, ALL)
-    assert [line.split()[-1] for line in told.splitlines()[:5]] == ["0"] * 5
+    assert [line.split()[-1] for line in told.splitlines()[:6]] == ["0"] * 6
 
 
-@pytest.mark.parametrize("failing", ["setup", "check", "test", "lane lane"])
+@pytest.mark.parametrize("failing", ["setup", "check", "test", "test-layouts", "lane lane"])
 def test_the_rest_runs_where_a_part_fails_and_the_whole_fails(tmp_path: Path, failing: str) -> None:
     code, jobs, told = ran(tmp_path, failing)
     assert (code, jobs) == (1, ALL)
@@ -85,5 +85,5 @@ def test_a_lane_that_cannot_run_is_one_line_and_no_failure(
 def test_a_lane_whose_set_up_is_broken_fails(tmp_path: Path) -> None:
     said = "WARNING: Retrying after connection broken by 'Read timed out'\nerror: 'g++' failed"
     code, jobs, told = ran(tmp_path, "lane setup", said)
-    assert (code, jobs) == (1, ALL[:4])
+    assert (code, jobs) == (1, ALL[:5])
     assert "CANNOT" not in told

@@ -1,6 +1,6 @@
 """Convergence benchmarks: a tier of configs/nightly in, judged runs, their history and a page out.
 
-    python tools/nightly.py --tier cpu --data DIR [--only NAME ...] [--webhook URL]
+    python tools/nightly.py --tier cpu --data DIR [--only NAME ...] [--webhook URL] [--publish]
     python tools/nightly.py --tier cpu --data DIR --golden NAME --reason TEXT
 
 All of it lies in results/nightly: history.jsonl, page.html, and each run by tier and commit.
@@ -29,8 +29,10 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.nightly import commits, history, page, tier, work
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
+from mcore_sft.nightly.suite import SuiteRun, full_run
 
 OUTPUT = Path("results/nightly")
+RESULTS = Path("benchmarks/results")
 HISTORY, PAGE = "history.jsonl", "page.html"
 FAILED, CRASHED = 1, 3
 HOOK_SECONDS = 30.0
@@ -53,22 +55,44 @@ def _run(arguments: argparse.Namespace, wanted: tier.Tier) -> None:
         kept = Run(night, wanted.benchmark(arguments.golden)).keep_golden(arguments.reason)
         print(f"{kept}: commit it, and say the reason there too")
         return
-    names = arguments.only or [benchmark.name for benchmark in wanted.benchmarks]
-    benchmarks = [wanted.benchmark(name) for name in names]
-    for benchmark in benchmarks:
-        Run(night, benchmark).check()
+    names = arguments.only or wanted.names
+    parts = [part(night, name) for name in names]
+    for one in parts:
+        one.check()
     print(f"{wanted.name} at {night.commit}: {', '.join(names)}", flush=True)
     records, kept = [], True
-    for benchmark in benchmarks:
-        print(f"{benchmark.name} ...", flush=True)
-        records.append(Run(night, benchmark).record())
+    for name, one in zip(names, parts, strict=True):
+        print(f"{name} ...", flush=True)
+        records.append(one.record())
         kept &= keep(arguments.output, records[-1])
         print(told(records[-1]), flush=True)
+    if arguments.publish:
+        publish([record for record in records if wanted.suite(record.benchmark)])
     text = summary(records)
     print(f"{text}\n{arguments.output / PAGE}")
     if url := arguments.webhook or wanted.webhook:
         send(url, text, records)
     sys.exit(exit_code(records) if kept else CRASHED)
+
+
+def part(night: Night, name: str) -> Run | SuiteRun:
+    """The benchmark or the suite of this name; raises `UserError` of another."""
+    suite = night.tier.suite(name)
+    return SuiteRun(night, suite) if suite else Run(night, night.tier.benchmark(name))
+
+
+def publish(records: Sequence[Record], folder: Path = RESULTS) -> None:
+    """Keep the records of suites in files to be committed; raises `UserError` of other code."""
+    for record in records:
+        if record.commit.endswith(commits.DIRTY) or record.outcome == "crashed":
+            raise UserError(
+                f"{record.benchmark} {record.outcome} at {record.commit} and was not published. "
+                "Fix: run a commit, without changes, to its end"
+            )
+        file = folder / f"{record.benchmark}.json"
+        content = json.dumps(json.loads(record.to_json()), indent=2, ensure_ascii=False)
+        files.replace(file, content + "\n")
+        print(f"{file}: commit it; the README says: {full_run(record)}")
 
 
 def keep(output: Path, record: Record) -> bool:
@@ -183,9 +207,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=command.path, metavar="DIR", help="what {data} is in the tier"
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks and suites")
     parser.add_argument("--output", type=command.path, default=OUTPUT, metavar="DIR")
     parser.add_argument("--webhook", metavar="URL", help="where the summary is sent")
+    parser.add_argument(
+        "--publish", action="store_true", help=f"write what suites came to into {RESULTS}"
+    )
     parser.add_argument("--golden", metavar="NAME", help="make this benchmark's golden curve")
     parser.add_argument("--reason", metavar="TEXT", help="why")
     return parser.parse_args()

@@ -14,7 +14,7 @@ Outcome = Literal["passed", "failed", "crashed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One benchmark at one commit."""
+    """One benchmark, or one suite of tests, at one commit."""
 
     tier: str
     benchmark: str
@@ -30,7 +30,7 @@ class Record:
     figures: dict[str, float]
     """Those of final_loss, validation_loss, accuracy, accuracy_low, accuracy_high (percent),
     tokens_per_second, speed_ratio, step_seconds, peak_memory_gib and seconds (of all its stages)
-    that are known."""
+    that are known; of tests: tests, tests_passed and seconds."""
     curve: str | None
     """File of the measured curve, seen from the history's folder."""
     reference: str | None

@@ -21,6 +21,7 @@ _FIGURES = {
     "speed_ratio": "Speed, times the peer's",
     "step_seconds": "Mean step time, seconds",
     "peak_memory_gib": "Peak memory, GiB",
+    "tests_passed": "Tests passed",
     "seconds": "Duration, seconds",
 }
 _STYLE = """

@@ -8,7 +8,7 @@ trainer neither model, loss, optimizer, schedule nor batches.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,8 +26,15 @@ from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import finish_work, peak_memory
 
 
-def run(config: RunConfig, steps: int | None = None) -> Curve:
-    """Train on what `config` names, as many `steps` of it or all; nothing is written."""
+def run(
+    config: RunConfig,
+    steps: int | None = None,
+    after_update: Callable[[int, PreTrainedModel, torch.optim.AdamW], None] | None = None,
+) -> Curve:
+    """Train on what `config` names, as many `steps` of it or all; nothing is written.
+
+    `after_update` is called with the number of updates, from 1, and what they changed.
+    """
     device = this_device()
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     model.to(device)  # type: ignore[arg-type]
@@ -49,6 +56,8 @@ def run(config: RunConfig, steps: int | None = None) -> Curve:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, config.train.steps)
         optimizer.step()
+        if after_update:
+            after_update(step, model, optimizer)
         losses.append(total / supervised)
         norms.append(norm.item())
         finish_work(device)

@@ -110,7 +110,7 @@ class Run:
             made = self._judged()
             write_whole(kept, made.to_json() + "\n")
         except Exception as error:  # whatever it is, the other benchmarks of the night are run
-            return self._record("crashed", crash=_told(error))
+            return self._record("crashed", crash=told(error))
         return made
 
     def _judged(self) -> Record:
@@ -414,7 +414,7 @@ def _stage(trial: narrow.Trial) -> str:
     return f"{NARROWED} {trial.name}".replace(" ", "_")
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """An error that is meant to be read, or where one that is not comes from."""
     if isinstance(error, UserError):
         return work.tail(str(error), work.LAST_LINES + 2)

@@ -113,8 +113,16 @@ class Benchmark(Section):
         return self
 
 
+class Suite(Section):
+    """Tests that are too long for every change."""
+
+    name: Name
+    tests: tuple[str, ...]
+    """Files, folders and options, as pytest is told; those marked slow are run too."""
+
+
 class Tier(Section):
-    """The benchmarks of one kind of machine."""
+    """The benchmarks and long tests of one kind of machine."""
 
     name: Name
     minutes: Positive
@@ -125,6 +133,8 @@ class Tier(Section):
     """Name -> what is made before the benchmarks."""
     benchmarks: tuple[Benchmark, ...]
     """In this order."""
+    suites: tuple[Suite, ...] = ()
+    """Tests, after the benchmarks."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -145,14 +155,27 @@ class Tier(Section):
                     f"{', '.join(self.inputs) or 'none'}"
                 )
             earlier.append(name)
+        for suite in self.suites:
+            if suite.name in earlier:
+                raise ValueError(f"suite {suite.name}: the name is taken; expected another")
+            earlier.append(suite.name)
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """Of all benchmarks and suites, in the order in which they are run."""
+        return [x.name for x in self.benchmarks] + [x.name for x in self.suites]
+
+    def suite(self, name: str) -> Suite | None:
+        """The suite of this name, if there is one."""
+        return next((suite for suite in self.suites if suite.name == name), None)
 
     def benchmark(self, name: str) -> Benchmark:
         """The benchmark of this name; raises `ConfigError`."""
         for benchmark in self.benchmarks:
             if benchmark.name == name:
                 return benchmark
-        known = ", ".join(benchmark.name for benchmark in self.benchmarks)
+        known = ", ".join(self.names)
         raise ConfigError(f"tier {self.name} has no benchmark {name}; expected one of {known}")
 
 
