@@ -15,13 +15,13 @@ from typing import NoReturn
 
 from mcore_sft import config
 from mcore_sft.base.errors import UserError
-from mcore_sft.base.terminal import printable
+from mcore_sft.base.terminal import Parser, say
 from mcore_sft.config import RunConfig
 
 
-def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
+def parser(description: str, *, config_required: bool = True) -> Parser:
     """Arguments that every command takes; a command adds its own."""
-    made = argparse.ArgumentParser(description=description)
+    made = Parser(description=description)
     made.add_argument(
         "--config",
         required=config_required,
@@ -39,7 +39,7 @@ def experiment(arguments: argparse.Namespace) -> RunConfig:
     """The experiment that the command line names; prints it and exits where that was asked."""
     loaded = config.load(arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(config.dump(loaded), end="")
+        say(config.dump(loaded), end="")
         raise SystemExit(0)
     return loaded
 
@@ -101,17 +101,17 @@ def run(main: Callable[[], None]) -> NoReturn:
             # Most errors are the same on every rank. The first speaks, and torchrun ends the others
             # while they wait; an error that is theirs alone is said a moment later.
             time.sleep(10)
-        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+        say(f"error: {error}", error=True)
         sys.exit(2)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)
+            say(f"stopped: {stopped}", error=True)
         sys.exit(STOPPED)
     except Terminated:
-        print("terminated", file=sys.stderr, flush=True)
+        say("terminated", error=True)
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say("interrupted", error=True)
         sys.exit(128 + signal.SIGINT)
     finally:
         if signal.getsignal(signal.SIGTERM) is _terminate:  # else it came, and stays ignored

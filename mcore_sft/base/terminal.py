@@ -3,21 +3,39 @@
 A terminal obeys escape codes, and rich obeys square brackets; neither is ours to pass on.
 """
 
+import argparse
 import re
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from rich import console as rich_console
 from rich.segment import Segment
 from rich.text import Text
 
-# C0 but tab and line feed, DEL and C1, marks that turn the direction of text, line separators.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# C0 but tab and line feed, DEL and C1, marks that turn the direction of text, line separators; and
+# halves of surrogate pairs, which stand for bytes of a name that are no UTF-8, and have none.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def printable(text: object) -> str:
     r"""What `text` says, with each character that a terminal would obey written out, as `\x1b`."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(text: object, *, error: bool = False, end: str = "\n") -> None:
+    """Print `text` as it is, and nothing that the terminal obeys, on stdout or stderr."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Quotes what stood on the command line as text alone."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, and end."""
+        super().error(printable(message))
 
 
 class Console(rich_console.Console):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft import config as configuration
+from mcore_sft.base.terminal import say
 from mcore_sft.config import RunConfig
 
 _NICE = 10
@@ -51,7 +52,7 @@ def main() -> None:
             output=output / config.watched.name,
             samples=config.watched.samples,
         )
-        evaluate([evaluation], lambda _, report: print(report["text"]))
+        evaluate([evaluation], lambda _, report: say(report["text"]))
     finally:
         _clear(output.parent)
 
