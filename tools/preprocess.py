@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mcore_sft import command
-from mcore_sft.base.terminal import Console, say
+from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
 from mcore_sft.data.job import Job, check_fit
 from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
@@ -39,7 +39,7 @@ def main() -> None:
         show_manifest(manifest, config.packed, console=Console())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = command.parser("text -> packed dataset")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
