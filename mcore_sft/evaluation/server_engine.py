@@ -195,7 +195,7 @@ class _Api:
     def model_card(self, name: str | None) -> Mapping[str, Any]:
         """What the server says of the model `name`, or of the only one it serves."""
         try:
-            served = _by_name(self._open("/v1/models", "data"))
+            served = _by_name(self._open("/v1/models", "data", seconds=_GREETING_SECONDS))
         except _Passing as error:
             raise EvaluationError(
                 f"{self.url}: no answer ({error}); start the server and wait until it is ready, "
@@ -217,7 +217,9 @@ class _Api:
     def version(self) -> str:
         """vLLM's version; of other servers, that they tell none."""
         try:
-            return str(self._open("/version", "version"))[:_SHOWN_CHARACTERS]
+            return str(self._open("/version", "version", seconds=_GREETING_SECONDS))[
+                :_SHOWN_CHARACTERS
+            ]
         except (_Passing, EvaluationError):
             return "unknown"
 
@@ -233,19 +235,17 @@ class _Api:
                 return choices[0] if isinstance(choices, list) and choices else None
             except _Passing as error:
                 reason = error
-            if time.monotonic() >= until:
+            if delay is None:
                 break
-            # not all threads at the same moment
-            if delay is None or over.wait(delay * random.uniform(0.5, 1.5)):
+            wait = delay * random.uniform(0.5, 1.5)  # not all threads at the same moment
+            if time.monotonic() + wait >= until or over.wait(wait):
                 break
         raise EvaluationError(
             f"{self.url}: {tries} tries failed ({reason}); see the server's log and run "
             "the command again, which goes on where this one stopped"
         )
 
-    def _open(
-        self, path: str, member: str, body: bytes | None = None, seconds: float = _GREETING_SECONDS
-    ) -> Any:
+    def _open(self, path: str, member: str, body: bytes | None = None, *, seconds: float) -> Any:
         """One try; what the answer's JSON holds under `member`."""
         where = self.url + path
         try:
