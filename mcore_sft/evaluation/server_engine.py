@@ -222,6 +222,7 @@ class _Api:
             ]
         except (_Passing, EvaluationError):
             return "unknown"
+        return said[:_SHOWN_CHARACTERS]
 
     def complete(self, body: Mapping[str, Any], over: threading.Event) -> Any:
         """The choice that answers `body`, tried again while it may help and `over` is not set."""
