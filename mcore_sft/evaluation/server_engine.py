@@ -217,9 +217,7 @@ class _Api:
     def version(self) -> str:
         """vLLM's version; of other servers, that they tell none."""
         try:
-            return str(self._open("/version", "version", seconds=_GREETING_SECONDS))[
-                :_SHOWN_CHARACTERS
-            ]
+            said = str(self._open("/version", "version", seconds=_GREETING_SECONDS))
         except (_Passing, EvaluationError):
             return "unknown"
         return said[:_SHOWN_CHARACTERS]
