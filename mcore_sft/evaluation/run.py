@@ -165,6 +165,8 @@ def evaluate(
     They differ in benchmark, samples and output alone: one engine answers for all, and is opened
     for the first question that has no answer yet. Answers are on disk as they come.
     """
+    for each in evaluations:
+        _check_served(each.served, evaluations[0])
     assert len({each.configuration for each in evaluations}) == 1
     with ExitStack() as stack:
         files = [stack.enter_context(AnswerFile(each.output / ANSWERS)) for each in evaluations]
@@ -174,7 +176,7 @@ def evaluate(
             if questions:
                 if engine is None:
                     engine = stack.enter_context(_engine_for(evaluation))
-                    _check_served(engine, evaluation)
+                    _check_served(engine.served, evaluation)
                     engine.check([asked.request(0) for some in left for asked in some])
                 _ask(engine, evaluation, questions, file)
             grade(evaluation)
@@ -199,9 +201,9 @@ def _engine_for(evaluation: Evaluation) -> Engine:
     )
 
 
-def _check_served(engine: Engine, evaluation: Evaluation) -> None:
+def _check_served(served: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
     """Raise `EvaluationError` where a server serves another model than the answers are kept for."""
-    if engine.served != evaluation.served:
+    if served != evaluation.served:
         raise EvaluationError(
             f"{evaluation.config.server.url}: it serves another model than a moment ago; "
             "run the command again"
