@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from mcore_sft.base import files
-from mcore_sft.base.terminal import Console, say
+from mcore_sft.base.terminal import Console, printable, say
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
@@ -387,7 +387,7 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int, int], Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(description, total=total, rate="")
+        task = bars.add_task(printable(description), total=total, rate="")
         tokens = 0
 
         def advance(rows: int, new_tokens: int) -> None:

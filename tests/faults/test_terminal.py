@@ -73,9 +73,16 @@ def _configuration(patch: Patch, folder: Path) -> None:
 
 
 def _command_line(patch: Patch, folder: Path) -> None:
-    for main in (evaluate.main, grade.main, nightly.main, doctor.main, to_hf.main):
+    needed: dict[Callable[[], Any], tuple[str, ...]] = {
+        evaluate.main: ("--model", "m"),
+        grade.main: ("--input", "f"),
+        nightly.main: ("--tier", "cpu"),
+        doctor.main: (),
+        to_hf.main: ("--checkpoint", "c"),
+    }
+    for main, words in needed.items():
         with pytest.raises(SystemExit):
-            call(patch, main, f"--{HOSTILE}", HOSTILE)
+            call(patch, main, *words, f"--{HOSTILE}")
 
 
 def _answered(patch: Patch, folder: Path) -> None:
@@ -229,6 +236,7 @@ def test_terminal_escape_codes_and_markup_reach_no_terminal(
     capsys: pytest.CaptureFixture[str],
     place: Callable[[Patch, Path], None],
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     place(monkeypatch, tmp_path)
     told = "".join(capsys.readouterr())
     assert [code for code in OBEYED if code in told] == []
