@@ -82,7 +82,7 @@ def _command_line(patch: Patch, folder: Path) -> None:
     }
     for main, words in needed.items():
         with pytest.raises(SystemExit):
-            call(patch, main, *words, f"--{HOSTILE}")
+            call(patch, main, *words, "--" + HOSTILE.replace(" ", ""))
 
 
 def _answered(patch: Patch, folder: Path) -> None:
