@@ -8,7 +8,6 @@ peer of the pairs is math-verify with both sides in a math environment; the peer
 math_metric as NeMo RL calls it, on as many processes, both after their start and without caches.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -20,9 +19,10 @@ from typing import Any
 
 from machine import machine
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from mcore_sft.base.files import write_named
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import Policy
 from mcore_sft.evaluation import reference
 from mcore_sft.evaluation.extract import extract
@@ -45,7 +45,7 @@ POLICIES: Mapping[str, Policy] = {
 }
 Row = Mapping[str, Any]
 
-console = Console(highlight=False, width=120)
+console = Console(width=120)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def show(found: Sequence[Agreement], extracted: tuple[int, int], fast: Sequence[
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="one round of the speed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -218,7 +218,7 @@ def main() -> None:
             "extraction": {"rows": extracted[0], "right": extracted[1]},
             "speed": [{**asdict(row), "median": row.median} for row in fast],
         }
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        write_named(options.json, json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

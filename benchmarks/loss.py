@@ -14,7 +14,6 @@ and so must all others. Tensor parallelism is simulated by its shapes: one rank'
 vocabulary, without collectives and without the second pass over the logits that these cost.
 """
 
-import argparse
 import ctypes
 import json
 import math
@@ -35,18 +34,19 @@ import torch
 import torch.distributed as dist
 from machine import machine
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from mcore_sft.base.files import write_named
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.ops import library
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IGNORE = -100
 
-console = Console(highlight=False, width=140)
+console = Console(width=140)
 
 
 # ---- what is computed
@@ -654,13 +654,13 @@ def show(results: list[Result]) -> None:
     ]
     for note in dict.fromkeys(notes):
         if len(note) > 1:
-            console.print("  " + ": ".join(note), markup=False, soft_wrap=True)
+            console.print("  " + ": ".join(note), soft_wrap=True)
     console.print()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 if ours is wrong anywhere."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, about a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -688,7 +688,7 @@ def main(arguments: list[str] | None = None) -> int:
         dist.destroy_process_group()
     if options.json:
         report = {**where, "rows": [result.row() for result in results]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_named(options.json, json.dumps(report, indent=1) + "\n")
     return 1 if wrong else 0
 
 

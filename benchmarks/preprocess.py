@@ -35,9 +35,10 @@ import torch
 import yaml
 from machine import machine
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from mcore_sft.base.files import write_named
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import PromptConfig
 from mcore_sft.data.contamination import Contamination
 from mcore_sft.data.dataset import PackedDataset
@@ -51,7 +52,7 @@ CAPACITY = 4096
 WORKERS = 2
 PACKED_LENGTHS = 14_000_000
 
-console = Console(highlight=False, width=120)
+console = Console(width=120)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +347,7 @@ def show(figures: list[Figure]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 if the two pipelines differ, or a known pair is not found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="MATH and GSM8K")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="50,000 rows, about a minute")
@@ -374,7 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(figures)
     if options.json:
         told = {**where, "rows": [asdict(figure) for figure in figures]}
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        write_named(options.json, json.dumps(told, indent=1) + "\n")
     return int(any(figure.known and not figure.met for figure in figures))
 
 

@@ -9,7 +9,6 @@ Before that, the loss of our first step is compared with what transformers compu
 examples one by one. TRL is not a dependency: `pip install trl` beside the package.
 """
 
-import argparse
 import json
 import shlex
 import statistics
@@ -25,11 +24,12 @@ import torch
 import yaml
 from machine import machine
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from mcore_sft import config as configuration
+from mcore_sft.base.files import write_named
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
@@ -40,7 +40,7 @@ ROOT = HERE.parent
 LENGTH, PACKS, LR = 1024, 4, 1e-4
 WARM = 2  # steps of each turn that are left out
 
-console = Console(highlight=False, width=120)
+console = Console(width=120)
 
 
 def prepare(data: Path, tokenizer: Path, folder: Path, rows: int) -> RunConfig:
@@ -154,7 +154,7 @@ def rate(turns: list[dict[str, Any]]) -> float:
 
 def main() -> int:
     """Measure and print; 1 if the losses differ."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of gsm8k/train.jsonl")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="one short turn each")
@@ -189,7 +189,7 @@ def main() -> int:
     console.print(f"ratio {ratio:.2f} (goal: at least 1)")
     if options.json:
         found = {**where, "ratio": ratio, "expected": expected, "ours": mine, "trl": peer}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_named(options.json, json.dumps(found, indent=1) + "\n")
     return int(differs)
 
 

@@ -16,7 +16,6 @@ MFU is their share of the dense bf16 peak, under FP8 too. `layers` is forward an
 the embedding's output and the last norm's.
 """
 
-import argparse
 import json
 import os
 import random
@@ -33,9 +32,10 @@ import numpy as np
 import torch
 from machine import machine
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from mcore_sft.base.files import write_named
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.data.batch import Batch, collate
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example
@@ -81,7 +81,7 @@ TINY = LLAMA_8B | {
     "vocab_size": 1024,
 }
 
-console = Console(highlight=False, width=170)
+console = Console(width=170)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,12 +409,12 @@ def show(report: dict[str, Any]) -> None:
         if text
     ]
     for note in dict.fromkeys(notes):
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     for goal in report["goals"]:
         reached = "not measured" if goal["met"] is None else f"{goal['reached']:.2f}"
         verdict = {None: "", True: ": met", False: ": MISSED"}[goal["met"]]
         line = f"{goal['length']} tokens, {goal['goal']} at least {goal['at_least']}: "
-        console.print(f"goal, {line}{reached}{verdict}", markup=False)
+        console.print(f"goal, {line}{reached}{verdict}")
 
 
 def describe(work: dict[str, Any], reference: dict[str, float]) -> str:
@@ -431,7 +431,7 @@ def describe(work: dict[str, Any], reference: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 if ours is wrong, or does not run where it should."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the shorter packs, one turn each")
     parser.add_argument("--layers", type=int, help="default: as many as fit; 2 on the CPU")
@@ -461,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []
     show(report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_named(options.json, json.dumps(report, indent=1) + "\n")
     failed = [
         row
         for row in report["rows"]

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from mcore_sft import config
-from mcore_sft.base import terminal
 from mcore_sft.base.errors import UserError
-from mcore_sft.base.terminal import printable
+from mcore_sft.base.terminal import Parser, say
 from mcore_sft.config import RunConfig
 
 
-def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
+def parser(description: str, *, config_required: bool = True) -> Parser:
     """Arguments that every command takes; a command adds its own."""
-    made = argparse.ArgumentParser(description=description)
+    made = Parser(description=description)
     made.add_argument(
         "--config",
         type=path,
@@ -42,7 +41,7 @@ def experiment(arguments: argparse.Namespace) -> RunConfig:
     """The experiment that the command line names; prints it and exits where that was asked."""
     loaded = config.load(arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(config.dump(loaded), end="")
+        say(config.dump(loaded), end="")
         raise SystemExit(0)
     return loaded
 
@@ -115,17 +114,17 @@ def run(main: Callable[[], None]) -> NoReturn:
             # Most errors are the same on every rank. The first speaks, and torchrun ends the others
             # while they wait; an error that is theirs alone is said a moment later.
             time.sleep(10)
-        _say(f"error: {printable(error)}")
+        say(f"error: {error}", error=True)
         sys.exit(2)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            _say(f"stopped: {printable(stopped)}")
+            say(f"stopped: {stopped}", error=True)
         sys.exit(STOPPED)
     except Terminated as terminated:
-        _say("terminated")
+        say("terminated", error=True)
         sys.exit(128 + terminated.args[0])
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted", error=True)
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)
 
@@ -147,14 +146,6 @@ def _signals_end() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) is _terminate:  # else it came, and stays ignored
                 signal.signal(number, handler)
-
-
-def _say(text: str) -> None:
-    """Print a last line to whoever is still there."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        terminal.let_go(sys.stderr)
 
 
 def check_clone() -> None:

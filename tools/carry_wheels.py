@@ -7,7 +7,6 @@ what only checks the sources, and all of requirements/gpu_cu13.txt. With --piece
 folders of at most that size, to be carried one by one; larger files are cut and joined again.
 """
 
-import argparse
 import hashlib
 import os
 import re
@@ -20,6 +19,7 @@ from gpu_report import SUMS
 
 from mcore_sft import command
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Parser, say
 
 ROOT = Path(__file__).resolve().parent.parent
 PINNED = ROOT / "requirements"
@@ -38,7 +38,7 @@ class CarryError(UserError):
 
 def main() -> None:
     """Fetch, check, cut."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=command.path, metavar="DIR", help="new, or empty")
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the GPU machine")
     parser.add_argument("--piece-mib", type=command.count, metavar="N")
@@ -50,7 +50,7 @@ def main() -> None:
     wheels, sources = wanted(options.python)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         fetched = Path(name)
-        print(f"{len(wheels)} wheels for Python {options.python}, {len(sources)} source")
+        say(f"{len(wheels)} wheels for Python {options.python}, {len(sources)} source")
         _pip(*_wheels_for(options.python), *wheels, to=fetched)
         _sources(sources, fetched)
         files = sorted(fetched.iterdir())
@@ -64,7 +64,7 @@ def main() -> None:
     (groups[0] / SUMS).write_text(sums, encoding="utf-8")
     for group in groups:
         size = sum(file.stat().st_size for file in group.iterdir())
-        print(f"{group}: {size / 2**20:.1f} MiB")
+        say(f"{group}: {size / 2**20:.1f} MiB")
 
 
 def wanted(python: str) -> tuple[list[str], list[str]]:

@@ -10,9 +10,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mcore_sft import command
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.files import check_writable, write_named
+from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.evaluation import comparison
-from mcore_sft.evaluation.answers import check_writable, write_text
 from mcore_sft.evaluation.comparison import Comparison, Row
 from mcore_sft.evaluation.report import interval_line
 from mcore_sft.evaluation.report_page import page
@@ -31,18 +31,18 @@ def main() -> None:
     for name, result in (("A", a), ("B", b)):
         line = interval_line(f"{name} symbolic_correct", share([*result.greedy.values()]))
         console.print(f"{line[:-1]}  {result.folder}", soft_wrap=True)
+    if found.not_graded:
+        console.print(f"{found.not_graded} problems are left out: an answer is not graded")
     _print_pairs(console, found)
     for title, pairs in (("A alone was right", found.lost), ("B alone was right", found.won)):
         _print_flipped(console, title, pairs, arguments.show)
     if arguments.html:
-        write_text(arguments.html, page(b.report, b.rows, a.rows))
-        print(f"B's report, with what flipped against A, is in {arguments.html}")
+        write_named(arguments.html, page(b.report, b.rows, a.rows))
+        say(f"B's report, with what flipped against A, is in {arguments.html}")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "a", type=command.path, metavar="A", help="folder that tools/evaluate.py wrote"
     )

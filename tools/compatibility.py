@@ -12,6 +12,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mcore_sft.base import files
+from mcore_sft.base.terminal import say
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -36,8 +39,8 @@ Machines: Linux on x86_64. For aarch64 (Grace) the CPU operators compile, by a c
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(FOLDER, ROOT / "pyproject.toml"), encoding="utf-8")
-    print(f"compatibility: {PAGE.relative_to(ROOT)}")
+    files.replace(PAGE, page(FOLDER, ROOT / "pyproject.toml"))
+    say(f"compatibility: {PAGE.relative_to(ROOT)}")
 
 
 def page(folder: Path, pyproject: Path) -> str:

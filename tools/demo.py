@@ -22,7 +22,7 @@ from demo_data import write_data
 
 from mcore_sft import command, config
 from mcore_sft.base.errors import UserError
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.evaluation.report import nemo_skills_table
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.training import curve
@@ -196,7 +196,7 @@ def finish(demo: Demo) -> None:
     before, after = (read_shares(demo.folder / name) for name in ("before", "after"))
     console.print("\nWhat came of it\n", style="bold")
     modes = {"before": before, "after": after}
-    print(nemo_skills_table("demo", modes, after[0].total).rstrip(), "\n")
+    say(nemo_skills_table("demo", modes, after[0].total).rstrip() + "\n")
     _show("What lies where", places(demo))
     _show("Time", times(demo))
     right = after[0]
@@ -273,7 +273,7 @@ def _program(name: str) -> str:
 
 def _parse() -> tuple[Layout, bool]:
     """The layout of the command line and --short; a layout that cannot be stops here."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         description="Train a small model to solve word problems, from nothing to a graded model."
     )
     made.add_argument("--tensor", type=_count, default=2, help="tensor-parallel ranks (2)")

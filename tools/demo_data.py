@@ -8,7 +8,6 @@ The working goes digit by digit and the tokenizer keeps every digit apart, so th
 sees each step of the arithmetic it is to learn.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mcore_sft import command
+from mcore_sft.base.terminal import Parser
 
 TRAIN_ROWS = 20_000
 HELD_OUT_ROWS = 500
@@ -229,7 +229,7 @@ def write_data(folder: Path) -> tuple[list[Row], list[Row], Tokenizer]:
 
 def main() -> None:
     """Write the demo's data and tokenizer."""
-    made = argparse.ArgumentParser(description="Write the demo's word problems and tokenizer.")
+    made = Parser(description="Write the demo's word problems and tokenizer.")
     made.add_argument(
         "--output", type=command.path, required=True, help="folder; text/ must be new there"
     )

@@ -29,6 +29,8 @@ try:
 
     from mcore_sft import installed
     from mcore_sft.base.errors import UserError
+    from mcore_sft.base.files import write_named
+    from mcore_sft.base.terminal import Parser, say
 except ImportError as error:
     sys.exit(
         f"WRONG  {sys.executable} lacks this package or what it needs ({error}); run `make setup` "
@@ -68,12 +70,10 @@ def main() -> int:
         )
     told: dict[str, list[Finding]] = {}
     for title, findings in sections.items():
-        print(title)
+        say(title)
         told[title] = [_print(finding) for finding in findings]
     wrong = [one for findings in told.values() for one in findings if one.state == WRONG]
-    print(
-        f"{chosen} " + (f"CANNOT run here: {len(wrong)} WRONG above" if wrong else "can run here")
-    )
+    say(f"{chosen} " + (f"CANNOT run here: {len(wrong)} WRONG above" if wrong else "can run here"))
     if arguments.json:
         content = {
             "can_run": not wrong,
@@ -83,7 +83,7 @@ def main() -> int:
                 {"section": title, **asdict(one)} for title, found in told.items() for one in found
             ],
         }
-        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_named(Path(arguments.json), json.dumps(content, indent=2) + "\n")
     return int(bool(wrong))
 
 
@@ -394,7 +394,7 @@ def _vllm(config: "RunConfig") -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What is here, what fits, and what is missing.")
+    parser = Parser(description="What is here, what fits, and what is missing.")
     parser.add_argument(
         "--config", type=os.path.expanduser, metavar="FILE", help="experiment file (configs/*.yaml)"
     )
@@ -410,9 +410,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _print(finding: Finding) -> Finding:
-    print(f"  {finding.state:5}  {finding.what:24}  {finding.found}", flush=True)
+    say(f"  {finding.state:5}  {finding.what:24}  {finding.found}")
     if finding.mend and finding.state != OK:
-        print(f"{'':35}-> {finding.mend}")
+        say(f"{'':35}-> {finding.mend}")
     return finding
 
 

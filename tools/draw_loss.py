@@ -1,15 +1,15 @@
 """The JSON lines of a run in, a picture of its losses out."""
 
-import argparse
 from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Parser, say
 
 
 def main() -> None:
     """Draw the run of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=command.path, metavar="DIR", help="such as results/NAME")
     parser.add_argument(
         "--output", type=command.path, metavar="FILE", help="without it, DIR/loss.png"
@@ -26,7 +26,7 @@ def main() -> None:
 
     picture = arguments.output or arguments.run / "loss.png"
     draw(log, picture)
-    print(f"wrote {picture}")
+    say(f"wrote {picture}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from mcore_sft import command
 from mcore_sft import config as configuration
+from mcore_sft.base.terminal import say
 from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PromptConfig, Section
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
@@ -74,8 +75,8 @@ def main() -> None:
 
 def _tell(evaluation: Evaluation, report: dict[str, Any]) -> None:
     output = evaluation.output
-    print(report["text"])
-    print(f"answers, verdicts and report are in {output}; look at {output / PAGE}", flush=True)
+    say(report["text"])
+    say(f"answers, verdicts and report are in {output}; look at {output / PAGE}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -112,7 +113,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     else:
         given = configuration.parse_section(Alone, {}, arguments.overrides)
         if arguments.print_config:
-            print(configuration.dump(given), end="")
+            say(configuration.dump(given), end="")
             raise SystemExit(0)
         said, root = given.model_dump(exclude_unset=True), Path(".")
     alone = Alone.model_validate(said)

@@ -30,6 +30,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # nothing is installed yet, and what is imported needs nothing
+
+from mcore_sft.base import files  # noqa: E402
+
 VENV = ROOT / ".venv"
 PYTHON = str(VENV / "bin" / "python")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -221,7 +225,7 @@ def report(where: dict[str, str], outcomes: dict[str, dict[str, Any]], folder: P
     """Write <device>.json and <device>.md into `folder`; the path of the second."""
     name = file_name(where)
     written = {**where, "parts": outcomes}
-    (folder / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    files.replace(folder / f"{name}.json", json.dumps(written, indent=1) + "\n")
     rows = [
         f"| {part} | {found['ended']} | {found['seconds']:.0f} | {found['date']} {found['commit']} "
         f"| `{found['command']}` |"
@@ -239,7 +243,7 @@ def report(where: dict[str, str], outcomes: dict[str, dict[str, Any]], folder: P
     for part, found in outcomes.items():
         text += ["", f"## {part}", "", "```", *found["last_lines"], "```"]
     file = folder / f"{name}.md"
-    file.write_text("\n".join(text) + "\n", encoding="utf-8")
+    files.replace(file, "\n".join(text) + "\n")
     return file
 
 

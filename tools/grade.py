@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mcore_sft import command
+from mcore_sft.base.files import check_writable
+from mcore_sft.base.foreign import what_instead
+from mcore_sft.base.terminal import Parser, say
 from mcore_sft.config import Policy
-from mcore_sft.evaluation.answers import check_writable, write_lines
-from mcore_sft.evaluation.equivalence import Verdict
+from mcore_sft.evaluation.answers import write_lines
+from mcore_sft.evaluation.equivalence import NOT_GRADED, Verdict
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.extract import Extraction
 from mcore_sft.evaluation.grade import Graded, Grader, Pair
-from mcore_sft.evaluation.report import interval_line
+from mcore_sft.evaluation.report import interval_line, not_graded_line
 from mcore_sft.evaluation.statistics import Share
 
 _GOLD = ("gold", "expected_answer")
@@ -54,13 +57,11 @@ def main() -> None:
         graded = _grade(grader, rows)
     if arguments.output:
         write_lines(arguments.output, map(_verdict_row, rows, graded))
-    print(_summary(graded), end="")
+    say(_summary(graded), end="")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", required=True, type=command.path, metavar="FILE", help="JSON lines"
     )
@@ -110,6 +111,8 @@ def _read(path: Path) -> Iterator[Row]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from None
+    if instead := what_instead(path):
+        raise EvaluationError(f"{path}: it is {instead}, and not the answers that were meant")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield _row(line, f"{path}, line {number}")
@@ -194,6 +197,7 @@ def _verdict_row(row: Row, graded: Graded) -> dict[str, Any]:
 def _summary(graded: Sequence[Graded]) -> str:
     outcomes = Counter(row.verdict.outcome for row in graded)
     rules = Counter((row.verdict.outcome, row.verdict.rule) for row in graded)
+    known = len(graded) - outcomes[NOT_GRADED]
     lines = [f"{len(graded)} rows\n"]
     for outcome, count in outcomes.most_common():
         by_rule = ", ".join(
@@ -201,7 +205,9 @@ def _summary(graded: Sequence[Graded]) -> str:
         )
         lines.append(f"  {outcome:<10} {count:>6}   {by_rule}\n")
     for name, outcome in (("correct", "equal"), ("no_answer", "no_answer")):
-        lines.append(interval_line(name, Share(hits=outcomes[outcome], total=len(graded))))
+        lines.append(interval_line(name, Share(hits=outcomes[outcome], total=known)))
+    if known < len(graded):
+        lines.append(not_graded_line(len(graded) - known, len(graded)))
     return "".join(lines)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft import command
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.damage import find_damage, find_structural_damage
 from mcore_sft.data.dataset import Arrays, PackedDataset
@@ -51,9 +51,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "folder", type=command.path, metavar="DIR", help="such as results/NAME/data"
     )

@@ -25,6 +25,8 @@ from xml.etree import ElementTree
 
 import gpu_report
 
+from mcore_sft.base import files
+
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "transformers", "vllm", "datasets"),
     "triton",
@@ -143,9 +145,9 @@ def installed(package: str) -> str | None:
 def keep(content: dict[str, Any], folder: Path) -> Path:
     """Write a record; each stack has one file, where its newest run replaces the older one."""
     stack = "_".join(f"{name}-{content[name]}" for name in ("python", "torch", "megatron-core"))
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     file = folder / f"{stack}.json"
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.replace(file, json.dumps(content, indent=2) + "\n")
     return file
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from mcore_sft import command
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Parser, say
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.model.architecture import FAMILIES
 
@@ -174,7 +175,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(description="Make a Hugging Face folder with random weights.")
+    made = Parser(description="Make a Hugging Face folder with random weights.")
     made.add_argument(
         "--output", type=command.path, required=True, help="folder to write; must be new"
     )
@@ -232,7 +233,7 @@ def main() -> None:
         seed=arguments.seed,
         dtype=DTYPES[arguments.dtype],
     )
-    print(f"{arguments.output}: {parameters / 1e6:,.1f} million random parameters")
+    say(f"{arguments.output}: {parameters / 1e6:,.1f} million random parameters")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python tools/make_tokenizer.py --output DIR --vocab-size 4096 FILE.jsonl FILE.jsonl
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from demo_data import train_tokenizer
 
 from mcore_sft import command
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Parser, say
 
 
 class TextError(UserError):
@@ -31,7 +31,7 @@ def texts_in(paths: Iterable[Path]) -> Iterator[str]:
 
 def main() -> None:
     """Make the tokenizer that the command line describes."""
-    made = argparse.ArgumentParser(description="Make a tokenizer of the text in JSON lines.")
+    made = Parser(description="Make a tokenizer of the text in JSON lines.")
     made.add_argument("--output", type=command.path, required=True, help="folder to write")
     made.add_argument("--vocab-size", type=int, required=True)
     made.add_argument(
@@ -41,7 +41,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts_in(given.text), vocab_size=given.vocab_size)
     given.output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(given.output / "tokenizer.json"))
-    print(f"{given.output}: a tokenizer of {tokenizer.get_vocab_size():,} tokens")
+    say(f"{given.output}: a tokenizer of {tokenizer.get_vocab_size():,} tokens")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ failed, 2: it could not begin, 3: something crashed, or could not be kept.
 
 import argparse
 import contextlib
-import http.client
 import json
 import math
 import os
@@ -19,13 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mcore_sft import command
-from mcore_sft.base import files
+from mcore_sft.base import files, web
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import Parser, say
 from mcore_sft.nightly import commits, history, page, tier, work
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.run import Night, Run
@@ -35,8 +34,8 @@ OUTPUT = Path("results/nightly")
 RESULTS = Path("benchmarks/results")
 HISTORY, PAGE = "history.jsonl", "page.html"
 FAILED, CRASHED = 1, 3
-HOOK_SECONDS = 30.0
-"""How long a webhook may say nothing."""
+HOOK_SECONDS, HOOK_BYTES = 30.0, 2**20
+"""In which time a webhook must have taken the summary in all, and how long its reply may be."""
 
 
 def main() -> None:
@@ -53,23 +52,23 @@ def _run(arguments: argparse.Namespace, wanted: tier.Tier) -> None:
         if not arguments.reason:
             raise UserError("--golden needs --reason TEXT: why the curve is made (anew)")
         kept = Run(night, wanted.benchmark(arguments.golden)).keep_golden(arguments.reason)
-        print(f"{kept}: commit it, and say the reason there too")
+        say(f"{kept}: commit it, and say the reason there too")
         return
     names = arguments.only or wanted.names
     parts = [part(night, name) for name in names]
     for one in parts:
         one.check()
-    print(f"{wanted.name} at {night.commit}: {', '.join(names)}", flush=True)
+    say(f"{wanted.name} at {night.commit}: {', '.join(names)}")
     records, kept = [], True
     for name, one in zip(names, parts, strict=True):
-        print(f"{name} ...", flush=True)
+        say(f"{name} ...")
         records.append(one.record())
         kept &= keep(arguments.output, records[-1])
-        print(told(records[-1]), flush=True)
+        say(told(records[-1]))
     if arguments.publish:
         publish([record for record in records if wanted.suite(record.benchmark)])
     text = summary(records)
-    print(f"{text}\n{arguments.output / PAGE}")
+    say(f"{text}\n{arguments.output / PAGE}")
     if url := arguments.webhook or wanted.webhook:
         send(url, text, records)
     sys.exit(exit_code(records) if kept else CRASHED)
@@ -92,7 +91,7 @@ def publish(records: Sequence[Record], folder: Path = RESULTS) -> None:
         file = folder / f"{record.benchmark}.json"
         content = json.dumps(json.loads(record.to_json()), indent=2, ensure_ascii=False)
         files.replace(file, content + "\n")
-        print(f"{file}: commit it; the README says: {full_run(record)}")
+        say(f"{file}: commit it; the README says: {full_run(record)}")
 
 
 def keep(output: Path, record: Record) -> bool:
@@ -103,7 +102,7 @@ def keep(output: Path, record: Record) -> bool:
             history.append(file, record)
         page.write(file, output / PAGE)
     except OSError as error:
-        print(f"{record.benchmark} is not in the history or the page: {error}", file=sys.stderr)
+        say(f"{record.benchmark} is not in the history or the page: {error}", error=True)
         return False
     return True
 
@@ -144,14 +143,19 @@ def exit_code(records: Sequence[Record]) -> int:
 def send(url: str, text: str, records: Sequence[Record]) -> None:
     """POST the summary as JSON (`text`, as chat services read it, and the records)."""
     content = {"text": text, "records": [json.loads(record.to_json()) for record in records]}
-    request = urllib.request.Request(
-        url, json.dumps(content).encode(), {"Content-Type": "application/json"}
-    )
+    body, headers = json.dumps(content).encode(), {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(request, timeout=HOOK_SECONDS):
-            pass
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        print(f"the webhook did not take the summary: {error}", file=sys.stderr)
+        reply = web.exchange(url, body, headers, seconds=HOOK_SECONDS, most_bytes=HOOK_BYTES)
+    except web.NoReply as error:
+        said = str(error)
+    else:
+        if 200 <= reply.status < 300:
+            return
+        said = f"HTTP {reply.status}"
+        if reply.location is not None:
+            said += "; it sends the client elsewhere, which is not followed"
+    # without the address, which is a secret of some chat services
+    say(f"the webhook did not take the summary: {said}", error=True)
 
 
 @contextlib.contextmanager
@@ -178,7 +182,7 @@ def _night(wanted: tier.Tier, output: Path, data: Path | None) -> Night:
         shutil.rmtree(folder)  # of other files than those of now
     records, torn = history.read(output / HISTORY)
     if torn:
-        print(torn, file=sys.stderr)
+        say(torn, error=True)
     return Night(
         tier=wanted,
         commit=commit,
@@ -202,7 +206,7 @@ def _device() -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tier", required=True, metavar="NAME", help="of configs/nightly")
     parser.add_argument(
         "--data", type=command.path, metavar="DIR", help="what {data} is in the tier"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mcore_sft import command
+from mcore_sft.base.files import check_writable, write_named
 from mcore_sft.base.terminal import Console
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Print the plan of the command line."""
     arguments = _arguments()
+    if arguments.json:
+        check_writable(arguments.json)
     config = command.experiment(arguments)
     # Imported late: torch takes seconds, and a typo should cost none of them.
     from mcore_sft.model import architecture as arch
@@ -80,7 +83,7 @@ def main() -> None:
             "configured": found,
             "layouts": [row(one) for one in ranked],
         }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_named(arguments.json, json.dumps(content, indent=2) + "\n")
 
 
 def _arguments() -> argparse.Namespace:

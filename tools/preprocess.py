@@ -3,7 +3,7 @@
 import argparse
 
 from mcore_sft import command
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
 from mcore_sft.data.job import Job, check_fit
 from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
@@ -22,13 +22,13 @@ def main() -> None:
         preview(job, arguments.show, console=Console())
     elif arguments.export_jsonl is not None:
         rows = export_json_lines(job, arguments.export_jsonl, overwrite=arguments.overwrite)
-        print(f"{arguments.export_jsonl}: {rows:,} rows")
+        say(f"{arguments.export_jsonl}: {rows:,} rows")
     elif arguments.shard is not None:
         index, count = arguments.shard
         shard = prepare_shard(
             job, config.packed, index=index, count=count, overwrite=arguments.overwrite
         )
-        print(f"{shard}: shard {index} of {count}; when all are there: --merge {count}")
+        say(f"{shard}: shard {index} of {count}; when all are there: --merge {count}")
     else:
         overwrite = arguments.overwrite
         if arguments.merge is None:
@@ -38,7 +38,7 @@ def main() -> None:
         show_manifest(manifest, config.packed, console=Console())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = command.parser("text -> packed dataset")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(

@@ -3,7 +3,6 @@
 python tools/summarize.py results/
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mcore_sft import command
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.evaluation import comparison
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import ANSWERS, REPORT, TEXT
@@ -24,7 +23,7 @@ _WIDE = 1000
 
 def main() -> None:
     """Print what lies under the folders of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=command.path, metavar="DIR")
     folders: Sequence[Path] = parser.parse_args().folders
     # a dataset has a report.json too, and no report.txt

@@ -4,18 +4,15 @@ python tools/to_hf.py --checkpoint results/X/step_1000
 python tools/to_hf.py --average results/X/step_10000 results/X/step_20000 results/X/step_30000
 """
 
-import argparse
 from pathlib import Path
 
 from mcore_sft import command
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, Parser, say
 
 
 def main() -> None:
     """Export what the command line names."""
-    parser = argparse.ArgumentParser(
-        description="Make a Hugging Face folder of a distributed checkpoint."
-    )
+    parser = Parser(description="Make a Hugging Face folder of a distributed checkpoint.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint", type=command.path, metavar="DIR", help="such as results/NAME/step_1000"
@@ -47,7 +44,7 @@ def main() -> None:
     checkpoint, *others = checkpoints
     console = Console(stderr=True)
     export(checkpoint, output, others=others, dtype=arguments.dtype, console=console)
-    print(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 def _beside(checkpoints: list[Path]) -> Path:

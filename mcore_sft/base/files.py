@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -67,6 +68,59 @@ def replace(path: Path, content: str | bytes) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it lies in, which are still there after a power loss.
+
+    Raises OSError.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
+
+
+def write_named(path: Path, content: str) -> None:
+    """Write the file that a command line names, whole or not at all; raises `UserError`.
+
+    A link is followed to its target. What is no regular file (a device, a pipe), or is this
+    process's own output, is written straight into. Half a surrogate pair becomes a question mark.
+    """
+    encoded = content.encode("utf-8", "replace")
+    try:
+        if _is_standard_output(path):
+            sys.stdout.flush()
+            with open(sys.stdout.fileno(), "wb", closefd=False) as output:
+                output.write(encoded)
+        elif path.exists() and not path.is_file():
+            path.write_bytes(encoded)
+        else:
+            replace(Path(os.path.realpath(path)), encoded)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); give another file, or make room there"
+        ) from None
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        return False
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError`, before any work is done, where `path` could not be written."""
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir():
+        raise UserError(f"{path}: it is a folder; name a file in it")
+    if not folder.is_dir():
+        raise UserError(
+            f"{path}: there is no folder {folder}; make it (mkdir -p), or name another file"
+        )
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{path}: writing is not permitted there; name another file")
 
 
 def rename(path: Path, target: Path) -> None:

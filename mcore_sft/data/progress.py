@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, printable
 
 SECONDS = 30.0
 """Between lines in a log, where a bar would be lines without end."""
@@ -37,7 +37,7 @@ def progress(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task(description, total=total)
+        task = bars.add_task(printable(description), total=total)
         yield lambda size: bars.advance(task, size)
 
 

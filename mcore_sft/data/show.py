@@ -3,7 +3,6 @@
 Supervised tokens are green, the others dim, special tokens bold.
 """
 
-import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +14,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from mcore_sft.base.terminal import Console
+from mcore_sft.base.terminal import Console, printable
 from mcore_sft.data.dataset import Arrays, PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prompt import Example
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BINS = 12
 
 
@@ -119,7 +117,7 @@ def coloured(example: Example, tokenizer: Tokenizer) -> Text:
     """The text of an example: trained tokens green, the others dim, special tokens bold."""
     text = Text()
     for ids, style in _runs(example, _special_ids(tokenizer)):
-        text.append(_visible(tokenizer.decode(ids)), style=style)
+        text.append(printable(tokenizer.decode(ids)), style=style)
     return text
 
 
@@ -177,11 +175,6 @@ def _runs(example: Example, special: list[int]) -> Iterator[tuple[list[int], str
 
 def _special_ids(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.token_id(name) for name in tokenizer.special_tokens]
-
-
-def _visible(text: str) -> str:
-    """`text` with control characters spelt out, so that it cannot steer the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def _round_up(number: int) -> int:

@@ -6,7 +6,6 @@ text -> ids -> text        column of texts -> ids end to end
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mcore_sft.base.terminal import say
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.codec import Codec, HuggingFace, read_codec
 from mcore_sft.data.errors import DataError
@@ -76,10 +76,10 @@ class Tokenizer:
             if made is not None:
                 return made
             self.gigatoken = False
-            print(
+            say(
                 f"{self.path}: gigatoken cannot stand in for this tokenizer "
                 "(other ids, or it does not load); using the slower `tokenizers`",
-                file=sys.stderr,
+                error=True,
             )
         ids = self._codec.encode_batch(texts.to_pylist())
         offsets = np.zeros(len(ids) + 1, dtype=np.int64)

@@ -4,15 +4,15 @@ A line is one answer, keyed by problem, sample and configuration. A killed run l
 batch it was in; a last line that was cut short is taken off before the next is written.
 """
 
-import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from mcore_sft.base import files
 from mcore_sft.evaluation.errors import EvaluationError
 
 Key = tuple[str, int, str]
@@ -39,37 +39,52 @@ class Answer:
 
 
 class AnswerFile:
-    """The file that answers are added to, locked against a second run while it is open."""
+    """The file that answers are added to, which no second run writes to while it is open."""
 
     def __init__(self, path: Path) -> None:
+        """Raises `EvaluationError`."""
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise EvaluationError(
-                f"{path}: another run is writing here; wait for it, or give another --output"
-            ) from None
-        self._mend()
-        self.done = {answer.key for answer in read(path)}
+        with ExitStack() as stack:
+            try:
+                files.make_folder(path.parent)
+                stack.enter_context(files.lock(path.with_name(f".{path.name}.lock")))
+                self._file = stack.enter_context(path.open("a+b"))
+                self._cut_torn_line()
+                files.sync(path.parent)
+            except files.Locked:
+                raise EvaluationError(
+                    f"{path}: another run is writing here; wait for it, or give another --output"
+                ) from None
+            except OSError as error:
+                raise EvaluationError(
+                    f"{path}: cannot be written ({error.strerror}); give another --output"
+                ) from None
+            self.done = {answer.key for answer in read(path)}
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._open.close()
 
     def add(self, answers: Iterable[Answer]) -> None:
-        """Append `answers`, which are on the disk when this returns."""
+        """Append `answers`, which are on the disk when this returns; raises `EvaluationError`."""
         lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
-        # half a surrogate pair, which a server's JSON can bring, has no UTF-8
-        self._file.write("".join(lines).encode("utf-8", "replace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            # half a surrogate pair, which a server's JSON can bring, has no UTF-8
+            self._file.write("".join(lines).encode("utf-8", "replace"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.close()  # or it would try once more, and fail, at the end
+            raise EvaluationError(
+                f"{self.path}: cannot be written ({error.strerror}); make room there and run the "
+                "command again, which goes on where this one stopped"
+            ) from None
 
-    def _mend(self) -> None:
+    def _cut_torn_line(self) -> None:
         """Cut off what follows the last newline."""
         self._file.seek(0)
         content = self._file.read()
@@ -107,50 +122,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole file of JSON lines; it is there complete or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file; it is there complete or not at all.
-
-    A link is followed to its target. What is no regular file (a device, a pipe), or is this
-    process's own output, is written straight into.
-    """
-    content = text.encode("utf-8", "replace")
-    try:
-        if _is_standard_output(path):
-            sys.stdout.flush()
-            with open(sys.stdout.fileno(), "wb", closefd=False) as output:
-                output.write(content)
-        elif path.exists() and not path.is_file():
-            path.write_bytes(content)
-        else:
-            target = Path(os.path.realpath(path))
-            beside = target.with_name(f".{target.name}.tmp")
-            beside.write_bytes(content)
-            beside.replace(target)
-    except OSError as error:
-        raise EvaluationError(
-            f"{path}: cannot be written ({error.strerror}); give another file, or make room there"
-        ) from None
-
-
-def _is_standard_output(path: Path) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
-    except (OSError, ValueError):
-        return False
-
-
-def check_writable(path: Path) -> None:
-    """Raise `EvaluationError`, before any work is done, where `path` could not be written."""
-    folder = Path(os.path.realpath(path)).parent
-    if path.is_dir():
-        raise EvaluationError(f"{path}: it is a folder; name a file in it")
-    if not folder.is_dir():
-        raise EvaluationError(
-            f"{path}: there is no folder {folder}; make it (mkdir -p), or name another file"
-        )
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise EvaluationError(f"{path}: writing is not permitted there; name another file")
+    """Write a whole file of JSON lines; raises `UserError`."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files.write_named(path, "".join(lines))

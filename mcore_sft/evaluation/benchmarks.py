@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
+from mcore_sft.base.foreign import what_instead
+from mcore_sft.base.terminal import say
 from mcore_sft.config import BenchmarkConfig, Section
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.extract import last_box
@@ -198,6 +199,8 @@ def _read_lines(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         raise EvaluationError(
             f"{path}: cannot be read ({reason}); the benchmark's path starts from data.root"
         ) from None
+    if instead := what_instead(path):
+        raise EvaluationError(f"{path}: it is {instead}, and not the benchmark that was meant")
     rows = list(_parse_lines(path, text))
     if not rows:
         raise EvaluationError(f"{path}: no rows, expected one JSON object a line")
@@ -223,7 +226,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]
 def _read_hub(row: Row, source: str) -> list[tuple[str, Mapping[str, Any]]]:
     import datasets
 
-    print(f"reading {source} from the Hugging Face hub", file=sys.stderr)
+    say(f"reading {source} from the Hugging Face hub", error=True)
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

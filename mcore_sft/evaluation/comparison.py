@@ -14,7 +14,7 @@ from mcore_sft.evaluation.answers import read_rows
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import FORMAT, REPORT, VERDICTS
 from mcore_sft.evaluation.statistics import Paired
-from mcore_sft.evaluation.summary import Row, is_right
+from mcore_sft.evaluation.summary import Row, is_graded, is_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class Comparison:
     """Answers (of A, of B) to problems that A alone had right."""
     won: tuple[tuple[Row, Row], ...]
     """Answers (of A, of B) to problems that B alone had right."""
+    not_graded: int
+    """Problems that are left out, because an answer to them could not be graded."""
 
 
 _Fields = Mapping[str, type | UnionType]
@@ -113,7 +115,8 @@ def compare(a: Result, b: Result) -> Comparison:
     """Pair the answers of two runs; raises `EvaluationError` where they were asked other things."""
     _check(a, b)
     left, right = a.greedy, b.greedy
-    pairs = [(left[name], right[name]) for name in left]
+    asked = [(left[name], right[name]) for name in left]
+    pairs = [pair for pair in asked if all(map(is_graded, pair))]
     kinds: dict[tuple[bool, bool], list[tuple[Row, Row]]] = {}
     for pair in pairs:
         kinds.setdefault((is_right(pair[0]), is_right(pair[1])), []).append(pair)
@@ -128,6 +131,7 @@ def compare(a: Result, b: Result) -> Comparison:
         ),
         lost=tuple(lost),
         won=tuple(won),
+        not_graded=len(asked) - len(pairs),
     )
 
 

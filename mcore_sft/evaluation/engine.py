@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from mcore_sft.base.foreign import what_instead
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.evaluation.errors import EvaluationError
 
@@ -85,6 +86,11 @@ class Engine(ABC):
             },
             rows=self._shape.get("vocab_size"),
         )
+
+    @property
+    def served(self) -> Mapping[str, Any] | None:
+        """What a server says of the model that it serves; None where `folder` itself answers."""
+        return None
 
     def _limits(self) -> Mapping[str, int | None]:
         """Lengths of prompt and answer together that are the engine's own, by their names."""
@@ -186,8 +192,15 @@ def check_weights(folder: Path) -> None:
                 f"{file}: it belongs to the model and is not there; copy it here, "
                 "or export the model again"
             )
+        _check_no_stand_in(file)
         if file.suffix == ".safetensors":
             _check_whole(file)
+
+
+def _check_no_stand_in(file: Path) -> None:
+    """Refuse what a download left in place of a file."""
+    if instead := what_instead(file):
+        raise EvaluationError(f"{file}: it is {instead}, and not the file that was meant")
 
 
 def _check_whole(file: Path) -> None:
@@ -261,6 +274,7 @@ def completion(
 
 
 def _json(path: Path) -> dict[str, Any]:
+    _check_no_stand_in(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -30,7 +30,11 @@ from mcore_sft.evaluation.series import (
 from mcore_sft.evaluation.symbolic import Unreadable, same_meaning, silence
 from mcore_sft.evaluation.value import agree, differ, value_at_a_point
 
-Outcome = Literal["equal", "different", "no_answer", "unparsable", "timeout", "unsafe"]
+Outcome = Literal[
+    "equal", "different", "no_answer", "unparsable", "timeout", "unsafe", "not_graded"
+]
+NOT_GRADED: Outcome = "not_graded"
+"""Nothing is known of the answer: its grading was ended from outside. It is never counted."""
 
 MAX_LENGTH = 2000
 _MAX_DIGITS = 400

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from mcore_sft.config import Policy
-from mcore_sft.evaluation.equivalence import Outcome, Verdict, judge_exactly
+from mcore_sft.evaluation.equivalence import NOT_GRADED, Outcome, Verdict, judge_exactly
 from mcore_sft.evaluation.extract import Extraction, extract, stated
 from mcore_sft.evaluation.pool import Job, Pool
 
+UNKNOWN_CLASS = -2
+"""Of an answer that could not be compared with others of its problem."""
 # Longer texts go to a worker even for the exact rules, so that nothing here can take long.
 _SHORT = 400
 # An overlong answer does not travel to be refused.
@@ -111,9 +113,10 @@ class Grader:
         )
 
     def classes(self, answers: Sequence[Sequence[str | None]]) -> list[tuple[int, ...]]:
-        """For each problem's answers, the class of those that mean the same; -1 for no answer.
+        """For each problem's answers, the class of those that mean the same.
 
-        An answer joins the class of the first earlier answer that it equals.
+        -1 is no answer, `UNKNOWN_CLASS` one that could not be compared with all others. An answer
+        joins the class of the first earlier answer that it equals.
         """
         return [self._classes(of_problem) for of_problem in answers]
 
@@ -124,7 +127,11 @@ class Grader:
             if answer is None or answer in spelled:
                 continue
             pairs = [Pair(gold=known, prediction=answer) for known in representatives]
-            same = [number for number, verdict in self.judge_all(pairs) if verdict.correct]
+            found = dict(self.judge_all(pairs))
+            same = [number for number, verdict in found.items() if verdict.correct]
+            if not same and any(one.outcome == NOT_GRADED for one in found.values()):
+                spelled[answer] = UNKNOWN_CLASS
+                continue
             spelled[answer] = min(same, default=len(representatives))
             if not same:
                 representatives.append(answer)

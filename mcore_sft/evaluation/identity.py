@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
 from mcore_sft import __version__
 from mcore_sft.base.files import sha256_of
@@ -58,11 +59,17 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def configuration_hash(
     *, model: Mapping[str, str], prompt: str, tokenizer: str, stop_ids: tuple[int, ...],
-    config: EvaluationConfig,
+    config: EvaluationConfig, served: Mapping[str, Any] | None,
 ) -> str:  # fmt: skip
-    """What all answers of a run have in common; how they are graded is no part of it."""
+    """What all answers of a run have in common; how they are graded is no part of it.
+
+    `served` is what a server says of the model that it serves, if one answers: its address is no
+    part of it, for the same model may be served elsewhere.
+    """
     settings = config.model_dump(mode="json", include={"engine", "max_new_tokens", "precision"})
     whole = [dict(model), prompt, tokenizer, stop_ids, settings]
+    if served is not None:
+        whole.append(dict(served))
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 

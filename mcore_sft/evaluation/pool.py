@@ -2,6 +2,12 @@
 
 A worker that overruns its deadline is killed, never joined; its successor is forked from a process
 that has already imported everything, so that a hostile answer costs its deadline and little more.
+
+    crashed (SIGSEGV, SIGABRT, an exit, ...)      the answer did it: unsafe
+    killed (SIGKILL, SIGTERM, ...) by others      done once more, then not_graded
+
+An answer cannot have a process killed: it is never executed, and its memory has a limit at which
+allocations fail.
 """
 
 import json
@@ -16,14 +22,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
 import mcore_sft
 from mcore_sft.evaluation import worker
-from mcore_sft.evaluation.equivalence import Outcome, Verdict
+from mcore_sft.evaluation.equivalence import NOT_GRADED, Outcome, Verdict
 from mcore_sft.evaluation.errors import EvaluationError
 
 _START_SECONDS = 120.0
+_OWN = frozenset(
+    {
+        *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT),
+        *(signal.SIGSYS, signal.SIGTRAP, signal.SIGXCPU, signal.SIGXFSZ),
+        *(signal.SIGPROF, signal.SIGALRM, signal.SIGVTALRM),
+    }
+)
+"""What a process brings upon itself; every other signal comes from outside."""
+_MOST_STARTS = 5
+"""In a row without a worker that is ready, before the run ends: something kills each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +66,7 @@ class Pool:
         self._timeout = timeout
         self._size = processes or min(4, os.cpu_count() or 1)
         self._workers: list[_Worker] = []
+        self._failed_starts = 0
 
     def __enter__(self) -> Self:
         return self
@@ -65,36 +82,62 @@ class Pool:
 
     def start(self) -> None:
         """Start all workers now and wait until each is ready."""
-        self._grow(self._size)
-        while not all(process.idle for process in self._workers):
+        while len(self._workers) < self._size or not all(one.idle for one in self._workers):
+            self._grow(self._size)
             self._wait()
             self._collect()
 
     def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Done]]:
-        """Do all (number, job); yields (number, done) as they are decided."""
+        """Do all (number, job); yields (number, done) as they are decided.
+
+        Raises `EvaluationError` where no worker can be started.
+        """
         waiting = deque(jobs)
+        sent: dict[int, Job] = {}
+        again: set[int] = set()
         while waiting or any(process.busy for process in self._workers):
             busy = sum(process.busy for process in self._workers)
             self._grow(min(self._size, len(waiting) + busy))
             for process in self._workers:
                 if waiting and process.idle:
-                    process.send(*waiting.popleft(), self._timeout)
+                    number, job = waiting.popleft()
+                    sent[number] = job
+                    process.send(number, job, self._timeout)
             self._wait()
-            yield from self._collect()
+            for number, done in self._collect():
+                job = sent.pop(number)
+                if done.verdict.outcome == NOT_GRADED and number not in again:
+                    again.add(number)
+                    waiting.append((number, job))
+                else:
+                    yield number, done
 
     def _grow(self, size: int) -> None:
         while len(self._workers) < size:
             self._workers.append(_Worker())
 
     def _collect(self) -> list[tuple[int, Done]]:
-        return [done for process in self._workers for done in process.collect()]
+        """What has been decided; workers that have ended are left out from then on."""
+        decided = [done for process in self._workers for done in process.collect()]
+        if any(process.served for process in self._workers):
+            self._failed_starts = 0
+        for process in [one for one in self._workers if one.ended]:
+            self._workers.remove(process)
+            process.end()
+            self._failed_starts += not process.served
+            if self._failed_starts >= _MOST_STARTS or not (process.served or process.killed):
+                raise EvaluationError(
+                    f"a grading worker did not start ({process.ended}); run "
+                    f"`{sys.executable} -P -m {worker.__name__} < /dev/null` to see why"
+                )
+        return decided
 
     def _wait(self) -> None:
         """Sleep until a worker has something to say or the next deadline is over."""
         with selectors.DefaultSelector() as selector:
             for process in self._workers:
                 selector.register(process.output, selectors.EVENT_READ)
-            deadline = min(process.deadline for process in self._workers)
+            deadline = min((process.deadline for process in self._workers), default=0.0)
             selector.select(max(0.0, deadline - time.monotonic()))
 
 
@@ -118,6 +161,13 @@ class _Worker:
         self._received = b""
         self._number: int | None = None
         self._fork: int | None = None
+        self._taken = False
+        self.served = False
+        """Whether it has ever been ready."""
+        self.killed = False
+        """Whether it, or its fork while that was busy, has been killed from outside."""
+        self.ended = ""
+        """Why it serves no more; empty while it does."""
         self.deadline = time.monotonic() + _START_SECONDS
 
     @property
@@ -139,7 +189,7 @@ class _Worker:
     def send(self, number: int, job: Job, timeout: float) -> None:
         """Start one job, which is to end within `timeout` seconds."""
         assert self._process.stdin is not None
-        self._number = number
+        self._number, self._taken = number, False
         self.deadline = time.monotonic() + timeout
         line = json.dumps([job.task, job.gold, job.prediction, timeout]) + "\n"
         with suppress(BrokenPipeError):  # its death is seen where its answers are read
@@ -151,20 +201,49 @@ class _Worker:
         for line in self._lines():
             outcome, rule, extracted = json.loads(line)
             if outcome == worker.READY:
-                if self.busy:  # the fork that had the job died of it
-                    yield self._finish("unsafe", "worker_died")
-                self._fork, self.deadline = int(rule), float("inf")
+                yield from self._next_fork(int(rule), extracted)
+            elif outcome == worker.TAKEN:
+                self._taken = True
             elif self.busy:
                 yield self._finish(outcome, rule, extracted)
-        if self._process.poll() is not None:
-            self._failed()
-        if time.monotonic() >= self.deadline:
-            if self._fork is None:
-                self._failed()
-            with suppress(ProcessLookupError):
-                os.kill(self._fork, signal.SIGKILL)
-            yield self._finish("timeout", "deadline")
-            self._fork, self.deadline = None, time.monotonic() + _START_SECONDS
+        if self.ended:
+            return
+        if (code := self._process.poll()) is not None:
+            self._note_end(code)
+            if self.busy:
+                yield self._lost()
+        elif time.monotonic() >= self.deadline:
+            yield from self._overrun()
+
+    def _next_fork(self, fork: int, signal_before: str | None) -> Iterator[tuple[int, Done]]:
+        if self.busy:  # the fork that was to do the job is dead
+            assert signal_before is not None
+            self._note_end(-int(signal_before))
+            yield self._lost()
+            if not self._taken:  # this one would do it, in place of the next job
+                return
+            self.ended, self.killed = "", False
+        self._fork, self.served, self.deadline = fork, True, float("inf")
+
+    def _overrun(self) -> Iterator[tuple[int, Done]]:
+        if self._fork is None:
+            self.ended = f"it was not ready within {_START_SECONDS:g} s"
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self._fork, signal.SIGKILL)
+        yield self._finish("timeout", "deadline")
+        self._fork, self.deadline = None, time.monotonic() + _START_SECONDS
+
+    def _note_end(self, code: int) -> None:
+        """Of it or its fork; a negative code is a signal."""
+        self.killed = code < 0 and -code not in _OWN
+        self.ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _lost(self) -> tuple[int, Done]:
+        """The job of a fork that died while it was busy."""
+        if self.killed:
+            return self._finish(NOT_GRADED, "killed")
+        return self._finish("unsafe", "worker_died")
 
     def end(self) -> None:
         """End the process and its fork, whatever they are doing."""
@@ -182,12 +261,6 @@ class _Worker:
         assert self._number is not None
         number, self._number, self.deadline = self._number, None, float("inf")
         return number, Done(verdict=Verdict(outcome=outcome, rule=rule), extracted=extracted)
-
-    def _failed(self) -> NoReturn:
-        raise EvaluationError(
-            "a grading worker did not start; run "
-            f"`{sys.executable} -P -m {worker.__name__} < /dev/null` to see why"
-        )
 
     def _lines(self) -> list[bytes]:
         with suppress(BlockingIOError):

@@ -98,6 +98,14 @@ def interval_line(name: str, share: Share | Mean) -> str:
     return f"{said} (over {len(share.values)} problems)\n"
 
 
+def not_graded_line(count: int, total: int) -> str:
+    """What is said where answers are in no score."""
+    return (
+        f"not graded {count} of {total} answers: something killed the processes that graded them, "
+        "as happens where memory runs out; they are in no score: run the command again\n"
+    )
+
+
 def details(said: Mapping[str, Any]) -> str:
     """What report.json says beside the scores: by what they split, who decided, and doubts."""
     answers = sum(said["verdicts"].values())

@@ -100,6 +100,8 @@ def _headline(report: Mapping[str, Any]) -> str:
         f"<p class=score>{first['percent']:.2f}% <small>{_interval(first)}, {counted}</small>"
     )
     facts = {name: f"{share['percent']:.2f}% ({_interval(share)})" for name, share in others}
+    if report.get("not_graded"):
+        facts["not graded"] = f"{report['not_graded']:,} answers, which are in no score"
     counts = {"truncated": report.get("truncated"), "disputed": len(report.get("disputed") or ())}
     for name, count in counts.items():
         if count:
@@ -361,7 +363,8 @@ def _problem(row: Row, defect: str | None) -> dict[str, Any]:
 
 
 def _answer(row: Row, other: Row | None, limit: int) -> dict[str, Any]:
-    flipped = other and (other["verdict"] == "equal") != (row["verdict"] == "equal")
+    known = other and "not_graded" not in (other["verdict"], row["verdict"])
+    flipped = known and other and (other["verdict"] == "equal") != (row["verdict"] == "equal")
     return _told(
         sample=row.get("sample", 0),
         verdict=row["verdict"],

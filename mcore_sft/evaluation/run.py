@@ -8,7 +8,6 @@ model.
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mcore_sft.base.terminal import Console
+from mcore_sft.base import files
+from mcore_sft.base.terminal import Console, printable, say
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
-from mcore_sft.evaluation import answers, few_shot, identity, report, summary
+from mcore_sft.evaluation import answers, few_shot, identity, report, server_engine, summary
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
 from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine, seed_of
@@ -65,6 +65,11 @@ class Evaluation:
         return identity.model_files(self.model)
 
     @cached_property
+    def served(self) -> Mapping[str, Any] | None:
+        """What a server says of the model that it serves; None where no server answers."""
+        return server_engine.served(self.config.server) if self.config.engine == "server" else None
+
+    @cached_property
     def configuration(self) -> str:
         """Hash of what all answers have in common."""
         return identity.configuration_hash(
@@ -73,6 +78,7 @@ class Evaluation:
             tokenizer=self.tokenizer.fingerprint,
             stop_ids=self.prompt.stop_ids,
             config=self.config,
+            served=self.served,
         )
 
     @cached_property
@@ -159,6 +165,8 @@ def evaluate(
     They differ in benchmark, samples and output alone: one engine answers for all, and is opened
     for the first question that has no answer yet. Answers are on disk as they come.
     """
+    for each in evaluations:
+        _check_served(each.served, evaluations[0])
     assert len({each.configuration for each in evaluations}) == 1
     with ExitStack() as stack:
         files = [stack.enter_context(AnswerFile(each.output / ANSWERS)) for each in evaluations]
@@ -168,6 +176,7 @@ def evaluate(
             if questions:
                 if engine is None:
                     engine = stack.enter_context(_engine_for(evaluation))
+                    _check_served(engine.served, evaluation)
                     engine.check([asked.request(0) for some in left for asked in some])
                 _ask(engine, evaluation, questions, file)
             grade(evaluation)
@@ -178,7 +187,7 @@ def _unanswered(evaluation: Evaluation, file: AnswerFile) -> list[Asked]:
     questions = [asked for asked in evaluation.asked if asked.key not in file.done]
     done = len(evaluation.asked) - len(questions)
     if done:
-        print(f"{file.path}: {done} of {len(evaluation.asked)} are answered", file=sys.stderr)
+        say(f"{file.path}: {done} of {len(evaluation.asked)} are answered", error=True)
     return questions
 
 
@@ -192,6 +201,15 @@ def _engine_for(evaluation: Evaluation) -> Engine:
     )
 
 
+def _check_served(served: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
+    """Raise `EvaluationError` where a server serves another model than the answers are kept for."""
+    if served != evaluation.served:
+        raise EvaluationError(
+            f"{evaluation.config.server.url}: it serves another model than a moment ago; "
+            "run the command again"
+        )
+
+
 def _ask(
     engine: Engine, evaluation: Evaluation, questions: Sequence[Asked], file: AnswerFile
 ) -> None:
@@ -202,7 +220,7 @@ def _ask(
             advance(len(batch), sum(len(each.tokens) for each in batch))
     # only the run that asked knows what answered
     described = json.dumps(engine.describe(), indent=2) + "\n"
-    answers.write_text(evaluation.output / ENGINE, described)
+    files.write_named(evaluation.output / ENGINE, described)
 
 
 def grade(evaluation: Evaluation) -> None:
@@ -307,9 +325,9 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "versions": identity.versions(),
         "text": _text(evaluation, verdicts),
     }
-    answers.write_text(evaluation.output / REPORT, json.dumps(made, indent=2) + "\n")
-    answers.write_text(evaluation.output / TEXT, made["text"] + report.details(made))
-    answers.write_text(evaluation.output / PAGE, page(made, rows))
+    files.write_named(evaluation.output / REPORT, json.dumps(made, indent=2) + "\n")
+    files.write_named(evaluation.output / TEXT, made["text"] + report.details(made))
+    files.write_named(evaluation.output / PAGE, page(made, rows))
     return made
 
 
@@ -317,7 +335,11 @@ def _engine(file: Path) -> Mapping[str, str]:
     """What answered last; nothing where that run was killed at its very end."""
     if not file.exists():
         return {}
-    content: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        say(f"{file} is skipped: {error}", error=True)
+        return {}
     return content
 
 
@@ -331,6 +353,8 @@ def _text(evaluation: Evaluation, verdicts: Verdicts) -> str:
             evaluation.benchmark.name, modes, len(evaluation.benchmark.problems)
         )
     ]
+    if verdicts.ungraded:
+        lines.append(report.not_graded_line(verdicts.ungraded, len(verdicts.rows)))
     for mode, (right, silent) in modes.items():
         name = "" if mode == "greedy" else f"{mode} "
         lines.append(report.interval_line(f"{name}symbolic_correct", right))
@@ -363,7 +387,7 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int, int], Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(description, total=total, rate="")
+        task = bars.add_task(printable(description), total=total, rate="")
         tokens = 0
 
         def advance(rows: int, new_tokens: int) -> None:

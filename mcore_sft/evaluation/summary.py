@@ -1,6 +1,7 @@
 """Rows of verdicts in, what a report says of them out: shares, by what they are split, and doubts.
 
-Sample 0 of a problem is its greedy answer, samples 1 to N are sampled.
+Sample 0 of a problem is its greedy answer, samples 1 to N are sampled. An answer that could not be
+graded is in no share: of the samples its whole problem is left out.
 """
 
 from bisect import bisect_right
@@ -12,7 +13,9 @@ from statistics import quantiles
 from typing import Any
 
 from mcore_sft.evaluation.benchmarks import Benchmark
+from mcore_sft.evaluation.equivalence import NOT_GRADED
 from mcore_sft.evaluation.extract import differing_boxes
+from mcore_sft.evaluation.grade import UNKNOWN_CLASS
 from mcore_sft.evaluation.statistics import Mean, Share, majority, pass_at_k
 
 Row = Mapping[str, Any]
@@ -45,6 +48,16 @@ class Verdicts:
         """N, sampled answers of one problem."""
         return len(self.sampled[0]) if self.sampled else 0
 
+    @cached_property
+    def graded(self) -> list[list[Row]]:
+        """Those of `sampled` of which all is known."""
+        return [rows for rows in self.sampled if all(map(_is_known, rows))]
+
+    @property
+    def ungraded(self) -> int:
+        """How many answers are not graded."""
+        return sum(not _is_known(row) for row in self.rows)
+
     @property
     def headline(self) -> list[Row]:
         """The answers that breakdowns count: the greedy ones, or all where there are none."""
@@ -67,7 +80,7 @@ class Verdicts:
         """
         # NeMo-Skills of May 2025 votes by spelling, lets the first of a tie win, takes pass@k from
         # the first k, and forgets problems without any answer in both rows' no_answer.
-        first = [rows[:k] for rows in self.sampled]
+        first = [rows[:k] for rows in self.graded]
         nothing = Mean(values=tuple(float(all(map(_is_silent, rows))) for rows in first))
         return {
             f"majority@{k}": (
@@ -80,7 +93,7 @@ class Verdicts:
                 nothing,
             ),
             f"pass@{k}": (
-                Mean(values=tuple(pass_at_k([*map(is_right, rows)], k) for rows in self.sampled)),
+                Mean(values=tuple(pass_at_k([*map(is_right, rows)], k) for rows in self.graded)),
                 nothing,
             ),
             f"pass@1[{k}]": (_mean(first, is_right), _mean(first, _is_silent)),
@@ -88,8 +101,8 @@ class Verdicts:
 
 
 def share(rows: Sequence[Row]) -> Share:
-    """How many are right."""
-    return Share(hits=sum(map(is_right, rows)), total=len(rows))
+    """How many are right of those that are graded."""
+    return Share(hits=sum(map(is_right, rows)), total=sum(map(is_graded, rows)))
 
 
 def told(figure: Share | Mean) -> dict[str, Any]:
@@ -118,6 +131,7 @@ def describe(verdicts: Verdicts, benchmark: Benchmark) -> dict[str, Any]:
             str(k): {mode: told(right) for mode, (right, _) in verdicts.modes_at(k).items()}
             for k in range(1, verdicts.samples + 1)
         },
+        "not_graded": verdicts.ungraded,
         "verdicts": dict(Counter(row["verdict"] for row in rows).most_common()),
         "rules": _rules(rows),
         "missing": dict(Counter(row["missing"] for row in rows if row["missing"]).most_common()),
@@ -211,12 +225,22 @@ def is_right(row: Row) -> bool:
     return bool(row["verdict"] == "equal")
 
 
+def is_graded(row: Row) -> bool:
+    """Whether anything is known of the answer of a row of verdicts.jsonl."""
+    return bool(row["verdict"] != NOT_GRADED)
+
+
+def _is_known(row: Row) -> bool:
+    """Whether it is graded, and a sampled one compared with the others of its problem."""
+    return is_graded(row) and row.get("class") != UNKNOWN_CLASS
+
+
 def _is_silent(row: Row) -> bool:
     return bool(row["verdict"] == "no_answer")
 
 
 def _silent(rows: Sequence[Row]) -> Share:
-    return Share(hits=sum(map(_is_silent, rows)), total=len(rows))
+    return Share(hits=sum(map(_is_silent, rows)), total=sum(map(is_graded, rows)))
 
 
 def _mean(problems: Sequence[Sequence[Row]], what: Callable[[Row], bool]) -> Mean:

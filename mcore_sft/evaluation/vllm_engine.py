@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mcore_sft.base.terminal import say
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.evaluation.engine import (
     Completion,
@@ -123,10 +123,10 @@ class VllmEngine(Engine):
                 "stop_ids": sorted(self._stop_ids),
             }
             self._process = _Process(self._python, settings, self._log)
-            print(
+            say(
                 f"vllm {self._versions['vllm']} loads {self._folder}; "
                 f"its log is {self._process.log}",
-                file=sys.stderr,
+                error=True,
             )
         return self._process
 

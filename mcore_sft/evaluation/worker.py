@@ -2,10 +2,11 @@
 
 One JSON line `[task, gold, prediction, seconds]` in, one `[outcome, rule, extracted]` out. The
 process that was started imports what grading needs and then only forks: each fork serves until it
-is killed, and its successor is there in milliseconds. A fork says `["ready", its id, null]` before
-it serves, limits its own memory, may write no file, and ends by itself some time after the
-`seconds` of a task even if whoever keeps the deadline is gone. Texts travel as JSON, so nothing
-that an answer says is ever unpickled or evaluated.
+is killed, and its successor is there in milliseconds. A fork says `["ready", its id, signal]`
+before it serves, with the number of the signal that ended the one before, and `["taken", null,
+null]` when it begins with a task. It limits its own memory, may write no file, and ends by itself
+some time after the `seconds` of a task even if whoever keeps the deadline is gone. Texts travel as
+JSON, so nothing that an answer says is ever unpickled or evaluated.
 """
 
 import json
@@ -20,7 +21,7 @@ from mcore_sft.evaluation import equivalence, reference
 from mcore_sft.evaluation.equivalence import Verdict
 
 Task = Literal["judge", "math_verify", "nemo_rl"]
-READY = "ready"
+READY, TAKEN = "ready", "taken"
 MEMORY_BYTES = 2 * 1024**3
 _GRACE_SECONDS = 5.0
 _SHOWN = 300
@@ -32,20 +33,23 @@ def main() -> None:
     answers = _take_over_stdout()
     equivalence.symbolic("x + 1", "1 + x")  # imports and caches before the first deadline runs
     reference.nemo_rl("1", r"\boxed{1}")
+    before: str | None = None
     while True:
         child = os.fork()
         if child == 0:
-            _serve(answers)
+            _serve(answers, before)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             sys.exit(os.waitstatus_to_exitcode(status))
+        before = str(os.WTERMSIG(status))
 
 
-def _serve(answers: TextIO) -> None:
+def _serve(answers: TextIO, before: str | None) -> None:
     _limit()
-    _say(answers, READY, str(os.getpid()), None)
+    _say(answers, READY, str(os.getpid()), before)
     for line in sys.stdin.buffer:
+        _say(answers, TAKEN, None, None)
         task, gold, prediction, seconds = json.loads(line)
         # of processor time, which an orphan that never ends uses up; it needs no help of Python
         signal.setitimer(signal.ITIMER_PROF, seconds + _GRACE_SECONDS)
@@ -54,7 +58,7 @@ def _serve(answers: TextIO) -> None:
         _say(answers, verdict.outcome, verdict.rule, extracted)
 
 
-def _say(answers: TextIO, outcome: str, rule: str, extracted: str | None) -> None:
+def _say(answers: TextIO, outcome: str, rule: str | None, extracted: str | None) -> None:
     # at most 4096 bytes, which a pipe takes whole or not at all, whenever this process is killed
     shown = None if extracted is None else extracted[:_SHOWN]
     print(json.dumps([outcome, rule, shown]), file=answers, flush=True)

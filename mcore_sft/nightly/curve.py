@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -72,8 +73,8 @@ class Curve:
             ) from None
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_whole(path, json.dumps(self.to_tree(), allow_nan=False) + "\n")
+        """Write it as JSON, whole or not at all; raises OSError."""
+        files.replace(path, json.dumps(self.to_tree(), allow_nan=False) + "\n")
 
     @classmethod
     def of_tree(cls, tree: dict[str, Any]) -> "Curve":
@@ -104,13 +105,6 @@ class Curve:
             said[name] = [_or_null(x) for x in said[name]]
         said["validation"] = {str(step): _or_null(x) for step, x in self.validation.items()}
         return said
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there complete or not at all: what is there is not made again."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 SERIES = ("loss", "grad_norm", "tokens_per_second")

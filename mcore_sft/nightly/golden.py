@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig
@@ -58,7 +59,7 @@ def _every_weight(folder: Path) -> str:
 
 def keep(file: Path, curve: Curve, made: dict[str, Any], *, command: str, reason: str) -> None:
     """Write `curve` with what made it, and why it is kept anew."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(file.parent)
     versions = {name: version(name) for name in ("torch", "transformers")}
     told = {"reason": reason, "command": command, "versions": versions, "made": made}
     # What made it is read in a diff; of the curve, a line for each series.
@@ -68,7 +69,7 @@ def keep(file: Path, curve: Curve, made: dict[str, Any], *, command: str, reason
         for name, values in curve.to_tree().items()
     ]
     text = head + ',\n "curve": {\n' + ",\n".join(series) + "\n }\n}\n"
-    file.write_text(text, encoding="utf-8")
+    files.replace(file, text)
 
 
 def read(file: Path, made: dict[str, Any], command: str) -> Curve:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mcore_sft.base import files
 from mcore_sft.nightly.judge import Finding
 
 Outcome = Literal["passed", "failed", "crashed"]
@@ -66,7 +67,7 @@ class Record:
 
 def append(file: Path, record: Record) -> None:
     """Add one line, on the disk when this returns; raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(file.parent)
     handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
@@ -79,6 +80,7 @@ def append(file: Path, record: Record) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+    files.sync(file.parent)
 
 
 def read(file: Path) -> tuple[list[Record], str | None]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from mcore_sft.base import files
 from mcore_sft.data.report_page import STYLE
 from mcore_sft.nightly import history
 from mcore_sft.nightly.curve import Curve, CurveError
@@ -61,8 +62,8 @@ svg text.departs { fill: var(--failed); font-weight: bold; }
 def write(history_file: Path, html_file: Path) -> None:
     """Write the page of all that the history holds; raises OSError."""
     records, torn = history.read(history_file)
-    html_file.parent.mkdir(parents=True, exist_ok=True)
-    html_file.write_text(_page(records, torn, history_file.parent), encoding="utf-8")
+    files.make_folder(html_file.parent)
+    files.replace(html_file, _page(records, torn, history_file.parent))
 
 
 def _page(records: Sequence[Record], torn: str | None, folder: Path) -> str:

@@ -16,20 +16,22 @@ import shlex
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from mcore_sft import config as configuration
+from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import say
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import packs_of_a_step
 from mcore_sft.evaluation.statistics import Share
 from mcore_sft.nightly import commits, golden, judge, narrow, work
-from mcore_sft.nightly.curve import Curve, CurveError, write_whole
+from mcore_sft.nightly.curve import Curve, CurveError
 from mcore_sft.nightly.golden import GoldenError
 from mcore_sft.nightly.history import Outcome, Record
 from mcore_sft.nightly.judge import Finding
@@ -101,14 +103,14 @@ class Run:
 
     def record(self) -> Record:
         """Run what has not been run yet, and judge."""
-        kept = self.folder / "record.json"
+        file = self.folder / "record.json"
         try:
-            if kept.exists():
-                return Record.from_json(kept.read_text(encoding="utf-8"))
+            if _is_kept(file, _record):
+                return _record(file)
             self.check()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder)
             made = self._judged()
-            write_whole(kept, made.to_json() + "\n")
+            files.replace(file, made.to_json() + "\n")
         except Exception as error:  # whatever it is, the other benchmarks of the night are run
             return self._record("crashed", crash=told(error))
         return made
@@ -207,7 +209,8 @@ class Run:
         for number, command in enumerate(self.night.tier.inputs[self.benchmark.inputs].commands):
             words = [self._named(word) for word in shlex.split(command)]
             self._run(f"inputs {number}", words, self.work / "inputs.log")
-        done.touch()
+        files.sync_tree(self.work)
+        files.write(done, "")
 
     def dataset(self) -> None:
         """The packed dataset."""
@@ -218,7 +221,7 @@ class Run:
     def trained(self) -> Curve:
         """The curve of the run itself."""
         file = self.folder / "curve.json"
-        if not file.exists():
+        if not _is_kept(file, Curve.read):
             folder = self.folder / "run"
             self._run("training", self._training(folder))
             Curve.of_run(folder).write(file)
@@ -229,7 +232,7 @@ class Run:
         against, file = self.benchmark.against, self.folder / "reference.json"
         if against is None:
             return None
-        if not file.exists():
+        if not _is_kept(file, Curve.read):
             if against == PLAIN:
                 self._oracle("reference", file)
             elif against == GOLDEN:
@@ -249,20 +252,20 @@ class Run:
         if not self.benchmark.peer_steps:
             return None
         file = self.folder / "peer.json"
-        if not file.exists():
+        if not _is_kept(file, Curve.read):
             self._oracle("peer", file, "--steps", str(self.benchmark.peer_steps))
         return Curve.read(file)
 
     def resumed(self) -> Curve:
         """The same run, killed at a step that the commit and the name choose, and started again."""
         file, folder = self.folder / "resumed.json", self.folder / "resumed"
-        if not file.exists():
+        if not _is_kept(file, Curve.read):
             killed = self.folder / "killed_at"
             if not killed.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 step = self._step_to_kill()
                 self._run_until("training that is killed", folder, step)
-                write_whole(killed, f"{step}\n")
+                files.replace(killed, f"{step}\n")
             self._run("training that is started again", self._training(folder))
             Curve.of_run(folder).write(file)
         return Curve.read(file)
@@ -275,7 +278,7 @@ class Run:
     def accuracy(self) -> Share:
         """Of the experiment's first benchmark, by the exported model."""
         file = self.folder / "evaluation" / "report.json"
-        if not file.exists():
+        if not _is_kept(file, _share):
             run, model = self.folder / "run", self.folder / "model"
             steps = self.config(run).train.steps
             if not (model / "config.json").exists():
@@ -285,8 +288,7 @@ class Run:
             ask = ["python", "tools/evaluate.py", "--model", str(model), "--benchmark", name]
             words = ["--output", str(file.parent), *self._words(run)]
             self._run("evaluation", [*ask, *words])
-        score = json.loads(file.read_text(encoding="utf-8"))["score"]["symbolic_correct"]
-        return Share(hits=score["hits"], total=score["total"])
+        return _share(file)
 
     def made_from(self) -> dict[str, object]:
         """What decides the curve of the oracle."""
@@ -301,7 +303,7 @@ class Run:
         self.inputs()
         self.dataset()
         file, kept = self.folder / "oracle.json", golden.FOLDER / f"{self.benchmark.name}.json"
-        if not file.exists():
+        if not _is_kept(file, Curve.read):
             self._oracle("golden", file)
         made, command = self.made_from(), self._golden_command
         golden.keep(kept, Curve.read(file), made, command=command, reason=reason)
@@ -330,7 +332,7 @@ class Run:
         folder, last = self.folder / _stage(trial), step + NARROW_BEYOND
         file = folder.with_suffix(".json")
         try:
-            if not file.exists():
+            if not _is_kept(file, Curve.read):
                 if last < self.config(folder).train.steps:
                     self._run_until(_stage(trial), folder, last, trial)
                 else:
@@ -387,12 +389,12 @@ class Run:
         begun = time.monotonic()
         yield
         taken = self._stages() | {stage: time.monotonic() - begun}
-        write_whole(self.folder / SECONDS, json.dumps(taken, indent=1) + "\n")
+        files.replace(self.folder / SECONDS, json.dumps(taken, indent=1) + "\n")
 
     def _stages(self) -> dict[str, float]:
         """Stage that has come to its end -> seconds."""
         file = self.folder / SECONDS
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return _seconds(file) if _is_kept(file, _seconds) else {}
 
     def _seconds(self) -> float:
         """Of all stages up to the judgement."""
@@ -408,6 +410,35 @@ class Run:
                 f"benchmark {self.benchmark.name} needs --data, the folder for {{data}} in {text!r}"
             )
         return text.replace("{work}", str(self.work)).replace("{data}", str(self.night.data))
+
+
+def _is_kept(file: Path, read: Callable[[Path], object]) -> bool:
+    """Whether an earlier night left what `read` reads.
+
+    An empty or torn file, as a power loss leaves it, is told and made again.
+    """
+    if not file.exists():
+        return False
+    try:
+        read(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        say(f"{file} is skipped, and made again: {error}", error=True)
+        return False
+    return True
+
+
+def _record(file: Path) -> Record:
+    return Record.from_json(file.read_text(encoding="utf-8"))
+
+
+def _seconds(file: Path) -> dict[str, float]:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _share(file: Path) -> Share:
+    """Right answers, as report.json says it."""
+    score = json.loads(file.read_text(encoding="utf-8"))["score"]["symbolic_correct"]
+    return Share(hits=score["hits"], total=score["total"])
 
 
 def _stage(trial: narrow.Trial) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from mcore_sft.base.errors import UserError
+from mcore_sft.base.terminal import say
 from mcore_sft.config import ParallelConfig
 from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
@@ -109,7 +110,7 @@ class Mesh:
     def say(self, text: str) -> None:
         """Print once for all."""
         if self.is_main:
-            print(text, flush=True)
+            say(text)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft import config as configuration
+from mcore_sft.base.terminal import say
 
 _NICE = 10
 _GRACE_SECONDS = 10.0
@@ -49,7 +50,7 @@ def main() -> None:
             output=output / config.watched.name,
             samples=config.watched.samples,
         )
-        evaluate([evaluation], lambda _, report: print(report["text"]))
+        evaluate([evaluation], lambda _, report: say(report["text"]))
     finally:
         _clear(output.parent)
 

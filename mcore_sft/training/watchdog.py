@@ -11,7 +11,6 @@ import faulthandler
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from mcore_sft.base.terminal import say
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
 
@@ -125,10 +125,9 @@ class Watchdog:
     def _tell(self, silent: float, missing: list[int]) -> None:
         """Say where the stacks lie, and whose are missing."""
         told = f"; of ranks {', '.join(map(str, missing))} there are none" if missing else ""
-        print(
+        say(
             f"error: rank {self._mesh.world.rank} has computed nothing for {silent:.0f} s "
             f"(train.hang_seconds {self._seconds:g}), and the run ends; what each rank was doing "
             f"stands in {self._folder}{told}",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )

@@ -25,7 +25,7 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal():
     tokenizer = load_tokenizer(TOKENIZER)
     tokens = np.array(tokenizer.encode("a\x1b[31m\x9b\r\n\tb"), dtype=np.int32)
     text = coloured(Example(tokens=tokens, spans=np.zeros((0, 2), np.int32)), tokenizer)
-    assert text.plain == "a\\x1b[31m\\x9b\\x0d\n\tb"
+    assert text.plain == "a\\x1b[31m\\x9b\\r\n\tb"
 
 
 def chart(*lengths):

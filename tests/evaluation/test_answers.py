@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.files import check_writable, write_named
 from mcore_sft.evaluation.answers import (
     Answer,
     AnswerFile,
-    check_writable,
     read,
     read_rows,
     write_lines,
-    write_text,
 )
 from mcore_sft.evaluation.errors import EvaluationError
 
@@ -84,7 +84,7 @@ def test_a_link_is_followed_to_its_target(tmp_path: Path) -> None:
     for content in ("first", "second"):
         link.unlink(missing_ok=True)
         link.symlink_to("folder/target")
-        write_text(link, content)
+        write_named(link, content)
         assert link.is_symlink()
         assert target.read_text() == content
     assert [path.name for path in target.parent.iterdir()] == ["target"]
@@ -96,7 +96,7 @@ def test_a_pipe_stays_one(tmp_path: Path) -> None:
     got: list[str] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
     reader.start()
-    write_text(pipe, "5\n")
+    write_named(pipe, "5\n")
     reader.join(timeout=60)
     assert got == ["5\n"]
     assert pipe.is_fifo()
@@ -106,7 +106,7 @@ def test_a_device_stays_one() -> None:
     # a terminal: nothing can take its place, whoever runs this, as it could that of /dev/null
     master, terminal = os.openpty()
     try:
-        write_text(Path(os.ttyname(terminal)), "5\n")
+        write_named(Path(os.ttyname(terminal)), "5\n")
         assert os.read(master, 10).split() == [b"5"]
         assert Path(os.ttyname(terminal)).is_char_device()
     finally:
@@ -116,8 +116,8 @@ def test_a_device_stays_one() -> None:
 
 def test_standard_output_that_is_a_file_is_added_to(tmp_path: Path) -> None:
     program = (
-        "from pathlib import Path; from mcore_sft.evaluation.answers import write_text; "
-        "print('before'); write_text(Path('/dev/stdout'), 'rows\\n'); print('after')"
+        "from pathlib import Path; from mcore_sft.base.files import write_named; "
+        "print('before'); write_named(Path('/dev/stdout'), 'rows\\n'); print('after')"
     )
     with (tmp_path / "out").open("w") as output:
         subprocess.run([sys.executable, "-c", program], stdout=output, check=True, timeout=60)
@@ -135,10 +135,10 @@ def test_standard_output_that_is_a_file_is_added_to(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_said(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("none/there.jsonl")
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(UserError, match=said):
         check_writable(tmp_path / name)
-    with pytest.raises(EvaluationError, match="cannot be written"):
-        write_text(tmp_path / name, "5")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_named(tmp_path / name, "5")
 
 
 @pytest.mark.parametrize("name", ["new", "there", "pipe", "/dev/stdout", os.devnull])

@@ -196,6 +196,7 @@ def test_the_model_it_serves(llama: Path, server: Server) -> None:
         "url": server.url,
         "model": "other",
         "owned_by": "vllm",
+        "served": json.dumps({"id": "other", "max_model_len": 6, "owned_by": "vllm"}),
         "version": "9.9",
     }
     engine.check(asked((1, 2, 3)))

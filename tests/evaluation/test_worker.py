@@ -16,7 +16,8 @@ def ask(pairs: list[list[str]], change: str) -> list[list[str | None]]:
     )
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert lines[0][0] == "ready"
-    return [[outcome, rule] for outcome, rule, _ in lines[1:]]
+    assert [line[0] for line in lines[1::2]] == ["taken"] * len(pairs)
+    return [[outcome, rule] for outcome, rule, _ in lines[2::2]]
 
 
 def test_memory_has_an_end() -> None:

@@ -10,7 +10,7 @@ const PER_PAGE = 10;
 const right = (row) => row.verdict === "equal";
 const FILTERS = {
   all: ["all", () => true],
-  wrong: ["wrong", (row) => !right(row) && row.verdict !== "no_answer"],
+  wrong: ["wrong", (row) => !right(row) && !["no_answer", "not_graded"].includes(row.verdict)],
   no_answer: ["no answer", (row) => row.verdict === "no_answer"],
   right: ["right", right],
   truncated: ["truncated", (row) => row.truncated],
