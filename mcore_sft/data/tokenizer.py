@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mcore_sft.base.model_folder import read_json, require_fetched
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.codec import Codec, HuggingFace, read_codec
 from mcore_sft.data.errors import DataError
@@ -129,6 +130,7 @@ class Tokenizer:
         """The chat template that came with the tokenizer."""
         beside = self._folder / "chat_template.jinja"
         if beside.is_file():
+            require_fetched(beside)  # else a pointer would be what is trained
             source = beside.read_text(encoding="utf-8")
             return ChatTemplate(source, where=beside, tokens=self._names)
         where = self._folder / "tokenizer_config.json"
@@ -241,8 +243,5 @@ def _flat(texts: pa.LargeStringArray) -> Any:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from None
+    read = read_json(file)
     return read if isinstance(read, dict) else {}
