@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mcore_sft import command
+from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import RunConfig
 from mcore_sft.data.job import Job, check_fit
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
     check_fit(tokenizer, config.model.path)
-    if (config.model.path / "config.json").is_file():  # what training would refuse, hours earlier
+    if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
         architecture.read(config.model.path).check_length(config.data.sequence_length)
     prompt = Prompt.load(config.prompt, tokenizer)
     return Job(config=config.data, prompt=prompt, tokenizer=tokenizer, console=Console(stderr=True))

@@ -58,10 +58,10 @@ def weight_files(folder: Path) -> dict[str, str]:
     Of a single file beside an index the single file is read, as transformers does. `UserError` if
     what is there cannot be read.
     """
-    if _is_file(folder / SINGLE):
+    if is_file(folder / SINGLE):
         return dict.fromkeys(open_weights(folder / SINGLE).keys(), SINGLE)
     index = folder / INDEX
-    if not _is_file(index):
+    if not is_file(index):
         return {}
     read = read_json(index)
     files = read.get("weight_map") if isinstance(read, dict) else None
@@ -70,7 +70,8 @@ def weight_files(folder: Path) -> dict[str, str]:
     return files
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether there is a file; `UserError` if that may not be known."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft.base.files import sha256_of
-from mcore_sft.base.model_folder import read_json
+from mcore_sft.base.model_folder import is_file, read_json
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, SourceConfig
 from mcore_sft.data.blocks import Block, SourceFile, changed
@@ -161,7 +161,7 @@ def check_fit(tokenizer: Tokenizer, model: Path) -> None:
     `UserError` if its config.json cannot be read.
     """
     file = model / "config.json"
-    if not file.is_file():
+    if not is_file(file):
         return
     config = read_json(file)
     vocab_size = config.get("vocab_size") if isinstance(config, dict) else None

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mcore_sft.base.model_folder import read_json, require_fetched
+from mcore_sft.base.model_folder import is_file, read_json, require_fetched
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.codec import Codec, HuggingFace, read_codec
 from mcore_sft.data.errors import DataError
@@ -198,8 +198,8 @@ def load_tokenizer(
     """
     path = Path(path)
     known = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")
-    candidates = [path] if path.is_file() else [path / name for name in known]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    candidates = [path] if is_file(path) else [path / name for name in known]
+    file = next((candidate for candidate in candidates if is_file(candidate)), None)
     if file is None:
         raise DataError(
             f"{path}: no tokenizer here; expected a folder with {', '.join(known[:-1])} or "

@@ -218,16 +218,16 @@ def _refuse_what_cannot_be_built(path: Path, config: dict[str, Any]) -> None:
 
 
 def _refuse_quantized_weights(path: Path, config: dict[str, Any]) -> None:
-    """A quantization beside plain weights is what is left of one that was undone.
+    """Raise `ConfigError` if the folder holds weights that are no plain numbers.
 
-    Without any weights, what config.json says of them is all that is known.
+    A quantization beside plain weights is what is left of one that was undone.
     """
     quantization = config.get("quantization_config") or config.get("compression_config")
     if not quantization:
         return
     files = set(weight_files(path.parent).values())
     types = {found for file in files for found in stored_types(path.parent / file).values()}
-    if not types or not types <= PLAIN.keys():
+    if not types <= PLAIN.keys():
         method = quantization
         if isinstance(quantization, dict):
             method = quantization.get("quant_method", "no quant_method")
