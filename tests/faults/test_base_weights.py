@@ -315,7 +315,7 @@ def read_all(folder: Path) -> None:
     """All that a run reads of its base before the first step."""
     arch.read(folder)
     assert load_tokenizer(folder).chat_template_source
-    SafetensorsFolder(folder).types()
+    SafetensorsFolder(folder).fingerprint()
 
 
 READ = ["config.json", "tokenizer.json", "tokenizer_config.json", SINGLE, INDEX, SHARD]
