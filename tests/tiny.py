@@ -54,7 +54,7 @@ def make_model(folder: Path, *, seed: int = 0, family: str = "llama-3.1", **chan
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 4,

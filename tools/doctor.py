@@ -312,8 +312,9 @@ def _model(config: "RunConfig") -> str:
 
     found = architecture.read(config.model.path)
     found.check(config.parallel, config.data.sequence_length)
-    tensors = len(SafetensorsFolder(config.model.path).names())
-    return f"{config.model.path}: {found.layers} layers of width {found.hidden}, {tensors} tensors"
+    weights = SafetensorsFolder(config.model.path)
+    types = " and ".join(f"{count} tensors in {name}" for name, count in weights.types().items())
+    return f"{config.model.path}: {found.layers} layers of width {found.hidden}, {types}"
 
 
 def _tokenizer(config: "RunConfig") -> str:

@@ -3,6 +3,7 @@
 import argparse
 
 from mcore_sft import command
+from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
 from mcore_sft.data.job import Job, check_fit
@@ -11,6 +12,7 @@ from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.report import show_manifest
 from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.model import architecture
 
 
 def main() -> None:
@@ -70,6 +72,8 @@ def _parser() -> Parser:
 def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
     check_fit(tokenizer, config.model.path)
+    if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
+        architecture.read(config.model.path).check_length(config.data.sequence_length)
     prompt = Prompt.load(config.prompt, tokenizer)
     return Job(config=config.data, prompt=prompt, tokenizer=tokenizer, console=Console(stderr=True))
 

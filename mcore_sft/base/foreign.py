@@ -4,7 +4,7 @@ from pathlib import Path
 
 _LOOKED_AT = 512
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_PAGES = (b"<!doctype html", b"<html")
+_PAGES = (b"<!doctype html", b"<html", b"<head", b"<body")
 
 
 def what_instead(file: Path) -> str | None:

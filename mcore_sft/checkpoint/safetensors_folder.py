@@ -6,29 +6,39 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mcore_sft.base.model_folder import INDEX, PLAIN, SINGLE, open_weights, weight_files
 from mcore_sft.checkpoint.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class SafetensorsFolder:
-    """Reads slices of the tensors in a folder; each file is opened once, when first needed."""
+    """Reads slices of the tensors in a folder; each file is opened once, when first needed.
+
+    Raises `UserError` where a file is missing or cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
-        self._file_of = self._index()
+        self._file_of = weight_files(folder)
+        if not self._file_of:
+            raise CheckpointError(
+                f"{folder}: neither {SINGLE} nor {INDEX} is there; save the model as "
+                "safetensors, as transformers' save_pretrained does"
+            )
+        self.ignores_index = SINGLE in self._file_of.values() and (folder / INDEX).exists()
+        """Whether an index lies beside the single file, which alone is read."""
 
     def names(self) -> set[str]:
         """Every tensor that the folder holds."""
@@ -43,6 +53,22 @@ class SafetensorsFolder:
         piece = self._slice(name)
         rows: Tensor = piece[start:stop] if columns is None else piece[start:stop, columns]
         return rows
+
+    def types(self) -> Counter[str]:
+        """How many tensors are stored in each type (fp32, bf16, ...).
+
+        Raises `UserError` if a file cannot be read, or a tensor is quantized.
+        """
+        found: Counter[str] = Counter()
+        for name, file in self._file_of.items():
+            stored = self._slice(name).get_dtype()
+            if stored not in PLAIN:
+                raise CheckpointError(
+                    f"{self.folder / file}: {name} is quantized (got {stored}, expected "
+                    f"{', '.join(PLAIN)}). Fix: take the unquantized model (model.path)"
+                )
+            found[PLAIN[stored]] += 1
+        return found
 
     def fingerprint(self) -> str:
         """SHA-256 of the name, the shape and the first row of every tensor: cheap, and no proof."""
@@ -60,41 +86,13 @@ class SafetensorsFolder:
             raise CheckpointError(f"{self.folder}: no file holds the tensor {name}")
         file = self._file_of[name]
         if file not in self._open:
-            path = self.folder / file
-            try:
-                self._open[file] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(
-                    f"{path}: the index names this file, but it is missing; copy the model again"
-                ) from None
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+            self._open[file] = open_weights(self.folder / file)
         try:
             return self._open[file].get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self.folder / file}: the index says that it holds {name}: {error}"
             ) from None
-
-    def _index(self) -> dict[str, str]:
-        index = self.folder / INDEX
-        if index.exists():
-            try:
-                files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{index}: not a readable index: {error!r}") from None
-            return files
-        single = self.folder / SINGLE
-        if not single.exists():
-            raise CheckpointError(
-                f"{self.folder}: neither {SINGLE} nor {INDEX} is there; save the model as "
-                "safetensors, as transformers' save_pretrained does"
-            )
-        try:
-            self._open[SINGLE] = safe_open(single, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{single}: not a readable safetensors file: {error}") from None
-        return dict.fromkeys(self._open[SINGLE].keys(), SINGLE)
 
 
 def write(

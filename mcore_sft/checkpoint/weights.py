@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.model_folder import INDEX, SINGLE
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
@@ -76,11 +79,30 @@ def load_pretrained(
     architecture: Architecture,
     console: Console | None = None,
 ) -> None:
-    """Fill `model`, the part of it on this rank, reading no more of `folder` than that part."""
-    rows = table(architecture)
-    _require_same_tensors(folder, rows, architecture)
+    """Fill `model`, the part of it on this rank, reading no more of `folder` than that part.
+
+    Collective: what is wrong on any rank is the same `UserError` on all.
+    """
     console = console or Console(quiet=True)
     parts = [shard for chunk in model for shard in shards(chunk.module)]
+    problem: UserError | None = None
+    try:
+        for line in _said(folder, parts[0].data.dtype):
+            console.print(line, soft_wrap=True)
+        _load(folder, parts, architecture, console)
+    except UserError as error:
+        problem = error
+    _end_together(problem)
+
+
+def _load(
+    folder: SafetensorsFolder,
+    parts: Sequence[ShardedTensor],
+    architecture: Architecture,
+    console: Console,
+) -> None:
+    rows = table(architecture)
+    _require_same_tensors(folder, rows, architecture)
     total = sum(shard.data.nbytes for shard in parts)
     with torch.no_grad(), progress("loading weights", total=total, console=console) as done:
         for shard in parts:
@@ -90,6 +112,64 @@ def load_pretrained(
             for target, segment, columns in _covered(shard, rows[shard.key]):
                 target.copy_(folder.read(segment.name, segment.start, segment.stop, columns))
             done(shard.data.nbytes)
+        _require_finite(folder, parts, rows)
+
+
+def _require_finite(folder: SafetensorsFolder, parts: Sequence[ShardedTensor], rows: Table) -> None:
+    """Raise `CheckpointError` naming the tensors in which this rank has read a NaN or an infinity.
+
+    The extremes of each weight say it in one pass without a copy, and a GPU is waited for once.
+    """
+    extremes = torch.stack([torch.stack(torch.aminmax(shard.data)) for shard in parts])
+    finite = torch.isfinite(extremes).all(1).tolist()
+    bad = {
+        segment.name: None
+        for shard, good in zip(parts, finite, strict=True)
+        if not good
+        for target, segment, _ in _covered(shard, rows[shard.key])
+        if not torch.isfinite(target).all()
+    }
+    if bad:
+        first, *others = bad
+        more = f" and in {len(others)} more tensors" if others else ""
+        raise CheckpointError(
+            f"{folder.folder}: a NaN or an infinity in {first}{more}; copy the model again, or "
+            "take another (model.path)"
+        )
+
+
+def _said(folder: SafetensorsFolder, dtype: torch.dtype) -> Iterator[str]:
+    """Lines on what is read, and from which values the fp32 main weights of a run start.
+
+    They are copied from the model's own weights, which have `dtype`.
+    """
+    if folder.ignores_index:
+        yield (
+            f"{folder.folder}: {SINGLE} is read, as transformers does, and not the files of the "
+            f"{INDEX} beside it"
+        )
+    stored = folder.types()
+    if stored.keys() == {"fp32"} and dtype == torch.float32:
+        return
+    ours, exact = _EXACT[dtype]
+    rounded = " and ".join(sorted(stored.keys() - exact))
+    yield (
+        f"base weights in {' and '.join(sorted(stored))}: the fp32 main weights start from "
+        + (f"them, {rounded} rounded to {ours}" if rounded else "exactly these values")
+    )
+
+
+_EXACT = {torch.float32: ("fp32", {"fp32", "bf16", "fp16"}), torch.bfloat16: ("bf16", {"bf16"})}
+"""Type of the model's weights -> its name, and the types all of whose values it has."""
+
+
+def _end_together(problem: UserError | None) -> None:
+    """Raise on every rank what any rank has met."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, str(problem) if problem else None)
+    first = next((text for text in said if text), None)
+    if first is not None:
+        raise CheckpointError(first)
 
 
 def export(

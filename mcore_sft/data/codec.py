@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mcore_sft.base.model_folder import read_bytes
 from mcore_sft.data.errors import DataError
 
 
@@ -40,8 +41,11 @@ class Codec(Protocol):
 
 
 def read_codec(file: Path) -> Codec:
-    """The codec of a tokenizer.json, a sentencepiece .model or tiktoken's ranks."""
-    content = file.read_bytes()
+    """The codec of a tokenizer.json, a sentencepiece .model or tiktoken's ranks.
+
+    Raises `UserError` if the file cannot be read, or is none of them.
+    """
+    content = read_bytes(file)
     if _is_tiktoken(content):
         return HuggingFace(_tokenizer_json(file, content), file)
     if file.suffix == ".model":

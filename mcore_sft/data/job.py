@@ -1,6 +1,5 @@
 """The data section of an experiment in, what it names out: sources, blocks, the recipe, inputs."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft.base.files import sha256_of
+from mcore_sft.base.model_folder import is_file, read_json
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, SourceConfig
 from mcore_sft.data.blocks import Block, SourceFile, changed
@@ -156,11 +156,15 @@ class Job:
 
 
 def check_fit(tokenizer: Tokenizer, model: Path) -> None:
-    """`DataError` if `model` is a Hugging Face folder whose vocabulary the tokenizer exceeds."""
+    """`DataError` if `model` is a Hugging Face folder whose vocabulary the tokenizer exceeds.
+
+    `UserError` if its config.json cannot be read.
+    """
     file = model / "config.json"
-    if not file.is_file():
+    if not is_file(file):
         return
-    vocab_size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size")
+    config = read_json(file)
+    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
     if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "

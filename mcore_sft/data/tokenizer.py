@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mcore_sft.base.model_folder import is_file, read_json, require_fetched
 from mcore_sft.base.terminal import say
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.codec import Codec, HuggingFace, read_codec
@@ -129,6 +130,7 @@ class Tokenizer:
         """The chat template that came with the tokenizer."""
         beside = self._folder / "chat_template.jinja"
         if beside.is_file():
+            require_fetched(beside)  # else a pointer would be what is trained
             source = beside.read_text(encoding="utf-8")
             return ChatTemplate(source, where=beside, tokens=self._names)
         where = self._folder / "tokenizer_config.json"
@@ -196,8 +198,8 @@ def load_tokenizer(
     """
     path = Path(path)
     known = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")
-    candidates = [path] if path.is_file() else [path / name for name in known]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    candidates = [path] if is_file(path) else [path / name for name in known]
+    file = next((candidate for candidate in candidates if is_file(candidate)), None)
     if file is None:
         raise DataError(
             f"{path}: no tokenizer here; expected a folder with {', '.join(known[:-1])} or "
@@ -241,8 +243,5 @@ def _flat(texts: pa.LargeStringArray) -> Any:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from None
+    read = read_json(file)
     return read if isinstance(read, dict) else {}

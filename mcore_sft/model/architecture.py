@@ -3,7 +3,6 @@
 config.json -> Architecture
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.model_folder import PLAIN, read_json, stored_types, weight_files
 from mcore_sft.config import ConfigError, ParallelConfig
 
 VOCAB_MULTIPLE = 16
@@ -76,8 +77,21 @@ class Architecture:
         """Vocabulary rows when split over `tensor` ranks, each rank's share being aligned."""
         return math.ceil(self.vocab / (VOCAB_MULTIPLE * tensor)) * VOCAB_MULTIPLE * tensor
 
+    @property
+    def positions(self) -> int:
+        """Positions that it is made for.
+
+        Of linear scaling, `max_positions` is without it (Vicuna's 16k), or with it (DeepSeek
+        Coder's), and nothing tells which: no length that either allows is refused.
+        """
+        scaled = self.max_positions * self.rope_factor
+        if self.rope_scaling is not None:
+            scaled = self.rope_scaling.original_max_positions * self.rope_scaling.factor
+        return max(self.max_positions, int(scaled))
+
     def check(self, parallel: ParallelConfig, sequence_length: int = 0) -> None:
         """Raise `ConfigError` where the model cannot be split, or read so much, as is asked."""
+        self.check_length(sequence_length)
         for what, count in (
             ("attention heads", self.heads),
             ("key-value heads", self.kv_heads),
@@ -99,6 +113,16 @@ class Architecture:
                 f"{self.layers // parallel.pipeline} layers of a pipeline stage: choose a divisor "
                 f"of {self.layers // parallel.pipeline}"
             )
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raise `ConfigError` where the model cannot read so many tokens."""
+        if sequence_length > self.positions:
+            raise ConfigError(
+                f"data.sequence_length: the model has too few positions (got {sequence_length}, "
+                f"expected at most {self.positions}: max_position_embeddings and the scaling of "
+                f"RoPE in its config.json). Fix: data.sequence_length={self.positions}, or a model "
+                "with more (model.path)"
+            )
         if self.window is not None and sequence_length > self.window:
             raise ConfigError(
                 f"data.sequence_length {sequence_length} is more than the sliding window of the "
@@ -108,25 +132,26 @@ class Architecture:
 
 
 def read(folder: Path) -> Architecture:
-    """The architecture of the Hugging Face model in `folder`; raises `ConfigError`."""
+    """The architecture of the Hugging Face model in `folder`; raises `UserError`."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ConfigError(
             f"model.path {folder}: no config.json there; give a Hugging Face folder"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"{path}: names no model_type, so it is no model's configuration")
-    _refuse_what_cannot_be_built(path, config)
     try:
+        _refuse_what_cannot_be_built(path, config)
+        _refuse_quantized_weights(path, config)
         return _architecture(path, config)
+    except UserError:
+        raise
     except KeyError as error:
         raise ConfigError(f"{path}: the key {error} is missing; copy the model again") from None
-    except TypeError as error:
-        raise ConfigError(f"{path}: a number is not a number: {error}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path}: a value is not what it should be: {error}") from None
 
 
 def rope_frequencies(architecture: Architecture) -> Tensor:
@@ -190,6 +215,26 @@ def _refuse_what_cannot_be_built(path: Path, config: dict[str, Any]) -> None:
     for key, value in expected.items():
         if found.get(key, value) not in (value, None):
             raise ConfigError(f"{path}: {key} is {found[key]!r}; only {value!r} is supported")
+
+
+def _refuse_quantized_weights(path: Path, config: dict[str, Any]) -> None:
+    """Raise `ConfigError` if the folder holds weights that are no plain numbers.
+
+    A quantization beside plain weights is what is left of one that was undone.
+    """
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return
+    files = set(weight_files(path.parent).values())
+    types = {found for file in files for found in stored_types(path.parent / file).values()}
+    if not types <= PLAIN.keys():
+        method = quantization
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", "no quant_method")
+        raise ConfigError(
+            f"{path}: the weights are quantized (quantization_config: {method}), and a quantized "
+            "model cannot be trained. Fix: take the unquantized model (model.path)"
+        )
 
 
 def _window(config: dict[str, Any]) -> int | None:

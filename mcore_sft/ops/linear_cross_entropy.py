@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mcore_sft.ops import devices  # noqa: F401 (registers what the operators compute)
+from mcore_sft.ops.forward_mode import AUTOGRAD, refuse_forward_mode
 from mcore_sft.ops.head import Options, arithmetic, weighted
 
 IGNORE = -100
@@ -76,9 +77,10 @@ def linear_cross_entropy(
         detached; and what runs the forward pass twice (checkpointing) adds twice.
 
     Gradients flow to `hidden` and `weight`; there are no second derivatives and no forward-mode
-    ones. All ranks of `group` must agree in everything but their part of hidden and weight.
-    ValueError and RuntimeError say what does not fit.
+    ones: asking for them is a RuntimeError. All ranks of `group` must agree in everything but their
+    part of hidden and weight. ValueError and RuntimeError say what does not fit.
     """
+    refuse_forward_mode("linear_cross_entropy", hidden, weight, weights)
     _check_options(reduction, label_smoothing, main_grad)
     _check_tensors(hidden, weight, labels)
     ranks = dist.get_world_size(group) if group is not None else 1
@@ -224,7 +226,10 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
 
 
 torch.library.register_autograd(
-    "mcore_sft::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients
+    "mcore_sft::linear_cross_entropy",
+    _scale_gradients,
+    setup_context=_keep_gradients,
+    lib=AUTOGRAD,
 )
 
 

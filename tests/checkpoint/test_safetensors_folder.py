@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mcore_sft.base.errors import UserError
+from mcore_sft.base.model_folder import INDEX, SINGLE
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import (
-    INDEX,
     SHARD_BYTES,
-    SINGLE,
     SafetensorsFolder,
     write,
 )
@@ -73,7 +73,7 @@ def test_several_files(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write_all(tmp_path, shard_bytes=48)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: the index"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: the index"):
         SafetensorsFolder(tmp_path).read("c", 0, 1)
 
 
@@ -85,7 +85,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         SafetensorsFolder(tmp_path)
 
 

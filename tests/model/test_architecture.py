@@ -152,7 +152,7 @@ def test_a_sliding_window_limits_the_sequence(
 ) -> None:
     a = _read(tmp_path, config)
     assert a.window == window
-    a.check(ParallelConfig(), window or 10**6)
+    a.check(ParallelConfig(), window or a.max_positions)
     if window:
         message = f"data.sequence_length {window + 1} is more than the sliding window .* {window},"
         with pytest.raises(ConfigError, match=message):
