@@ -5,13 +5,15 @@ torchrun's environment + ParallelConfig -> Mesh
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.config import ParallelConfig
 from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
@@ -22,6 +24,8 @@ from mcore_sft.runtime.megatron_core import check_version
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,23 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for every process."""
         dist.barrier(group=self.world.group)
+
+    def from_main(self, find: Callable[[], Found]) -> Found:
+        """What the main process finds, or the `UserError` that it raises, on every process.
+
+        A network file system may show each machine another state of a folder. Collective.
+        """
+        told: list[Any] = [None]
+        if self.is_main:
+            try:
+                told = [find()]
+            except UserError as error:
+                told = [error]
+        dist.broadcast_object_list(told, src=0, group=self.world.group)
+        (found,) = told
+        if isinstance(found, UserError):
+            raise found
+        return found  # type: ignore[no-any-return]
 
     def sum_over_replicas(self, values: list[float]) -> list[float]:
         """The sum of each value over all tokens' ranks, in fp64."""
