@@ -21,7 +21,7 @@ from typing import Any, Self
 from mcore_sft import config as configuration
 from mcore_sft.base import files
 from mcore_sft.checkpoint.errors import CheckpointError
-from mcore_sft.checkpoint.manifest import reading
+from mcore_sft.checkpoint.manifest import read_manifest, reading
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.prompt import Prompt
@@ -55,16 +55,13 @@ class Description:
 
         `base_weights` is the fingerprint of the base's weights.
         """
-        with tempfile.TemporaryDirectory() as made:
-            folder = Path(made)
-            if step is None:
-                _describe(config, dataset, base_weights, folder / MODEL)
-                found = _contents(folder / MODEL)
-            else:
-                with reading(step):
-                    found = _contents(step / MODEL)
-        described = {f"{MODEL}/{name}": content for name, content in found.items()}
-        return cls({CONFIG: configuration.dump(config).encode(), **described})
+        if step is None:
+            with tempfile.TemporaryDirectory() as made:
+                _describe(config, dataset, base_weights, Path(made))
+                found = {f"{MODEL}/{x.name}": x.read_bytes() for x in sorted(Path(made).iterdir())}
+        else:
+            found = named_files(step, read_manifest(step))
+        return cls({CONFIG: configuration.dump(config).encode(), **found})
 
     def write(self, folder: Path) -> None:
         """Write all of it into `folder`; raises OSError."""
@@ -73,8 +70,14 @@ class Description:
             (folder / name).write_bytes(content)
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+def named_files(step: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """What stands in model/ of a checkpoint: the files that its manifest names, and no others.
+
+    Raises `Gone` and `CheckpointError`.
+    """
+    names = [name for name in manifest["files"] if name.startswith(f"{MODEL}/")]
+    with reading(step):
+        return {name: (step / name).read_bytes() for name in names}
 
 
 def _describe(

@@ -20,7 +20,7 @@ from torch import Tensor
 from mcore_sft.base import files
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint import sharded, weights
-from mcore_sft.checkpoint.describe import MODEL, RECORD, with_dtype, write_json
+from mcore_sft.checkpoint.describe import MODEL, RECORD, named_files, with_dtype, write_json
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import MANIFEST, read_manifest, reading, verify
 from mcore_sft.checkpoint.safetensors_folder import SHARD_BYTES, write
@@ -120,14 +120,11 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
 
 
 def _write_description(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> None:
-    """Write what stands beside the weights: the files that the manifest names, and no others."""
-    for name in manifest["files"]:
-        place, _, inner = name.partition("/")
-        if place == MODEL:
-            with reading(checkpoint):
-                content = (checkpoint / name).read_bytes()
-            (folder / inner).parent.mkdir(parents=True, exist_ok=True)
-            (folder / inner).write_bytes(content)
+    """Write what stands beside the weights, if it is of the model that was trained."""
+    for name, content in named_files(checkpoint, manifest).items():
+        place = folder / name.removeprefix(f"{MODEL}/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
     for name in ("config.json", "tokenizer_config.json"):
         _leave_out(folder / name, _OF_OTHER_WEIGHTS)
     _require_as_trained(checkpoint, manifest, folder)

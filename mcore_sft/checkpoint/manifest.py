@@ -183,6 +183,6 @@ def _unreadable(file: Path, error: OSError) -> CheckpointError:
 
 def _gone(path: Path) -> Gone:
     return Gone(
-        f"{path}: no checkpoint is there (any more): it was removed or moved. Fix: name another "
-        "checkpoint of the run"
+        f"{path}: no such checkpoint; if it was there, it was removed or moved meanwhile. Fix: "
+        "give a folder such as results/NAME/step_1000"
     )

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import reading
@@ -43,15 +43,22 @@ def read_metadata(path: Path, files: Container[str]) -> Metadata:
     with reading(path):
         content = file.read_bytes()
     found = _unpickled(content, _METADATA, file)
-    if not isinstance(found, Metadata):
-        raise CheckpointError(f"{file}: is no metadata of a checkpoint. {_TRUST}")
-    for place in (found.storage_data or {}).values():
+    if not isinstance(found, Metadata) or not _leads_somewhere(found.storage_data):
+        raise CheckpointError(f"{file}: does not say where the tensors lie. {_TRUST}")
+    for place in found.storage_data.values():
         if f"weights/{place.relative_path}" not in files or place.transform_descriptors:
             raise CheckpointError(
                 f"{file}: leads to {place.relative_path!r}, which is no file of the manifest. "
                 f"{_TRUST}"
             )
     return found
+
+
+def _leads_somewhere(places: Any) -> bool:
+    return isinstance(places, dict) and all(
+        isinstance(index, MetadataIndex) and isinstance(place, filesystem._StorageInfo)
+        for index, place in places.items()
+    )
 
 
 def check(path: Path, files: Container[str]) -> None:
@@ -61,7 +68,7 @@ def check(path: Path, files: Container[str]) -> None:
     with reading(path):
         if (weights / "common.pt").exists():
             _check_saved((weights / "common.pt").read_bytes(), weights / "common.pt")
-        for index, place in (found.storage_data or {}).items():
+        for index, place in found.storage_data.items():
             if isinstance(found.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
                 with (weights / place.relative_path).open("rb") as file:
                     file.seek(place.offset)

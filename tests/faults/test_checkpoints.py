@@ -290,6 +290,19 @@ def test_09_quantization_and_code_of_the_base_are_not_exported(kept: Path, tmp_p
     assert not strange.keys() & json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
 
 
+def test_09_run_that_goes_on_keeps_what_its_checkpoint_says(run: Path, model: Path) -> None:
+    from mcore_sft.checkpoint.describe import Description
+
+    step, none = run / "step_3", None
+    (step / "model" / "modeling.py").write_text("not in the manifest")
+    config = runs.experiment(run, model.parent / "base that has gone")
+    kept: Any = Description.read(config, none, None, step).files  # type: ignore[arg-type]
+    named = json.loads((step / "manifest.json").read_text())["files"]
+    assert kept.keys() == {name for name in named if not name.startswith("weights/")}
+    for name in kept.keys() - {"config.yaml"}:
+        assert kept[name] == (step / name).read_bytes()
+
+
 def test_09_record_of_a_folder_from_the_hub_has_its_revision(tmp_path: Path) -> None:
     from mcore_sft.checkpoint import describe
 
@@ -670,7 +683,7 @@ def test_checkpoint_that_goes_during_its_export_is_named(
         write(checkpoints, *arguments)
 
     monkeypatch.setattr(exporting, "_write_weights", goes)
-    with pytest.raises(CheckpointError, match=r"^\S*/step_3: .* removed or moved") as said:
+    with pytest.raises(CheckpointError, match=r"^\S*/step_3: no such checkpoint") as said:
         export(kept, tmp_path / "hf")
     assert "hf" not in str(said.value)
     assert not list(tmp_path.glob("*hf*"))
