@@ -104,7 +104,7 @@ def test_what_cannot_be_read_is_named(run: Path) -> None:
     file = run / "step_4" / "config.yaml"
     file.unlink()
     file.symlink_to(file)
-    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read \(Too many levels"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml: cannot be read \(Too many levels"):
         verify(run / "step_4")
     (run / "step_4" / MANIFEST).unlink()
     (run / "step_4" / MANIFEST).mkdir()
