@@ -15,6 +15,7 @@ import enum
 import functools
 import io
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Container, Mapping
 from pathlib import Path, PosixPath
@@ -80,9 +81,11 @@ def _check_saved(content: bytes, file: Path) -> None:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        why = str(error).partition("Check the documentation")[0].splitlines()[-1]
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _refused(file, asked[1]) from None
         raise CheckpointError(
-            f"{file}: holds more than tensors and plain values ({why.strip()}). {_TRUST}"
+            f"{file}: holds more than tensors and plain values ({str(error).splitlines()[0]}). "
+            f"{_TRUST}"
         ) from None
     _check_held(found, file)
 
@@ -113,6 +116,13 @@ def _unpickled(content: bytes, names: Names, file: Path) -> Any:
         raise CheckpointError(f"{file}: broken ({error!r}). {_TRUST}") from None
 
 
+def _refused(file: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: its pickle asks for {name}, which no checkpoint needs and which could run code. "
+        f"{_TRUST}"
+    )
+
+
 class _Unpickler(pickle.Unpickler):
     """Gives a pickle what is listed by exactly the name that it asks for, and nothing else."""
 
@@ -125,10 +135,7 @@ class _Unpickler(pickle.Unpickler):
         """What is listed, or a `CheckpointError`."""
         if (module, name) in self._names:
             return self._names[module, name]
-        raise CheckpointError(
-            f"{self._file}: its pickle asks for {module}.{name}, which no checkpoint needs and "
-            f"which could run code. {_TRUST}"
-        )
+        raise _refused(self._file, f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> NoReturn:
         """There is nothing outside of the pickle."""
