@@ -1,18 +1,27 @@
 """What a checkpoint says of itself, so that a Hugging Face folder can be made of it alone.
 
+It is read once, before the first step: what happens to the base model's folder later, changes
+nothing in the checkpoints. A run that goes on keeps what its checkpoint says.
+
 step_N/config.yaml                    the resolved configuration of the run
 step_N/model/config.json              architecture of the model it grew from
 step_N/model/generation_config.json   how to generate, the learned stop tokens included
 step_N/model/tokenizer files          as the dataset was made with
-step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with
+step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with, and the
+                                      base: path, revision, SHA-256 of what was read of it
 """
 
 import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mcore_sft import config as configuration
+from mcore_sft.base import files
 from mcore_sft.checkpoint.errors import CheckpointError
+from mcore_sft.checkpoint.manifest import read_manifest, reading
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.prompt import Prompt
@@ -24,12 +33,59 @@ CONFIG = "config.yaml"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
-    """Write into `folder` all of a checkpoint but its weights."""
-    (folder / CONFIG).write_text(configuration.dump(config), encoding="utf-8")
+_READ_OF_BASE = ("config.json", "generation_config.json")
+_READ_OF_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """All of a checkpoint but its weights, ready to be written."""
+
+    files: Mapping[str, bytes]
+    """Path within the checkpoint -> content."""
+
+    @classmethod
+    def read(
+        cls, config: RunConfig, dataset: PackedDataset, base_weights: str | None, step: Path | None
+    ) -> Self:
+        """Read what `config` names, or what the checkpoint `step` says if the run goes on from it.
+
+        `base_weights` is the fingerprint of the base's weights.
+        """
+        if step is None:
+            with tempfile.TemporaryDirectory() as made:
+                _describe(config, dataset, base_weights, Path(made))
+                found = {f"{MODEL}/{x.name}": x.read_bytes() for x in sorted(Path(made).iterdir())}
+        else:
+            found = named_files(step, read_manifest(step))
+        return cls({CONFIG: configuration.dump(config).encode(), **found})
+
+    def write(self, folder: Path) -> None:
+        """Write all of it into `folder`; raises OSError."""
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def named_files(step: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """What stands in model/ of a checkpoint: the files that its manifest names, and no others.
+
+    Raises `Gone` and `CheckpointError`.
+    """
+    names = [name for name in manifest["files"] if name.startswith(f"{MODEL}/")]
+    with reading(step):
+        return {name: (step / name).read_bytes() for name in names}
+
+
+def _describe(
+    config: RunConfig, dataset: PackedDataset, base_weights: str | None, model: Path
+) -> None:
+    """Write into `model` what a model that grows from the base of `config` needs beside weights."""
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     prompt = Prompt.load(config.prompt, tokenizer)
-    model = folder / MODEL
     tokenizer.save(model)
     write_json(model / "config.json", _architecture(config))
     write_json(
@@ -44,8 +100,36 @@ def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
             "prompt_fingerprint": prompt.fingerprint,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "dataset_fingerprint": dataset.fingerprint,
+            "base": {
+                "path": str(config.model.path),
+                "revision": _revision(config.model.path),
+                "weights": base_weights,
+                "sha256": _sha256_of_base(config.model.path, tokenizer.path),
+            },
         },
     )
+
+
+def _sha256_of_base(base: Path, tokenizer: Path) -> dict[str, str]:
+    """SHA-256 of the files of the base that a run reads, weights aside: their fingerprint is cheap.
+
+    A hash of all weights would take minutes at each start of a run with 70 billion of them.
+    """
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    paths = [base / name for name in _READ_OF_BASE]
+    paths += [folder / name for name in _READ_OF_TOKENIZER]
+    return {path.name: files.sha256_of(path) for path in paths if path.is_file()}
+
+
+def _revision(base: Path) -> str | None:
+    """The commit of a folder that came from the Hugging Face hub, if it says so."""
+    folder = base.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.name
+    downloaded = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    if downloaded.is_file():
+        return downloaded.read_text(encoding="utf-8").partition("\n")[0] or None
+    return None
 
 
 def _architecture(config: RunConfig) -> dict[str, Any]:

@@ -5,11 +5,11 @@ step_N/ -> config.json, generation_config.json, tokenizer, *.safetensors, mcore_
 Several checkpoints of one run are averaged, weight by weight.
 """
 
-import hashlib
+import contextlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcore_sft.base import files
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint import sharded, weights
-from mcore_sft.checkpoint.describe import MODEL, RECORD, with_dtype, write_json
+from mcore_sft.checkpoint.describe import MODEL, RECORD, named_files, with_dtype, write_json
 from mcore_sft.checkpoint.errors import CheckpointError
+from mcore_sft.checkpoint.manifest import MANIFEST, read_manifest, reading, verify
 from mcore_sft.checkpoint.safetensors_folder import SHARD_BYTES, write
 from mcore_sft.data.progress import progress
 from mcore_sft.model import architecture as arch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+_OF_OTHER_WEIGHTS = ("quantization_config", "auto_map")
+"""What a base may say that is not so of plain weights without code beside them."""
 _SMALL = "decoder.final_layernorm.weight"  # says what all are stored as
 
 
@@ -41,38 +45,50 @@ def export(
 ) -> None:
     """Make the Hugging Face folder `output` of `checkpoint`, or of the mean of it and `others`.
 
-    All files of the checkpoints are verified before anything is written. Without `dtype`, the
-    weights are stored as they were trained.
+    All files of the checkpoints are verified before any weight is read, and `output` is there once
+    all of it is on the disk. Without `dtype`, the weights are stored as they were trained. Raises
+    `CheckpointError`.
     """
     checkpoints = (checkpoint, *others)
     console = console or Console(quiet=True)
-    if output.exists() and any(output.iterdir()):
-        raise CheckpointError(
-            f"{output}: already there and not empty; remove it, or choose another"
-        )
-    manifests = {path: _verified(path, console) for path in checkpoints}
-    _require_one_run(checkpoints, manifests)
-    temporary = output.parent / f".{output.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    with _new_folder(output) as folder:
+        manifests = {path: _verified(path, console) for path in checkpoints}
+        _require_one_run(checkpoints, manifests)
+        _write_description(checkpoint, manifests[checkpoint], folder)
+        _write_weights(checkpoints, folder, dtype, shard_bytes, console)
+        _write_record(folder / RECORD, manifests)
+
+
+@contextlib.contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` once all of it is on the disk, and is removed otherwise.
+
+    Raises `CheckpointError` if `output` holds anything, or cannot be made, or another export is
+    at work on it.
+    """
+    taken = f"{output}: already there and not empty; remove it, or choose another"
+    output = files.end_of_links(output)
     try:
-        shutil.copytree(checkpoint / MODEL, temporary)
-        _write_weights(checkpoints, temporary, dtype, shard_bytes, console)
-        _write_record(temporary / RECORD, manifests)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(taken)
+        with files.new_folder(output) as folder:
+            yield folder
+    except files.Locked:
+        raise CheckpointError(
+            f"{output}: another export is writing it. Fix: wait for it, or choose another --output"
+        ) from None
+    except files.Occupied:
+        raise CheckpointError(taken) from None
     except OSError as error:
         raise CheckpointError(
             f"{output}: could not be written ({error}); make room, or choose another --output"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _verified(path: Path, console: Console) -> dict[str, Any]:
-    total = sum(file["bytes"] for file in sharded.read_manifest(path)["files"].values())
+    total = sum(file["bytes"] for file in read_manifest(path)["files"].values())
     with progress(f"verifying {path.name}", total=total, console=console) as done:
-        return sharded.verify(path, done=done)
+        return verify(path, done=done)
 
 
 def _require_one_run(checkpoints: Sequence[Path], manifests: dict[Path, dict[str, Any]]) -> None:
@@ -101,6 +117,42 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     for name in sorted(sides[0].keys() | sides[1].keys()):
         if sides[0].get(name) != sides[1].get(name):
             yield name
+
+
+def _write_description(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> None:
+    """Write what stands beside the weights, if it is of the model that was trained."""
+    for name, content in named_files(checkpoint, manifest).items():
+        place = folder / name.removeprefix(f"{MODEL}/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    for name in ("config.json", "tokenizer_config.json"):
+        _leave_out(folder / name, _OF_OTHER_WEIGHTS)
+    _require_as_trained(checkpoint, manifest, folder)
+
+
+def _leave_out(file: Path, keys: Collection[str]) -> None:
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in found.items() if key not in keys}
+        if kept != found:
+            write_json(file, kept)
+
+
+def _require_as_trained(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> None:
+    """Raise `CheckpointError` if config.json in `folder` is of another model than was trained."""
+    trained = manifest["progress"]["fixed"].get("architecture", {})
+    found = json.loads(json.dumps(asdict(arch.read(folder))))
+    differ = [
+        f"{key} (got {found[key]}, trained with {value})"
+        for key, value in trained.items()
+        if key in found and found[key] != value
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{checkpoint / MODEL / 'config.json'}: is not of the model that was trained: "
+            f"{', '.join(differ)}; the base folder was changed during the run. Fix: export a "
+            "checkpoint from before that"
+        )
 
 
 def _write_weights(
@@ -162,13 +214,11 @@ def _cast(
 def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> None:
     """Add to what the model was trained with the checkpoints that it is made of."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    record["checkpoints"] = [
-        {
-            "step": manifest["progress"]["step"],
-            "manifest_sha256": hashlib.sha256(
-                (checkpoint / sharded.MANIFEST).read_bytes()
-            ).hexdigest(),
-        }
-        for checkpoint, manifest in manifests.items()
-    ]
+    record["checkpoints"] = []
+    for checkpoint, manifest in manifests.items():
+        with reading(checkpoint):
+            digest = files.sha256_of(checkpoint / MANIFEST)
+        record["checkpoints"].append(
+            {"step": manifest["progress"]["step"], "manifest_sha256": digest}
+        )
     write_json(path, record)

@@ -9,15 +9,15 @@
     RUN/latest    the name of the newest complete step
 
 A step is written as `.step_N.tmp`, made durable, and renamed: what bears the name step_N is whole.
-Training goes on meanwhile (writer.py). A step that goes loses its name first.
+Training goes on meanwhile (writer.py). What the files are is in manifest.py, what stays in
+retention.py, what may be unpickled in pickles.py.
 """
 
 import contextlib
-import functools
 import json
 import math
+import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,11 +33,21 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
 from mcore_sft.base import files
-from mcore_sft.checkpoint import optimizer_state
-from mcore_sft.checkpoint.errors import CheckpointError
-from mcore_sft.checkpoint.writer import File, Writer, digest
+from mcore_sft.checkpoint import optimizer_state, pickles, retention
+from mcore_sft.checkpoint.errors import CheckpointError, Damaged, Gone, Misnamed
+from mcore_sft.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    File,
+    digest,
+    read_manifest,
+    reading,
+    signed,
+    verify,
+)
+from mcore_sft.checkpoint.retention import best_first, scores, steps, superfluous
+from mcore_sft.checkpoint.writer import Writer
 from mcore_sft.config import CheckpointConfig
-from mcore_sft.data.manifest import digest_of
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime import megatron_core
 from mcore_sft.runtime.mesh import Mesh
@@ -47,11 +57,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 
-FORMAT = 3
-MANIFEST = "manifest.json"
-SCORES = "scores.json"
 POINTER = "latest"
-_OTHER = "use another checkpoint of the run"
 
 
 @dataclass(kw_only=True)
@@ -131,9 +137,13 @@ class Checkpoints:
         self.mesh = mesh
         self.newest: Path | None = None
         """The last step that was completed here."""
+        self.restored: Path | None = None
+        """The step that the run goes on from."""
         self.held: set[int] = set()
         """Steps that stay for now, since something reads them."""
         self._pending: _Pending | None = None
+        self._told: set[Path] = set()
+        """What could not be removed or renamed, which is said once."""
 
     def save(
         self,
@@ -147,22 +157,16 @@ class Checkpoints:
         the step by name, such as its validation_loss.
         """
         assert self._pending is None, "wait() for the save before"
-        temporary = self.folder / f".step_{progress.step}.tmp"
-        if self.mesh.is_main:
-            with _named(self.folder / f"step_{progress.step}"):
-                for stale in self.folder.glob(".step_*.tmp"):
-                    shutil.rmtree(stale)
-                (temporary / "weights").mkdir(parents=True)
-                describe(temporary)
-        self.mesh.barrier()
+        temporary = self.mesh.from_main(lambda: self._begin(progress.step, describe))
         with whole_weights(self.model):
             model = self._model_state()
             optimizer = optimizer_state.state(self.optimizer, model, self.mesh)
-            request = megatron_core.save_async(
+            request, results = megatron_core.save_async(
                 {"model": model, "optimizer": optimizer}, str(temporary / "weights")
             )
         self._pending = _Pending(
             temporary=temporary,
+            final=self.folder / f"step_{progress.step}",
             manifest={
                 "format": FORMAT,
                 "progress": asdict(progress),
@@ -171,9 +175,19 @@ class Checkpoints:
                     for name, score in (scores or {}).items()
                 },
             },
-            writer=Writer(request, temporary),
+            writer=Writer(request, results, temporary),
             finish=request.finalize_fns,
         )
+
+    def _begin(self, step: int, describe: Callable[[Path], None]) -> Path:
+        """Make the folder that step_N is written as, which nothing has used before."""
+        for left in retention.leftovers(self.folder):
+            self._tidy(left, retention.discard)
+        with _named(self.folder / f"step_{step}"):
+            temporary = retention.unfinished(self.folder, f"step_{step}")
+            (temporary / "weights").mkdir(parents=True)
+            describe(temporary)
+        return temporary
 
     @property
     def is_pending(self) -> bool:
@@ -200,7 +214,7 @@ class Checkpoints:
         """Name the step, once no rank `is_writing`; `CheckpointError` if a writer failed."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        final = self.folder / pending.temporary.name.removeprefix(".").removesuffix(".tmp")
+        final = pending.final
         outcomes: list[Any] = [None] * self.mesh.world.size
         dist.all_gather_object(outcomes, pending.writer.outcome(), group=self.mesh.world.group)
         faults = [f"rank {rank}: {x}" for rank, x in enumerate(outcomes) if isinstance(x, str)]
@@ -209,21 +223,30 @@ class Checkpoints:
         with _named(final):
             for write_metadata in pending.finish:
                 write_metadata()
-            self._publish(pending, outcomes, final)
+            self._publish(pending, outcomes)
         self.mesh.barrier()
         self.newest = final
         return final
 
-    def _publish(self, pending: "_Pending", outcomes: list[Any], final: Path) -> None:
+    def _publish(self, pending: "_Pending", outcomes: list[Any]) -> None:
         """Give the step its manifest and its name, and remove those that it makes superfluous."""
-        if self.mesh.is_main:
-            named = {name: file for share in outcomes for name, file in share.items()}
-            named |= _small_files(pending.temporary, named)
-            manifest = {**pending.manifest, "files": dict(sorted(named.items()))}
-            files.write(pending.temporary / MANIFEST, signed(manifest))
-            files.rename(pending.temporary, final)
+        if not self.mesh.is_main:
+            return
+        temporary, final = pending.temporary, pending.final
+        named = {name: file for share in outcomes for name, file in share.items()}
+        named |= _small_files(temporary, named)
+        for inner in temporary.rglob("*"):
+            if inner.is_dir():
+                files.sync(inner)
+        manifest = {**pending.manifest, "files": dict(sorted(named.items()))}
+        files.write(temporary / MANIFEST, signed(manifest))
+        if os.path.lexists(final):
+            aside = retention.set_aside(final, "replaced")
+            self.mesh.say(f"warning: {final} was there already, and is now called {aside.name}")
+        files.rename(temporary, final)
+        with _named(self.folder / POINTER):
             files.replace(self.folder / POINTER, final.name + "\n")
-            self._prune()
+        self._prune()
 
     def add_score(self, step: int, name: str, score: float) -> None:
         """Keep what was measured of a complete step, and drop what is superfluous now.
@@ -233,13 +256,13 @@ class Checkpoints:
         if not self.mesh.is_main:
             return
         path = self.folder / f"step_{step}"
-        known = _scores_since(path) | {name: score if math.isfinite(score) else None}
-        files.replace(path / SCORES, json.dumps(known) + "\n")
+        known = retention.scores_since(path) | {name: score if math.isfinite(score) else None}
+        files.replace(path / retention.SCORES, json.dumps(known) + "\n")
         self._prune()
 
     def lacks(self, step: int, name: str) -> bool:
         """Whether `step` is there without a score of this name; collective."""
-        found = _from_main(lambda: scores(self.folder, name), self.mesh)
+        found = self.mesh.from_main(lambda: scores(self.folder, name))
         return step in found and found[step] is None
 
     def best(self) -> str | None:
@@ -253,65 +276,90 @@ class Checkpoints:
         found = scores(self.folder, self.settings.metric)
         for step in superfluous(found, self.settings):
             if step not in self.held:
-                nameless = self.folder / f".step_{step}.tmp"
-                (self.folder / f"step_{step}").rename(nameless)
-                shutil.rmtree(nameless)
+                self._tidy(self.folder / f"step_{step}", retention.remove)
+
+    def _tidy(self, path: Path, how: Callable[[Path], Path | None]) -> Path | None:
+        """Do what the run can do without; what cannot be done is said once, and left."""
+        try:
+            return how(path)
+        except OSError as error:
+            if path not in self._told:
+                self._told.add(path)
+                self.mesh.say(
+                    f"warning: {path} could not be removed or renamed ({error}), and the run goes "
+                    "on without. Fix: remove it yourself, if it is in the way"
+                )
+            return None
 
     def restore_latest(
         self, fixed: dict[str, Any], formerly: Mapping[str, Any] = MappingProxyType({})
     ) -> Progress | None:
         """Load the newest step that is whole; None if the run has no checkpoint yet.
 
-        Damaged ones are set aside as `damaged_step_N`, and said; `CheckpointError` if all are.
-        `fixed` is compared with what the checkpoint says before anything is loaded; see
-        `Progress.check`.
+        Newer ones that are damaged, or not the step that they are called, are set aside, and said;
+        `CheckpointError` if all are, or if one cannot be read. `fixed` is compared with what the
+        checkpoint says before anything is loaded; see `Progress.check`.
         """
-        damaged: dict[Path, CheckpointError] = {}
-        for path in _from_main(lambda: steps(self.folder), self.mesh):
+        found = self._newest_whole()
+        if found is None:
+            return None
+        path, manifest = found
+        progress = Progress(**manifest["progress"])
+        progress.check(fixed, formerly)
+        self.mesh.from_main(lambda: pickles.check(path, manifest["files"]))
+        with reading(path):
+            self._load(path)
+        self.restored = path
+        return progress
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        unfit: dict[Path, CheckpointError] = {}
+        for path in self.mesh.from_main(lambda: steps(self.folder)):
             try:
                 manifest = verify(path, self.mesh)
-            except CheckpointError as error:
-                damaged[path] = error
-                continue
-            self._set_aside(damaged)
-            progress = Progress(**manifest["progress"])
-            progress.check(fixed, formerly)
-            model = self._model_state()
-            _keep_what_was_not_saved(model, path)
-            wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
-            # A weight's states are wanted by the ranks that update it, be it its first or not.
-            read = megatron_core.load(
-                wanted, str(path / "weights"), validate_access_integrity=False
-            )
-            for chunk, state in zip(self.model, read["model"].values(), strict=True):
-                chunk.module.load_state_dict(state)
-            optimizer_state.restore(self.optimizer, self._model_state(), read["optimizer"])
-            return progress
-        if damaged:
+            except Gone:
+                return self._newest_whole()  # it was there when they were listed
+            except (Damaged, Misnamed) as error:
+                unfit[path] = error
+            else:
+                for other, why in unfit.items():
+                    self._set_aside(other, why)
+                self.mesh.barrier()
+                return path, manifest
+        if unfit:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint of this run is whole: "
-                f"{'; '.join(str(error) for error in damaged.values())}; repair one, or move them "
+                f"{'; '.join(str(error) for error in unfit.values())}; repair one, or move them "
                 "away to begin anew"
             )
         return None
 
+    def _set_aside(self, path: Path, error: CheckpointError) -> None:
+        why = "damaged" if isinstance(error, Damaged) else "misnamed"
+        if self.mesh.is_main:
+            aside = self._tidy(path, lambda path: retention.set_aside(path, why))
+            if aside:
+                self.mesh.say(f"set aside as {aside.name}: {error}")
+
+    def _load(self, path: Path) -> None:
+        """Fill model and optimizer with what the checkpoint at `path` holds."""
+        model = self._model_state()
+        _keep_what_was_not_saved(model, path)
+        wanted = {"model": model, "optimizer": optimizer_state.wanted(self.optimizer, model)}
+        # A weight's states are wanted by the ranks that update it, be it its first or not.
+        read = megatron_core.load(wanted, str(path / "weights"), validate_access_integrity=False)
+        for chunk, state in zip(self.model, read["model"].values(), strict=True):
+            chunk.module.load_state_dict(state)
+        optimizer_state.restore(self.optimizer, self._model_state(), read["optimizer"])
+
     def begin_anew(self) -> None:
         """Raise `CheckpointError` where checkpoints of another run would mix with those to come."""
-        found = _from_main(lambda: steps(self.folder), self.mesh)
+        found = self.mesh.from_main(lambda: steps(self.folder))
         if found:
             raise CheckpointError(
                 f"{self.folder}: holds {found[0].name} of another run, which "
                 "checkpoint.resume=false would leave behind; name another output, or move it away"
             )
-
-    def _set_aside(self, damaged: dict[Path, CheckpointError]) -> None:
-        for path, error in damaged.items():
-            self.mesh.say(f"set aside as damaged_{path.name}: {error}")
-            if self.mesh.is_main:
-                aside = path.with_name(f"damaged_{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-        self.mesh.barrier()
 
     def _model_state(self) -> dict[str, Any]:
         """Each chunk's weights; it is their own keys that say where in the model they belong."""
@@ -341,6 +389,7 @@ class _Pending:
     """A save that was begun."""
 
     temporary: Path
+    final: Path
     manifest: dict[str, Any]
     writer: Writer
     finish: list[Callable[[], None]]
@@ -370,131 +419,18 @@ def agree(mesh: Mesh, *flags: int) -> list[int]:
     return [int(flag) for flag in found.tolist()]
 
 
-def superfluous(scores: Mapping[int, float | None], settings: CheckpointConfig) -> list[int]:
-    """The steps that may go, of the steps that are there with their scores.
-
-    With `keep` or `best`, what stays is the newest, the best and the multiples of `keep_every`.
-    """
-    if not (settings.keep or settings.best):
-        return []
-    newest = sorted(scores, reverse=True)
-    best = best_first(scores, settings.metric)
-    stay = {*newest[: max(1, settings.keep)], *best[: settings.best]}
-    if settings.keep_every:
-        stay |= {step for step in scores if step % settings.keep_every == 0}
-    return [step for step in newest if step not in stay]
-
-
-def best_first(scores: Mapping[int, float | None], metric: str) -> list[int]:
-    """The steps that have a score by `metric`, of two that are as good the newer first."""
-    sign = -1 if metric == "accuracy" else 1
-    order = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
-    return [-step for _, step in order]
-
-
-def scores(folder: Path, metric: str) -> dict[int, float | None]:
-    """The score of each step by `metric`, the newest first.
-
-    None where it was not measured, or cannot be read.
-    """
-    found: dict[int, float | None] = {}
-    for path in steps(folder):
-        known: dict[str, float | None] = {}
-        with contextlib.suppress(CheckpointError):
-            known |= read_manifest(path).get("scores", {})
-        known |= _scores_since(path)
-        found[int(path.name.removeprefix("step_"))] = known.get(metric)
-    return found
-
-
-def _scores_since(path: Path) -> dict[str, float | None]:
-    """What was measured of a step after it was complete; nothing where that cannot be read."""
-    try:
-        return dict(json.loads((path / SCORES).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def _small_files(folder: Path, written: Mapping[str, File]) -> dict[str, File]:
     """Size and SHA-256 of all files but the shares of the ranks, which are `written`."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: digest(path) for name, path in paths.items() if name not in written}
 
 
-def steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, newest first."""
-    numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
-    found = [path for path, number in numbers.items() if number.isdecimal()]
-    return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
-
-
-def verify(
-    path: Path, mesh: Mesh | None = None, done: Callable[[int], None] = lambda size: None
-) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`; `CheckpointError` if a file is not as it says.
-
-    With a mesh, each process reads a share of the files and all raise together. `done` is told the
-    bytes of each file that was read.
-    """
-    manifest = _from_main(lambda: read_manifest(path), mesh) if mesh else read_manifest(path)
-    names = sorted(manifest["files"])
-    rank, size = (mesh.world.rank, mesh.world.size) if mesh else (0, 1)
-    faults = []
-    for name in names[rank::size]:
-        if fault := _fault(path / name, manifest["files"][name]):
-            faults.append(fault)
-        done(manifest["files"][name]["bytes"])
-    if mesh:
-        shares: list[Any] = [None] * size
-        dist.all_gather_object(shares, faults, group=mesh.world.group)
-        faults = [fault for share in shares for fault in share]
-    if faults:
-        raise CheckpointError(f"{path}: {'; '.join(faults)}; {_OTHER}")
-    return dict(manifest)
-
-
-def _from_main(find: Callable[[], Any], mesh: Mesh) -> Any:
-    return mesh.from_main(find)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path` as it was written, its files not looked at."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found, digest = manifest["format"], manifest.pop("digest", None)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no {MANIFEST} there, so this is no complete checkpoint; give a folder such "
-            "as results/NAME/step_1000"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{path / MANIFEST}: cannot be read ({error.strerror}); {_OTHER}"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: broken ({error!r}); {_OTHER}") from None
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{path}: checkpoint format {found!r}, expected {FORMAT}: go on with "
-            "the version that wrote it, or name another output and start anew"
-        )
-    if digest != digest_of(manifest):
-        raise CheckpointError(f"{path / MANIFEST}: is not as it was written; {_OTHER}")
-    return manifest
-
-
-def signed(manifest: Mapping[str, Any]) -> str:
-    """What is written of a manifest: itself and its digest."""
-    plain = json.loads(json.dumps(manifest))
-    return json.dumps({**plain, "digest": digest_of(plain)}, indent=2) + "\n"
-
-
 class _Reader(FileSystemReader):
-    """Reads what lies where but once: of many ranks it takes longer than many a weight."""
+    """Knows what lies where: torch would unpickle that, and once for each weight."""
 
-    @functools.cached_property
-    def _contents(self) -> Metadata:
-        return super().read_metadata()
+    def __init__(self, path: Path) -> None:
+        super().__init__(path / "weights")
+        self._contents = pickles.read_metadata(path, read_manifest(path)["files"])
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """What lies where."""
@@ -502,8 +438,11 @@ class _Reader(FileSystemReader):
 
 
 def whole_tensors(path: Path) -> Callable[[str], Tensor]:
-    """A reader of whole weights by Megatron-core's names, one at a time, in a single process."""
-    reader = _Reader(path / "weights")
+    """A reader of whole weights by Megatron-core's names, one at a time, in a single process.
+
+    Raises `Gone` and `CheckpointError`, and so does what is returned.
+    """
+    reader = _Reader(path)
     entries = reader.read_metadata().state_dict_metadata
 
     def read(key: str) -> Tensor:
@@ -511,21 +450,8 @@ def whole_tensors(path: Path) -> Callable[[str], Tensor]:
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{path}: no weight {key} there; does it hold this model?")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load_whole({key: tensor}, storage_reader=reader, no_dist=True)
+        with reading(path):
+            load_whole({key: tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
     return read
-
-
-def _fault(path: Path, expected: dict[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path.name} has {size} bytes, expected {expected['bytes']}"
-        if digest(path)["sha256"] != expected["sha256"]:
-            return f"{path.name} does not have the checksum of the manifest"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return None

@@ -3,46 +3,43 @@
 GPU --copy--> host --fork--> writer --files, SHA-256--> .step_N.tmp;    what it wrote --pipe--> run
 
 The fork is the copy of what lies on the CPU already: pages are shared until training changes them.
+Pinned pages are not: a copy of what lay on a GPU is held until the writer has ended, since torch
+would hand its memory to the next copy.
 """
 
 import gc
-import hashlib
 import multiprocessing
-import os
 import queue
 import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.checkpoint.manifest import File, digest
 from mcore_sft.command import end_with_parent
-from mcore_sft.runtime import megatron_core  # noqa: F401  (before Megatron-core itself)
+from mcore_sft.runtime import megatron_core
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-
-File = dict[str, Any]
-"""Size and SHA-256."""
-
-# Where Megatron-core looks for what was written. Its own is a process of its own, which Slurm's
-# warning, sent to all processes of a job, would end; ours is filled from the writer's pipe.
-_results: "queue.Queue[dict[int, list[Any]]]" = queue.Queue()
-filesystem_async._results_queue = _results
 
 
 class Writer:
     """Writes what an AsyncRequest of Megatron-core holds for this rank into `folder`."""
 
-    def __init__(self, request: AsyncRequest, folder: Path) -> None:
+    def __init__(self, request: AsyncRequest, results: megatron_core.Results, folder: Path) -> None:
         self._end: Connection | None = None
+        self._copies: Any = None
+        """What the writer reads; pinned memory that is let go of is overwritten."""
+        self._results = results
         self._moved = ""
         if request.async_fn is None:  # the other ranks hold all that this one does
             return
         transforms = request.async_fn.args[0]
-        buckets = request.preload_fn()
+        self._copies = request.preload_fn()
         context = multiprocessing.get_context("fork")
         self._end, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_run, args=(theirs, transforms, buckets, folder))
+        shared = (theirs, transforms, self._copies, folder)
+        self._process = context.Process(target=_run, args=shared)
         self._process.start()
         theirs.close()
 
@@ -69,22 +66,16 @@ class Writer:
         try:
             told = self._end.recv()
         except EOFError:
-            self._process.join()
-            return f"the process that writes ended with exit code {self._process.exitcode}"
+            told = None
         self._process.join()
+        self._copies = None
+        if told is None:
+            return f"the process that writes ended with exit code {self._process.exitcode}"
         if isinstance(told, str):
             return told
         results, files = told
-        _results.put(results)
+        self._results.put(results)
         return dict(files)
-
-
-def digest(path: Path) -> File:
-    """Size and SHA-256 of a file, once it is durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        found = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": found.hexdigest()}
 
 
 def _run(end: Connection, transforms: list[Any], buckets: list[Any], folder: Path) -> None:
@@ -101,12 +92,15 @@ def _run(end: Connection, transforms: list[Any], buckets: list[Any], folder: Pat
 
 
 def _write(transforms: list[Any], bucket: Any) -> list[Any]:
-    """Write one file; Megatron-core reports by queues, since it would start a process for each."""
+    """Write one file, which `digest` makes durable.
+
+    Megatron-core reports by queues, since it would start a process for each.
+    """
     results: queue.Queue[tuple[int, Any]] = queue.Queue()
     count: queue.Queue[int] = queue.Queue()
     count.put(0)
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-        transforms, 0, bucket, results, count, use_fsync=True
+        transforms, 0, bucket, results, count, use_fsync=False
     )
     _, written = results.get()
     if isinstance(written, Exception):

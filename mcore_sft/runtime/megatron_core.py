@@ -7,6 +7,7 @@ that.
 
 import importlib.util
 import io
+import queue
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -69,6 +70,7 @@ _import_without_triton()
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole  # noqa: E402
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.models.gpt import GPTModel as _GPTModel  # noqa: E402
 
 
@@ -96,13 +98,27 @@ class _WithOutputProcessor(_GPTModel):
 GPTModel: Any = _WithOutputProcessor if _IS_OLD else _GPTModel
 
 
-def save_async(state: dict[str, Any], folder: str) -> Any:
-    """Begin to save `state` with Megatron-core's own writer; an AsyncRequest.
+Results = queue.SimpleQueue[dict[int, list[Any]]]
+"""What a writer wrote, by the place of its file."""
 
-    0.19 takes another package's writer unless told. This can go with 0.16.1, which knows but one.
+
+def save_async(state: dict[str, Any], folder: str) -> tuple[Any, Results]:
+    """Begin to save `state` with Megatron-core's own writer: an AsyncRequest, and its results.
+
+    Whoever writes puts what was written into the results before the request is completed.
+    Megatron-core would start a process that holds them, which Slurm's warning, sent to all
+    processes of a job, would end; so a queue of this save stands in for Megatron-core's while it
+    looks for that. 0.19 takes another package's writer unless told; that can go with 0.16.1.
     """
     asked = {} if _IS_OLD else {"async_strategy": "mcore"}
-    return dist_checkpointing.save(state, folder, async_sharded_save=True, **asked)
+    results: Results = queue.SimpleQueue()
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = results
+    try:
+        request = dist_checkpointing.save(state, folder, async_sharded_save=True, **asked)
+    finally:
+        filesystem_async._results_queue = before
+    return request, results
 
 
 def load(state: dict[str, Any], folder: str, *, validate_access_integrity: bool) -> Any:

@@ -19,7 +19,8 @@ from typing import Self
 
 import mcore_sft
 from mcore_sft import config as configuration
-from mcore_sft.checkpoint.sharded import Checkpoints, agree, scores
+from mcore_sft.checkpoint.retention import scores
+from mcore_sft.checkpoint.sharded import Checkpoints, agree
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.evaluation import benchmarks

@@ -56,9 +56,12 @@ def main() -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the models that were made here, whole and begun."""
-    for model in folder.glob("*hf_step_*"):
-        shutil.rmtree(model)
+    """Remove the models that were made here, whole and begun, and what locked them."""
+    for left in folder.glob("*hf_step_*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def _end_with_parent() -> None:

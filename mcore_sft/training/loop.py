@@ -5,10 +5,9 @@ Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 from mcore_sft.checkpoint import weights
-from mcore_sft.checkpoint.describe import describe
+from mcore_sft.checkpoint.describe import Description
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress, agree
 from mcore_sft.command import Stopped
@@ -77,6 +76,9 @@ def train_on(
         progress = Progress(fixed=fixed)
         weights.load_pretrained(folder, gpt, architecture, metrics.console)
         optimizer.reload_model_params()
+    description = Description.read(
+        config, dataset, progress.fixed.get("base weights"), checkpoints.restored
+    )
 
     announce(metrics, config, mesh, loader, progress)
     for line in report(progress, config, dataset, mesh):
@@ -119,7 +121,7 @@ def train_on(
             if asked or due(progress.step, config.checkpoint.every, steps):
                 metrics.saved(checkpoints.wait(watchdog.beat))
                 metrics.sync()
-                checkpoints.save(progress, partial(describe, config, dataset), scores)
+                checkpoints.save(progress, description.write, scores)
             accuracy.poll(asked)
             metrics.lap("checkpoint")
     if asked and (progress.step < steps or validation.is_due(steps)):

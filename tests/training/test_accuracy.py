@@ -17,7 +17,9 @@ import pytest
 
 from mcore_sft import config as configuration
 from mcore_sft.base.errors import UserError
-from mcore_sft.checkpoint.sharded import FORMAT, Checkpoints, scores, signed, steps
+from mcore_sft.checkpoint.manifest import FORMAT, signed
+from mcore_sft.checkpoint.retention import scores, steps
+from mcore_sft.checkpoint.sharded import Checkpoints
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.training import accuracy

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mcore_sft.base.errors import UserError
+from mcore_sft.checkpoint.manifest import read_manifest
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-from mcore_sft.checkpoint.sharded import read_manifest
 from mcore_sft.config import RunConfig
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model.architecture import read

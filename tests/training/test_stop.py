@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from mcore_sft import config as configuration
-from mcore_sft.checkpoint.sharded import scores, steps, verify
+from mcore_sft.checkpoint.manifest import verify
+from mcore_sft.checkpoint.retention import scores, steps
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.training import loop
