@@ -3,8 +3,10 @@
 step_N/config.yaml                    the resolved configuration of the run
 step_N/model/config.json              architecture of the model it grew from
 step_N/model/generation_config.json   how to generate, the learned stop tokens included
-step_N/model/tokenizer files          as the dataset was made with
-step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with
+step_N/model/tokenizer files          as the dataset was made with; the chat template and the stop
+                                      token are those that were trained
+step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with, and what
+                                      the prompts in it really had
 """
 
 import json
@@ -14,6 +16,7 @@ from typing import Any
 from mcore_sft import config as configuration
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.config import RunConfig
+from mcore_sft.data import chat_files
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
@@ -30,8 +33,8 @@ def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     prompt = Prompt.load(config.prompt, tokenizer)
     model = folder / MODEL
-    tokenizer.save(model)
-    write_json(model / "config.json", _architecture(config))
+    chat_files.save(tokenizer, prompt, model)
+    write_json(model / "config.json", _architecture(config, prompt))
     write_json(
         model / "generation_config.json", _generation(config.model.path, prompt, tokenizer.bos_id)
     )
@@ -42,15 +45,20 @@ def describe(config: RunConfig, dataset: PackedDataset, folder: Path) -> None:
             "name": config.name,
             "prompt": prompt.describe(),
             "prompt_fingerprint": prompt.fingerprint,
+            "trained_prompts": dataset.counts.get("prompts"),
+            "chat_template": prompt.chat_template is not None,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "dataset_fingerprint": dataset.fingerprint,
         },
     )
 
 
-def _architecture(config: RunConfig) -> dict[str, Any]:
-    """config.json of the base model, with the precision that the weights now have."""
+def _architecture(config: RunConfig, prompt: Prompt) -> dict[str, Any]:
+    """config.json of the base model, with the precision and the stop token that it now has."""
     found: dict[str, Any] = json.loads((config.model.path / "config.json").read_text("utf-8"))
+    stops = found.get("eos_token_id")
+    if not set(prompt.stop_ids) & set(stops if isinstance(stops, list) else [stops]):
+        found["eos_token_id"] = prompt.stop_ids[0]
     return with_dtype(found, config.train.precision)
 
 

@@ -57,7 +57,7 @@ def export(
     try:
         shutil.copytree(checkpoint / MODEL, temporary)
         _write_weights(checkpoints, temporary, dtype, shard_bytes, console)
-        _write_record(temporary / RECORD, manifests)
+        record = _write_record(temporary / RECORD, manifests)
         if output.exists():
             output.rmdir()
         temporary.rename(output)
@@ -67,6 +67,11 @@ def export(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if record.get("chat_template") is False:
+        console.print(
+            f"{output}: no chat template, because the training texts held their own markup "
+            "(a template that is verbatim); a server can be asked by its completions endpoint"
+        )
 
 
 def _verified(path: Path, console: Console) -> dict[str, Any]:
@@ -159,9 +164,9 @@ def _cast(
     return name, cast
 
 
-def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> None:
-    """Add to what the model was trained with the checkpoints that it is made of."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Add to what the model was trained with the checkpoints that it is made of; returns it all."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     record["checkpoints"] = [
         {
             "step": manifest["progress"]["step"],
@@ -172,3 +177,4 @@ def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> None:
         for checkpoint, manifest in manifests.items()
     ]
     write_json(path, record)
+    return record
