@@ -6,7 +6,8 @@ from pathlib import Path
 from mcore_sft import command
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import RunConfig
-from mcore_sft.data.job import Job, check_fit
+from mcore_sft.data.fit import check_fit
+from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
 from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
@@ -70,9 +71,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
-    check_fit(tokenizer, config.model.path)
-    prompt = Prompt.load(config.prompt, tokenizer)
-    return Job(config=config.data, prompt=prompt, tokenizer=tokenizer, console=Console(stderr=True))
+    return Job(
+        config=config.data,
+        prompt=Prompt.load(config.prompt, tokenizer),
+        tokenizer=tokenizer,
+        console=Console(stderr=True),
+        unfed=check_fit(tokenizer, config.model.path),
+    )
 
 
 def _count(text: str) -> int:

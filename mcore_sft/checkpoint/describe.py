@@ -19,9 +19,10 @@ from mcore_sft.config import RunConfig
 from mcore_sft.data import chat_files
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.prompt_record import MODEL_FILE
 from mcore_sft.data.tokenizer import load_tokenizer
 
-RECORD = "mcore_sft.json"
+RECORD = MODEL_FILE
 MODEL = "model"
 CONFIG = "config.yaml"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

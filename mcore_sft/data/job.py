@@ -1,6 +1,5 @@
 """The data section of an experiment in, what it names out: sources, blocks, the recipe, inputs."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +36,8 @@ class Job:
     prompt: Prompt
     tokenizer: Tokenizer
     console: Console
+    unfed: int | None = None
+    """The id that no example may hold (`check_fit`)."""
 
     def __post_init__(self) -> None:
         if not self.config.train:
@@ -127,6 +128,7 @@ class Job:
             threshold=config.contamination.threshold,
             remove=config.contamination.remove,
             as_json=as_json,
+            unfed=self.unfed,
         )
 
     def _benchmark(self) -> dict[str, str]:
@@ -153,17 +155,3 @@ class Job:
         name = f"checksums of {source.path}"
         with progress(name, total=total or None, console=self.console) as advance:
             return survey(source, root=self.config.root, advance=advance)
-
-
-def check_fit(tokenizer: Tokenizer, model: Path) -> None:
-    """`DataError` if `model` is a Hugging Face folder whose vocabulary the tokenizer exceeds."""
-    file = model / "config.json"
-    if not file.is_file():
-        return
-    vocab_size = json.loads(file.read_text(encoding="utf-8")).get("vocab_size")
-    if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
-            f"{model} has a vocabulary of {vocab_size}; give the model's own tokenizer "
-            "(model.tokenizer=PATH)"
-        )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mcore_sft import command
 from mcore_sft import config as configuration
+from mcore_sft.base.terminal import printable
 from mcore_sft.config import RunConfig
 
 _NICE = 10
@@ -29,10 +30,10 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Imported late: it takes seconds, in which the run may end.
     from mcore_sft.checkpoint.export import export
-    from mcore_sft.data.prompt import Prompt
     from mcore_sft.data.tokenizer import load_tokenizer
     from mcore_sft.evaluation import benchmarks
     from mcore_sft.evaluation.run import Evaluation, evaluate
+    from mcore_sft.evaluation.trained_prompt import Asked, choose
 
     checkpoint, output = map(Path, sys.argv[1:])
     said = configuration.load(output / "config.yaml").model_dump()
@@ -42,10 +43,12 @@ def main() -> None:
     try:
         export(checkpoint, model)
         tokenizer = load_tokenizer(model)
+        chosen = choose(model, tokenizer, Asked())
+        print(printable(chosen.why), flush=True)
         evaluation = Evaluation(
             model=model,
             benchmark=benchmarks.load(config.watched, config.data.root),
-            prompt=Prompt.load(config.prompt, tokenizer),
+            prompt=chosen.prompt,
             tokenizer=tokenizer,
             config=config.evaluation,
             output=output / config.watched.name,

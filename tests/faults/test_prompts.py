@@ -1,7 +1,6 @@
 """What was trained is what is asked, exported and tokenized: numbers 1 and 2, and the tokenizer."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,8 @@ def base(folder: Path, **config: Any) -> Path:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin_of_text|>",
         "eos_token": "<|end_of_text|>",
-        "chat_template": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
+        "chat_template": "{% for m in messages %}"
+        "<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(told | config), encoding="utf-8")
