@@ -20,8 +20,8 @@ class Codec(Protocol):
     """What all kinds of tokenizer file can do.
 
     content: what is saved as `file_name` for transformers, and loads here as this codec again.
-    special: the tokens that only markup may spell, by name. added: all that stand beside the learned
-    vocabulary, special or not.
+    special: the tokens that only markup may spell, by name. added: all that stand beside the
+    learned vocabulary, special or not.
     """
 
     file_name: str

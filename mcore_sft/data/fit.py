@@ -24,7 +24,7 @@ def check_fit(tokenizer: Tokenizer, model: Path, rows: int | None = None) -> int
     """
     rows = _rows(model) if rows is None else rows
     own = _own(tokenizer, model)
-    size = min([n for n in (rows, own and len(own)) if n is not None], default=0)
+    size = len(own) if own else rows
     added = {
         number
         for number in tokenizer.vocab.values()
