@@ -10,6 +10,7 @@ examples have, or of all, where there are no more than KEPT: memory is bounded.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -38,21 +39,24 @@ def system_hashes(texts: Sequence[str | None]) -> SystemHashes:
 
 
 class SystemTexts:
-    """The frequent ones among all system texts that are added (Misra and Gries, 1982)."""
+    """The frequent ones among all that are added (Misra and Gries, 1982), and the first few."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._first: dict[str, None] = {}
 
     def add(self, counts: Mapping[str, int]) -> None:
         """Count the texts of one block."""
         self._counts.update(counts)
+        if len(self._first) < LISTED:
+            self._first.update(dict.fromkeys(islice(counts, LISTED)))
         if len(self._counts) > KEPT:
             cut = sorted(self._counts.values())[-KEPT - 1]
             self._counts = Counter({t: n - cut for t, n in self._counts.items() if n > cut})
 
     def by_hash(self) -> dict[int, str]:
         """The texts that are kept, by the number that `system_hashes` gives them."""
-        texts = list(self._counts)
+        texts = list({**self._first, **self._counts})
         return dict(zip(system_hashes(texts).tolist(), texts, strict=True))
 
 
@@ -116,4 +120,6 @@ def ways(told: Mapping[str, Any], own: str | None) -> dict[Way, int]:
         way = Way(instruction=listed["with_instruction"], system=listed["text"])
         found[way] = listed["examples"]
     ranked = sorted(found.items(), key=lambda item: -item[1])
-    return {way: count for way, count in ranked if count}
+    some = {way: count for way, count in ranked if count}
+    # Where every text is rare, none may be listed; but then there is no instruction either.
+    return some or ({Way(instruction=False, system=None): 0} if told["without_instruction"] else {})

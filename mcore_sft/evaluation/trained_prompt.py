@@ -86,22 +86,40 @@ def _of_record(
             prompt = _prompt(keys, tokenizer)
             share = f"{count:,} of {total:,} training examples had it"
             return Chosen(prompt=prompt, why=f"prompt: {_words(prompt)}; {share}")
-    names = ", ".join(f"prompt.{name}" for name in sorted(wanted))
-    # A text that is not listed may have been trained, and so may what others have tokenized.
-    listed = len({each["text"] for each in had["system_texts"]})
-    known = not had["tokenized_elsewhere"] and (
-        "system" not in wanted or listed == had["distinct_system_texts"]
-    )
+    known = _is_known(wanted, trained, had)
     if stated and known:
         raise EvaluationError(
-            f"{model}: none of its {total:,} training examples had the {names} of the experiment "
-            f"file ({_excerpt(stated)}); take that out to ask as it was trained, or give it on the "
-            "command line as KEY=VALUE to ask so all the same"
+            f"{model}: none of its {total:,} training examples had the {_names(stated)} of the "
+            f"experiment file ({_excerpt(stated)}). Fix: take that out to ask as it was trained, or "
+            "give it on the command line as KEY=VALUE to ask so all the same"
         )
     usual = next(iter(found), Way(instruction=own.has_instruction, system=own.system))
     prompt = _prompt(_keys(usual, trained) | wanted, tokenizer)
     whether = f"none of {total:,} training examples had it" if known else "perhaps never trained"
-    return Chosen(prompt=prompt, why=f"prompt: {_words(prompt)}; {whether}, asked for by {names}")
+    why = f"prompt: {_words(prompt)}; {whether}, asked for by {_names(wanted)}"
+    return Chosen(prompt=prompt, why=why)
+
+
+def _is_known(
+    wanted: Mapping[str, Any], trained: Mapping[str, Any], had: Mapping[str, Any]
+) -> bool:
+    """Whether a record that lists no way with all that is `wanted` says that there was none.
+
+    A system text that is not listed may have been trained, as may what others have tokenized.
+    """
+    if had["tokenized_elsewhere"]:
+        return False
+    had_both = False
+    for instruction, key in ((True, "with_instruction"), (False, "without_instruction")):
+        keys = _keys(Way(instruction=instruction, system=None), trained)
+        same = _resolved(keys | wanted)[:2] == _resolved(keys)[:2]
+        had_both |= had[key] > 0 and same  # template and instruction
+    listed = len({each["text"] for each in had["system_texts"]})
+    return not had_both or listed == had["distinct_system_texts"]
+
+
+def _names(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"prompt.{name}" for name in sorted(keys))
 
 
 def _stated(asked: Asked, trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -272,9 +272,27 @@ def test_01_record_of_many_system_texts_is_bounded_and_counts_them_all(
         "examples": 33,
         "with_instruction": False,
     }
-    assert len(told["system_texts"]) <= 16
+    assert len(told["system_texts"]) == prompt_record.LISTED
     files = [(tmp_path / w / "packed" / "train.bin").read_bytes() for w in ("1", "2")]
     assert files[0] == files[1]
+
+
+def test_01_rare_system_texts_alone_are_no_reason_for_the_instruction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_record, "KEPT", 4)
+    rows = [talk(n, f"You are {n}.") for n in range(40)]
+    _, model = hf_folder(tmp_path, rows, data__train=TALKS_ALONE)
+    tokenizer = load_tokenizer(model)
+    asked = choose(model, tokenizer, Asked())
+    assert not asked.prompt.has_instruction
+    assert str(asked.prompt.system).startswith("You are ")
+    # it is not listed, and may have been trained
+    other = choose(model, tokenizer, Asked(configured=PromptConfig(system="You are 39.")))
+    assert "perhaps never trained, asked for by prompt.system" in other.why
+    configured = PromptConfig(instruction="nemo_rl/math")
+    with pytest.raises(EvaluationError, match="none of its 40 training examples"):
+        choose(model, tokenizer, Asked(configured=configured))
 
 
 def test_01_conversations_are_not_asked_under_the_instruction(tmp_path: Path) -> None:
