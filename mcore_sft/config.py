@@ -83,6 +83,9 @@ class PromptConfig(Section):
     """Chat markup: a shipped name, a YAML file, or `chat` for the tokenizer's chat template."""
     instruction: PlaceOrName | None = "generic/math"
     """What stands around the problem: a shipped name, a YAML file, or none."""
+    system: str | None = None
+    """System text before the problem, instead of the instruction's own; conversations keep theirs.
+    An evaluation without this key takes the one that most training prompts had."""
 
 
 class SourceConfig(Section):

@@ -45,6 +45,7 @@ from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation.engine import Request, open_engine
+from mcore_sft.evaluation.trained_prompt import Asked, choose
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.model import architecture as arch
 from mcore_sft.model.build import whole_weights
@@ -746,6 +747,44 @@ def _state(here: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("template", ["llama3-instruct", "chat"])
 def test_9_ids(model: Path, tmp_path: Path, template: str) -> None:
     check_9(model, tmp_path, template)
+
+
+@pytest.mark.parametrize("system", [None, "Count."])
+@pytest.mark.parametrize("template", ["llama3-instruct", "chat"])
+def test_9_ids_of_conversations(tmp_path: Path, template: str, system: str | None) -> None:
+    """A dataset of `messages`, under a configuration that has an instruction, as it has by default.
+
+    What evaluation would send for each problem is what a training example begins with.
+    """
+    rows = [_talk(row, system) for row in _rows()[:12]]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _prompt(tmp_path, template)
+    config = runs.experiment(
+        tmp_path / "run",
+        tmp_path,
+        model__tokenizer=str(tmp_path / "tokenizer"),
+        prompt__template=template,
+        data__root=str(tmp_path),
+        data__train=[{"path": "talks.jsonl", "messages": "messages"}],
+    )
+    runs.pack_rows(config)
+    dataset = PackedDataset(config.packed)
+    (tmp_path / "config.json").write_text("{}")
+    described = tmp_path / "step_1"
+    described.mkdir()
+    Description.read(config, dataset, None, None).write(described)
+    hf = described / "model"
+    prompt = choose(hf, load_tokenizer(hf), Asked()).prompt
+    examples = [dataset.example(index) for index in range(dataset.num_distinct)]
+    trained = [example.tokens[: example.spans[0, 0]].tolist() for example in examples]
+    assert [prompt.prompt_ids(row["messages"][-2]["content"]) for row in rows] == trained
+
+
+def _talk(row: dict[str, str], system: str | None) -> dict[str, Any]:
+    said = [{"role": "system", "content": system}] if system else []
+    said += [{"role": "user", "content": row["problem"]}]
+    said += [{"role": "assistant", "content": row["generated_solution"]}]
+    return {"messages": said}
 
 
 def check_9(model: Path, scratch: Path, template: str = "llama3-instruct") -> None:

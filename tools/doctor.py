@@ -318,9 +318,11 @@ def _model(config: "RunConfig") -> str:
 
 
 def _tokenizer(config: "RunConfig") -> str:
+    from mcore_sft.data.fit import check_fit
     from mcore_sft.data.tokenizer import load_tokenizer
 
-    load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
+    tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
+    check_fit(tokenizer, config.model.path)
     return str(config.model.tokenizer_path)
 
 

@@ -7,7 +7,6 @@ python tools/evaluate.py --model DIR --config configs/X.yaml evaluation.max_new_
 """
 
 import argparse
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Any
 from mcore_sft import command
 from mcore_sft import config as configuration
 from mcore_sft.base.terminal import say
-from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PromptConfig, Section
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.config import BenchmarkConfig, EvaluationConfig, Section
+from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.evaluation.engine import model_shape
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import PAGE, Evaluation, evaluate
-
-_RECORD = "mcore_sft.json"
+from mcore_sft.evaluation.trained_prompt import Asked, choose
 
 
 class PromptChange(Section):
@@ -32,6 +29,7 @@ class PromptChange(Section):
 
     template: str | None = None
     instruction: str | None = None
+    system: str | None = None
 
 
 class Alone(Section):
@@ -46,7 +44,7 @@ class Plan:
     """What is asked, how, and where relative paths of benchmarks start."""
 
     evaluation: EvaluationConfig
-    prompt: PromptChange | None
+    prompt: Asked
     root: Path
 
 
@@ -57,12 +55,13 @@ def main() -> None:
     asked = _benchmarks(arguments, plan)
     model_shape(arguments.model)  # a folder that holds no model is said before anything is loaded
     tokenizer = load_tokenizer(arguments.model, option="copy those of the model's tokenizer there")
-    prompt = _prompt(arguments.model, plan.prompt, tokenizer)
+    chosen = choose(arguments.model, tokenizer, plan.prompt)
+    say(chosen.why)
     evaluations = [
         Evaluation(
             model=arguments.model,
             benchmark=benchmarks.load(entry, plan.root),
-            prompt=prompt,
+            prompt=chosen.prompt,
             tokenizer=tokenizer,
             config=plan.evaluation,
             output=_output(arguments, entry.name, len(asked)),
@@ -106,18 +105,21 @@ def _arguments() -> argparse.Namespace:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
+    configured, root = None, Path(".")
     if arguments.config:
         run = command.experiment(arguments)
-        said = {"evaluation": run.evaluation.model_dump(), "prompt": run.prompt.model_dump()}
-        root = run.data.root
+        of_prompt = [said for said in arguments.overrides if re.match(r"prompt[.=]", said)]
+        given = configuration.parse_section(Alone, {}, of_prompt)
+        evaluation, root, configured = run.evaluation, run.data.root, run.prompt
     else:
         given = configuration.parse_section(Alone, {}, arguments.overrides)
         if arguments.print_config:
             say(configuration.dump(given), end="")
             raise SystemExit(0)
-        said, root = given.model_dump(exclude_unset=True), Path(".")
-    alone = Alone.model_validate(said)
-    return Plan(evaluation=alone.evaluation, prompt=alone.prompt, root=root)
+        assert isinstance(given, Alone)
+        evaluation = given.evaluation
+    keys = given.model_dump(exclude_unset=True).get("prompt") or {}
+    return Plan(evaluation=evaluation, prompt=Asked(keys=keys, configured=configured), root=root)
 
 
 def _benchmarks(arguments: argparse.Namespace, plan: Plan) -> tuple[BenchmarkConfig, ...]:
@@ -164,46 +166,6 @@ def _named(benchmark: str) -> tuple[str, int | None]:
             f"--benchmark {benchmark}: expected NAME or NAME:SAMPLES, such as math:8"
         )
     return name, int(samples)
-
-
-def _prompt(model: Path, given: PromptChange | None, tokenizer: Tokenizer) -> Prompt:
-    """The prompt as given, else the one that the model was trained with; never a guess."""
-    record = model / _RECORD
-    trained: dict[str, Any] = {}
-    if record.is_file():
-        trained = _trained(record)
-    if given is None and trained:
-        return Prompt.restore(trained, tokenizer)
-    if given is not None and (given.template or trained):
-        said = given.model_dump(exclude_unset=True)
-        return _load(PromptConfig().model_dump() | trained | said, tokenizer)
-    hint = (
-        "prompt.template=chat for the tokenizer's own chat template"
-        if tokenizer.has_chat_template
-        else "prompt.template=llama3-instruct"
-    )
-    raise EvaluationError(
-        f"{model}: nothing says how to ask this model (no {_RECORD}); give --config FILE, or "
-        f"{hint} and prompt.instruction=generic/math (or =null for the bare problem)"
-    )
-
-
-def _trained(record: Path) -> dict[str, Any]:
-    try:
-        prompt = json.loads(record.read_text(encoding="utf-8"))["prompt"]
-        return {name: prompt[name] for name in ("template", "instruction")}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise EvaluationError(
-            f"{record}: the prompt of training cannot be read ({error!r}); export the model again, "
-            "or take the file away and give prompt.template and prompt.instruction"
-        ) from None
-
-
-def _load(said: dict[str, Any], tokenizer: Tokenizer) -> Prompt:
-    """The prompt of `said`, whose parts may be names, files, or what a record holds of files."""
-    if all(part is None or isinstance(part, str) for part in said.values()):
-        return Prompt.load(PromptConfig(**said), tokenizer)
-    return Prompt.restore(said, tokenizer)
 
 
 def _output(arguments: argparse.Namespace, benchmark: str, count: int) -> Path:

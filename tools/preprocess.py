@@ -6,7 +6,8 @@ from mcore_sft import command
 from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
-from mcore_sft.data.job import Job, check_fit
+from mcore_sft.data.fit import check_fit
+from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
 from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
@@ -71,11 +72,16 @@ def _parser() -> Parser:
 
 def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
-    check_fit(tokenizer, config.model.path)
+    unfed = check_fit(tokenizer, config.model.path)
     if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
         architecture.read(config.model.path).check_length(config.data.sequence_length)
-    prompt = Prompt.load(config.prompt, tokenizer)
-    return Job(config=config.data, prompt=prompt, tokenizer=tokenizer, console=Console(stderr=True))
+    return Job(
+        config=config.data,
+        prompt=Prompt.load(config.prompt, tokenizer),
+        tokenizer=tokenizer,
+        console=Console(stderr=True),
+        unfed=unfed,
+    )
 
 
 def _count(text: str) -> int:

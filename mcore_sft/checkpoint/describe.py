@@ -6,9 +6,11 @@ nothing in the checkpoints. A run that goes on keeps what its checkpoint says.
 step_N/config.yaml                    the resolved configuration of the run
 step_N/model/config.json              architecture of the model it grew from
 step_N/model/generation_config.json   how to generate, the learned stop tokens included
-step_N/model/tokenizer files          as the dataset was made with
-step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with, and the
-                                      base: path, revision, SHA-256 of what was read of it
+step_N/model/tokenizer files          as the dataset was made with; the chat template and the stop
+                                      token are those that were trained
+step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with, what the
+                                      prompts in it really had, and the base: path, revision,
+                                      SHA-256 of what was read of it
 """
 
 import json
@@ -23,11 +25,13 @@ from mcore_sft.base import files
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import read_manifest, reading
 from mcore_sft.config import RunConfig
+from mcore_sft.data import chat_files
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.prompt_record import MODEL_FILE
 from mcore_sft.data.tokenizer import load_tokenizer
 
-RECORD = "mcore_sft.json"
+RECORD = MODEL_FILE
 MODEL = "model"
 CONFIG = "config.yaml"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -86,8 +90,8 @@ def _describe(
     """Write into `model` what a model that grows from the base of `config` needs beside weights."""
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     prompt = Prompt.load(config.prompt, tokenizer)
-    tokenizer.save(model)
-    write_json(model / "config.json", _architecture(config))
+    chat_files.save(tokenizer, prompt, model)
+    write_json(model / "config.json", _architecture(config, prompt))
     write_json(
         model / "generation_config.json", _generation(config.model.path, prompt, tokenizer.bos_id)
     )
@@ -98,6 +102,8 @@ def _describe(
             "name": config.name,
             "prompt": prompt.describe(),
             "prompt_fingerprint": prompt.fingerprint,
+            "trained_prompts": dataset.counts.get("prompts"),
+            "chat_template": prompt.chat_template is not None,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "dataset_fingerprint": dataset.fingerprint,
             "base": {
@@ -132,9 +138,12 @@ def _revision(base: Path) -> str | None:
     return None
 
 
-def _architecture(config: RunConfig) -> dict[str, Any]:
-    """config.json of the base model, with the precision that the weights now have."""
+def _architecture(config: RunConfig, prompt: Prompt) -> dict[str, Any]:
+    """config.json of the base model, with the precision and the stop token that it now has."""
     found: dict[str, Any] = json.loads((config.model.path / "config.json").read_text("utf-8"))
+    stops = found.get("eos_token_id")
+    if not set(prompt.stop_ids) & set(stops if isinstance(stops, list) else [stops]):
+        found["eos_token_id"] = prompt.stop_ids[0]
     return with_dtype(found, config.train.precision)
 
 

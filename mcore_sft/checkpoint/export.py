@@ -56,7 +56,12 @@ def export(
         _require_one_run(checkpoints, manifests)
         _write_description(checkpoint, manifests[checkpoint], folder)
         _write_weights(checkpoints, folder, dtype, shard_bytes, console)
-        _write_record(folder / RECORD, manifests)
+        record = _write_record(folder / RECORD, manifests)
+    if record.get("chat_template") is False:
+        console.print(
+            f"{output}: no chat template, because the training texts held their own markup "
+            "(a template that is verbatim); a server can be asked by its completions endpoint"
+        )
 
 
 @contextlib.contextmanager
@@ -211,9 +216,9 @@ def _cast(
     return name, cast
 
 
-def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> None:
-    """Add to what the model was trained with the checkpoints that it is made of."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Add to what the model was trained with the checkpoints that it is made of; returns it all."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     record["checkpoints"] = []
     for checkpoint, manifest in manifests.items():
         with reading(checkpoint):
@@ -222,3 +227,4 @@ def _write_record(path: Path, manifests: dict[Path, dict[str, Any]]) -> None:
             {"step": manifest["progress"]["step"], "manifest_sha256": digest}
         )
     write_json(path, record)
+    return record

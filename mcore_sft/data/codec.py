@@ -21,7 +21,8 @@ class Codec(Protocol):
     """What all kinds of tokenizer file can do.
 
     content: what is saved as `file_name` for transformers, and loads here as this codec again.
-    special: the tokens that only markup may spell, by name.
+    special: the tokens that only markup may spell, by name. added: all that stand beside the
+    learned vocabulary, special or not.
     """
 
     file_name: str
@@ -29,6 +30,7 @@ class Codec(Protocol):
     content: bytes
     vocab: Mapping[str, int]
     special: Mapping[str, int]
+    added: Sequence[str]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens spelt in it become their ids."""
@@ -109,6 +111,7 @@ class SentencePiece:
         self.special: Mapping[str, int] = {
             self._inner.id_to_piece(i): i for i in pieces if self._inner.is_control(i)
         }
+        self.added: Sequence[str] = list(self.special)
         self._special_ids = {number: name for name, number in self.special.items()}
         longest_first = sorted(self.special, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(re.escape(token) for token in longest_first)})")

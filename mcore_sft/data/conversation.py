@@ -55,6 +55,12 @@ def checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return read
 
 
+def system_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The system message that a conversation begins with; None if it begins otherwise."""
+    first = messages[0] if messages else {}
+    return _content(1, first.get("content")) if first.get("role") == "system" else None
+
+
 def is_trained(answer: Mapping[str, Any]) -> bool:
     """Whether a checked message of an assistant is learned."""
     return "weight" not in answer

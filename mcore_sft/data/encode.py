@@ -5,11 +5,12 @@ Block -> Rows -> filters -> contamination -> Examples -> Encoded
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,13 @@ import pyarrow as pa
 from mcore_sft.config import FilterConfig
 from mcore_sft.data.blocks import Block
 from mcore_sft.data.contamination import Contamination, Finding, distinct
+from mcore_sft.data.conversation import system_text
 from mcore_sft.data.duplicates import Hashes, hashes_of, joined, text_hashes
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.filters import Filters, Row
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.prompt import UNFIT, Prompt
+from mcore_sft.data.prompt_record import SystemHashes, system_hashes
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows, Tokens
 from mcore_sft.data.tokenizer import load_tokenizer
 
@@ -86,7 +89,10 @@ class Encoded:
     numbers int64 [M]: line or row of each in file `name`; hashes uint64 [M, 2]: of all that makes
     two examples the same; problems uint64 [M]: of the problem.
     read_hashes uint64 [rows, 2]: of all rows as they were before the filters, where those are
-    compared too, else [0, 2]. rows: how many could be used, which `examples.rows` counts; size:
+    compared too, else [0, 2].
+    systems uint64 [M]: which system text each conversation has (`system_hashes`), else [0];
+    system_texts: these texts, and how many examples have each.
+    rows: how many could be used, which `examples.rows` counts; size:
     bytes of the source.
     """
 
@@ -97,12 +103,14 @@ class Encoded:
     hashes: Hashes
     read_hashes: Hashes
     problems: npt.NDArray[np.uint64]
+    systems: SystemHashes
+    system_texts: Mapping[str, int]
     findings: Sequence[Finding]
     drops: Drops
     rows: int
     size: int
     gigatoken: bool
-    tokenized_elsewhere: bool
+    kind: Literal["problems", "conversations", "tokens"]
 
     def keep(self, wanted: npt.NDArray[np.bool_]) -> "Encoded":
         """Only the `wanted` [M] examples."""
@@ -114,6 +122,7 @@ class Encoded:
             numbers=self.numbers[wanted],
             hashes=self.hashes[wanted],
             problems=self.problems[wanted],
+            systems=self.systems[wanted] if self.kind == "conversations" else self.systems,
         )
 
 
@@ -135,6 +144,8 @@ class Recipe:
     """Whether rows with such problems are dropped, and not only told of."""
     as_json: bool = False
     """Bytes of NeMo-Skills' JSON lines instead of tokens, and no row is too long."""
+    unfed: int | None = None
+    """The id that no example may hold: a token that the model does not have."""
 
 
 class Encoder:
@@ -168,6 +179,7 @@ class Encoder:
             rows, origin = rows.take(clean), origin[clean]
         examples = self._examples(rows, drops)
         hashes, problem_hashes = _hashes(rows, examples)
+        systems = _systems(rows, examples)
         return Encoded(
             source=source,
             name=read.name,
@@ -176,12 +188,14 @@ class Encoder:
             hashes=hashes,
             read_hashes=self._read_hashes(read),
             problems=problem_hashes,
+            systems=system_hashes(systems),
+            system_texts=Counter(text for text in systems if text is not None),
             findings=findings,
             drops=drops,
             rows=len(read),
             size=block.size,
             gigatoken=self._tokenizer.gigatoken,
-            tokenized_elsewhere=isinstance(read, Tokens),
+            kind=_kind(read),
         )
 
     def _filtered(self, rows: Rows, drops: Drops) -> tuple[Any, npt.NDArray[np.int64]]:
@@ -271,16 +285,22 @@ class Encoder:
         examples, vocab_size = rows.examples, self._tokenizer.vocab_size
         if examples.tokens.max(initial=0) >= vocab_size:
             at = int(np.argmax(examples.tokens >= vocab_size))
-            example = int(np.searchsorted(running_sum(examples.lengths), at, side="right")) - 1
             raise DataError(
-                f"{rows.where(int(examples.rows[example]))}: token {examples.tokens[at]} is not in "
-                f"the vocabulary of {vocab_size}; name the tokenizer that made the tokens"
+                f"{_where(rows, examples, at)}: token {examples.tokens[at]} is not in the "
+                f"vocabulary of {vocab_size}; name the tokenizer that made the tokens"
             )
         idle = examples.span_counts == 0
         drops.add(UNTRAINED, int(idle.sum()), _samples(rows, examples.rows[idle]))
         return self._that_fit(rows, examples.keep(~idle), drops)
 
     def _that_fit(self, rows: Rows, examples: Examples, drops: Drops) -> Examples:
+        unfed = self._recipe.unfed
+        if unfed is not None and (found := np.flatnonzero(examples.tokens == unfed)).size:
+            raise DataError(
+                f"{_where(rows, examples, int(found[0]))}: it holds the token "
+                f"{self._tokenizer.decode([unfed])} ({unfed}), which only pads and which the model "
+                "does not have; take it out of the row or of prompt.template"
+            )
         long = examples.lengths > self._recipe.sequence_length
         drops.add(TOO_LONG, int(long.sum()), _samples(rows, examples.rows[long]))
         return examples.keep(~long)
@@ -297,6 +317,25 @@ def _asked(rows: Pairs | Chats) -> list[list[str]]:
         [message["content"] for message in messages if message["role"] == "user"]
         for messages in rows.messages
     ]
+
+
+def _where(rows: Rows, examples: Examples, at: int) -> str:
+    """The row that the token at place `at` of `examples` is from."""
+    example = int(np.searchsorted(running_sum(examples.lengths), at, side="right")) - 1
+    return rows.where(int(examples.rows[example]))
+
+
+def _kind(rows: Rows) -> Literal["problems", "conversations", "tokens"]:
+    if isinstance(rows, Tokens):
+        return "tokens"
+    return "conversations" if isinstance(rows, Chats) else "problems"
+
+
+def _systems(rows: Rows, examples: Examples) -> list[str | None]:
+    """The system text of each example, where they are conversations; else nothing."""
+    if not isinstance(rows, Chats):
+        return []
+    return [system_text(rows.messages[row]) for row in examples.rows.tolist()]
 
 
 def _hashes(rows: Any, examples: Examples) -> tuple[Hashes, npt.NDArray[np.uint64]]:

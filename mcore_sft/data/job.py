@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft.base.files import sha256_of
-from mcore_sft.base.model_folder import is_file, read_json
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, SourceConfig
 from mcore_sft.data.blocks import Block, SourceFile, changed
@@ -37,6 +36,8 @@ class Job:
     prompt: Prompt
     tokenizer: Tokenizer
     console: Console
+    unfed: int | None = None
+    """The id that no example may hold (`check_fit`)."""
 
     def __post_init__(self) -> None:
         if not self.config.train:
@@ -127,6 +128,7 @@ class Job:
             threshold=config.contamination.threshold,
             remove=config.contamination.remove,
             as_json=as_json,
+            unfed=self.unfed,
         )
 
     def _benchmark(self) -> dict[str, str]:
@@ -153,21 +155,3 @@ class Job:
         name = f"checksums of {source.path}"
         with progress(name, total=total or None, console=self.console) as advance:
             return survey(source, root=self.config.root, advance=advance)
-
-
-def check_fit(tokenizer: Tokenizer, model: Path) -> None:
-    """`DataError` if `model` is a Hugging Face folder whose vocabulary the tokenizer exceeds.
-
-    `UserError` if its config.json cannot be read.
-    """
-    file = model / "config.json"
-    if not is_file(file):
-        return
-    config = read_json(file)
-    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
-    if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
-            f"{model} has a vocabulary of {vocab_size}; give the model's own tokenizer "
-            "(model.tokenizer=PATH)"
-        )

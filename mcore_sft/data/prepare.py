@@ -28,7 +28,8 @@ from mcore_sft.data.job import Job
 from mcore_sft.data.order import distinct_rows, held_out, row_order
 from mcore_sft.data.place import holds_dataset, new_folder, workspace
 from mcore_sft.data.progress import progress
-from mcore_sft.data.prompt import UNFIT
+from mcore_sft.data.prompt import UNFIT, Prompt
+from mcore_sft.data.prompt_record import Way
 from mcore_sft.data.report import write_report
 from mcore_sft.data.shards import ShardWriter, finish_shard, merged, read_shard, shard_folder
 from mcore_sft.data.split import (
@@ -286,7 +287,7 @@ def _write(
     config = job.config
     made: dict[str, Split] = {}
     for split, collector in collectors.items():
-        rules = _rules(config, split, pack)
+        rules = _rules(config, split, pack, job.prompt)
         made.update(write_splits(partial, split, collector, rules))
     if len(made) == 2:
         shared = np.intersect1d(made["train"].problems, made["validation"].problems)
@@ -315,7 +316,7 @@ def _write(
     return manifest
 
 
-def _rules(config: DataConfig, split: str, pack: Any) -> SplitRules:
+def _rules(config: DataConfig, split: str, pack: Any, prompt: Prompt) -> SplitRules:
     """A validation set of its own is taken as it is: all of it, once, in its order."""
     filters, holdout = config.filters, config.holdout
     weights = [source.weight for source in config.train]
@@ -330,6 +331,7 @@ def _rules(config: DataConfig, split: str, pack: Any) -> SplitRules:
         sequence_length=config.sequence_length,
         seed=config.seed,
         pack=pack,
+        wording=Way(instruction=prompt.has_instruction, system=prompt.system),
         root=config.root,
     )
 

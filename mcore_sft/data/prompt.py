@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
+from mcore_sft.data import template_jinja
 from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.conversation import (
     Conversation,
@@ -86,20 +87,32 @@ class _Pieces:
 
 
 class Prompt:
-    """How problems and solutions become tokens; the same object serves training and evaluation."""
+    """How problems and solutions become tokens; the same object serves training and evaluation.
+
+    `system` stands before a problem instead of the instruction's own text; an empty one is a system
+    message that says nothing, which a chat template may write otherwise than none.
+    """
 
     def __init__(
-        self, template: str | Template, instruction: str | Instruction | None, tokenizer: Tokenizer
+        self,
+        template: str | Template,
+        instruction: str | Instruction | None,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
     ) -> None:
         self._template = template
         self._instruction = instruction
         self._tokenizer = tokenizer
+        self._given_system = system
         wording = read_instruction(instruction)
+        self.has_instruction = wording.user != Instruction().user
+        self.system = (wording.system or None) if system is None else system
         self._renderer: Renderer
         if template == "chat":
-            self._renderer = Chat(wording, tokenizer)
+            self._renderer = Chat(wording, self.system, tokenizer)
         else:
-            self._renderer = Markup(read_template(template), wording, tokenizer)
+            self._renderer = Markup(read_template(template), wording, self.system, tokenizer)
         self._verbatim = isinstance(self._renderer, Markup) and self._renderer.verbatim
         self.stop_tokens = self._renderer.stop_tokens
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
@@ -114,6 +127,7 @@ class Prompt:
             read_template(template) if is_file(template) else template,
             read_instruction(instruction) if is_file(instruction) else instruction,
             tokenizer,
+            system=config.system,
         )
 
     @classmethod
@@ -124,11 +138,13 @@ class Prompt:
             template = parse_section(Template, template)
         if isinstance(instruction, Mapping):
             instruction = parse_section(Instruction, instruction)
-        return cls(template, instruction, tokenizer)
+        return cls(template, instruction, tokenizer, system=description.get("system"))
 
     def describe(self) -> dict[str, Any]:
         """JSON from which `restore` makes this prompt: shipped names, or the content of files."""
-        parts = {"template": self._template, "instruction": self._instruction}
+        parts: dict[str, Any] = {"template": self._template, "instruction": self._instruction}
+        if self._given_system is not None:
+            parts["system"] = self._given_system
         return {
             name: part.model_dump(mode="json") if isinstance(part, Section) else part
             for name, part in parts.items()
@@ -141,7 +157,19 @@ class Prompt:
         if self._template != "chat":
             template = read_template(self._template).model_dump(mode="json")
         whole = [template, read_instruction(self._instruction).model_dump(mode="json")]
+        if self._given_system is not None:
+            whole.append(self._given_system)
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The markup as a Jinja chat template; None where the texts hold their own (`verbatim`)."""
+        if isinstance(self._renderer, Chat):
+            return self._tokenizer.chat_template_source
+        assert isinstance(self._renderer, Markup)
+        if self._verbatim:
+            return None
+        return template_jinja.chat_template(read_template(self._template), self._renderer.end)
 
     def text(self, problem: str) -> str:
         """The text that a model is asked to continue."""

@@ -75,9 +75,11 @@ class Renderer(Protocol):
 
 
 class Markup:
-    """A template of fixed strings."""
+    """A template of fixed strings. end: its `assistant_end`, up to the stop token."""
 
-    def __init__(self, template: Template, wording: Instruction, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, template: Template, wording: Instruction, system: str | None, tokenizer: Tokenizer
+    ) -> None:
         self.verbatim = template.verbatim
         self.stop_tokens = template.stop_phrases
         self._template = template
@@ -101,9 +103,9 @@ class Markup:
                 f"prompt.template: assistant_end {template.assistant_end!r} holds none of the "
                 f"stop_phrases {list(self.stop_tokens)}, so that a model could never learn to stop"
             )
-        self._end = end
+        self.end = end
         before, _, after = wording.user.partition("{problem}")
-        self._before = self._begin(wording.system) + template.user_begin + before
+        self._before = self._begin(system or "") + template.user_begin + before
         self._after = after + template.user_end + template.assistant_begin
 
     def prompt(self, problem: str) -> str:
@@ -112,7 +114,7 @@ class Markup:
 
     def pair(self, problem: str, solution: str) -> list[str]:
         """The prompt; `solution` and the stop token."""
-        return [self.prompt(problem), solution + self._end]
+        return [self.prompt(problem), solution + self.end]
 
     def pairs(
         self, problems: pa.LargeStringArray, solutions: pa.LargeStringArray
@@ -120,7 +122,7 @@ class Markup:
         """`pair` of each of N rows, end to end: prompts and answers in turn, [2N]."""
         if not len(problems):
             return pa.array([], pa.large_string())
-        markup = (self._before, self._after, self._end, "")
+        markup = (self._before, self._after, self.end, "")
         before, after, end, nothing = (pa.scalar(text, pa.large_string()) for text in markup)
         whole = pc.binary_join_element_wise(before, problems, after, solutions, end, nothing)
         _, ends, data = whole.buffers()
@@ -151,8 +153,8 @@ class Markup:
             if message["role"] == "user":
                 before += t.user_begin + text + t.user_end
             elif message["role"] == "assistant":
-                pieces += [before + t.assistant_begin, text + self._end]
-                before = t.assistant_end[len(self._end) :]
+                pieces += [before + t.assistant_begin, text + self.end]
+                before = t.assistant_end[len(self.end) :]
             else:
                 raise UnfitRow("a system message stands after others; expected it first")
         return pieces
@@ -170,8 +172,9 @@ class Chat:
     rendered up to each assistant turn and once more with it, and what the turn adds is trained.
     """
 
-    def __init__(self, wording: Instruction, tokenizer: Tokenizer) -> None:
+    def __init__(self, wording: Instruction, system: str | None, tokenizer: Tokenizer) -> None:
         self._wording = wording
+        self._system = system
         self._path = tokenizer.path
         if tokenizer.chat_template is None:
             raise DataError(
@@ -179,11 +182,11 @@ class Chat:
                 "template; give one in chat_template.jinja, or name another prompt.template"
             )
         self._template = tokenizer.chat_template
-        spelt = tokenizer.special_in(wording.system + wording.user)
+        spelt = tokenizer.special_in((system or "") + wording.user)
         if spelt is not None:
             raise DataError(
-                f"prompt.instruction: it spells the special token {spelt}, which would become part "
-                "of the markup; remove the token from it"
+                f"prompt.instruction or prompt.system: it spells the special token {spelt}, which "
+                "would become part of the markup; remove the token from it"
             )
         answered = self._template.render(self.messages("1 + 1", _ANSWER))
         if _ANSWER not in answered:
@@ -276,8 +279,9 @@ class Chat:
 
     def _asked(self, problem: str) -> list[dict[str, str]]:
         said = [{"role": "user", "content": self._wording.fill(problem)}]
-        system = self._wording.system
-        return [{"role": "system", "content": system}, *said] if system else said
+        if self._system is None:
+            return said
+        return [{"role": "system", "content": self._system}, *said]
 
 
 def read_template(template: str | Template) -> Template:

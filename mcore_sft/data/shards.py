@@ -25,7 +25,7 @@ from mcore_sft.data.encode import Drops, Encoded, Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Examples
 
-FORMAT = 3
+FORMAT = 4
 
 _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "tokens": (np.int32, 1),
@@ -37,9 +37,10 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "hashes": (np.uint64, 2),
     "read_hashes": (np.uint64, 2),
     "problems": (np.uint64, 1),
+    "systems": (np.uint64, 1),
 }
 _OF_EXAMPLES = ("tokens", "lengths", "spans", "span_counts", "rows")
-_OF_BLOCK = ("source", "name", "rows", "size", "gigatoken", "tokenized_elsewhere")
+_OF_BLOCK = ("source", "name", "rows", "size", "gigatoken", "kind", "system_texts")
 
 
 def shard_folder(folder: Path, index: int, count: int) -> Path:

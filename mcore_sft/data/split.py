@@ -30,6 +30,7 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum, write_index
 from mcore_sft.data.order import distinct_rows, held_out, row_order, visits
 from mcore_sft.data.places import Places, place
+from mcore_sft.data.prompt_record import SystemHashes, SystemTexts, Way, record
 from mcore_sft.data.rows import num_trained
 
 Lengths = npt.NDArray[np.int32]
@@ -72,7 +73,8 @@ class Collector:
         self.rows = 0
         self.source_rows: Counter[int] = Counter()
         self.source_files: dict[int, str] = {}
-        self.tokenized_elsewhere = False
+        self.kinds: dict[int, str] = {}
+        self.system_texts = SystemTexts()
         self.places = Places()
         self._repeats: list[_Repeat] = []
         self._num_repeats = 0
@@ -102,13 +104,18 @@ class Collector:
             "hashes": encoded.hashes if len(encoded.read_hashes) else encoded.read_hashes,
             "sources": np.full(len(made), encoded.source, np.int16),
         }
+        if encoded.kind == "conversations":
+            behind = self._columns["lengths"].count - self._columns["systems"].count
+            self._columns["systems"].append(np.zeros(behind, np.uint64))
+            columns["systems"] = encoded.systems
         for name, column in columns.items():
             self._columns[name].append(column)
         self.places.add(encoded.name, columns["positions"], encoded.numbers)
         for found in encoded.findings:  # the first row of a problem, whichever process saw it
             self.findings.setdefault((found.problem, found.benchmark_problem), found)
         self.rows += encoded.rows
-        self.tokenized_elsewhere |= encoded.tokenized_elsewhere
+        self.system_texts.add(encoded.system_texts)
+        self.kinds[encoded.source] = encoded.kind
         self.source_rows[encoded.source] += encoded.rows + encoded.drops.counts.get(BAD, 0)
         self.source_files.setdefault(encoded.source, encoded.name)
 
@@ -149,18 +156,18 @@ class _Column:
 
     def __init__(self, nothing: npt.NDArray[Any]) -> None:
         self._array = nothing.copy()
-        self._count = 0
+        self.count = 0
 
     def append(self, rows: npt.NDArray[Any]) -> None:
-        end = self._count + len(rows)
+        end = self.count + len(rows)
         if end > len(self._array):
             self._resize(max(end, len(self._array) + _GROWTH))
-        self._array[self._count : end] = rows
-        self._count = end
+        self._array[self.count : end] = rows
+        self.count = end
 
     def taken(self) -> npt.NDArray[Any]:
         """All that was appended; nothing can be appended after it."""
-        self._resize(self._count)
+        self._resize(self.count)
         return self._array
 
     def _resize(self, count: int) -> None:
@@ -175,8 +182,9 @@ _COLUMNS: dict[str, npt.NDArray[Any]] = {
     "positions": np.zeros(0, np.int64),
     "hashes": np.zeros((0, 2), np.uint64),
     "sources": np.zeros(0, np.int16),
+    "systems": np.zeros(0, np.uint64),
 }
-_OF_ORIGINS = ("problems", "positions", "hashes", "sources")
+_OF_ORIGINS = ("problems", "positions", "hashes", "sources", "systems")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,13 +242,15 @@ class Origins:
 
     problems: a hash of each one's problem; positions: the place of its row among all rows read;
     hashes [N, 2]: of problem and solution, where they are compared once more in the order in which
-    they are written (`order.distinct_rows`), else [0, 2]; sources: which source it is from.
+    they are written (`order.distinct_rows`), else [0, 2]; sources: which source it is from;
+    systems: which system text a conversation has (`prompt_record`), up to the last conversation.
     """
 
     problems: npt.NDArray[np.uint64]
     positions: Ids
     hashes: Hashes
     sources: npt.NDArray[np.int16]
+    systems: SystemHashes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +258,7 @@ class SplitRules:
     """What decides which examples a split holds, in what order, and how they are packed.
 
     weights: of each source; pack: lengths, capacity, seed -> order, offsets (ops.packing); root:
-    the folder that files are named from in what is written.
+    the folder that files are named from in what is written; wording: how problems are asked.
     """
 
     filters: FilterConfig
@@ -257,6 +267,7 @@ class SplitRules:
     sequence_length: int
     seed: int
     pack: Callable[[Lengths, int, int], tuple[Ids, Ids]]
+    wording: Way
     root: Path = Path()
 
 
@@ -291,7 +302,7 @@ def write_splits(
     _write_findings(
         folder / f"{split}.contamination.jsonl", collector.findings.values(), rules.root
     )
-    told = {"tokenized_elsewhere": collector.tokenized_elsewhere}
+    told = {"tokenized_elsewhere": "tokens" in collector.kinds.values()}
     made = {}
     for name in list(parts):
         part = parts.pop(name)
@@ -331,6 +342,7 @@ def _divide(
             times=times,
             problems=np.unique(origins.problems[rows]),
             counts=_by_source(origins.sources[rows], times, rules)
+            | {"prompts": _prompts(origins, rows, times, collector, rules)}
             | (read if name == split else {}),
         )
         for name, (rows, times) in every.items()
@@ -352,6 +364,30 @@ def _by_source(
         "source_examples": examples,
         "source_visits": shown,
     }
+
+
+def _prompts(
+    origins: Origins,
+    rows: Ids,
+    times: npt.NDArray[np.int16],
+    collector: Collector,
+    rules: SplitRules,
+) -> dict[str, Any]:
+    """What the prompts of `rows` had, each counted as often as an epoch shows it."""
+
+    def of(kind: str) -> npt.NDArray[np.bool_]:
+        named = [source for source, its in collector.kinds.items() if its == kind]
+        return np.isin(origins.sources[rows], named)
+
+    talks = of("conversations")
+    return record(
+        problems=int(times[of("problems")].sum()),
+        wording=rules.wording,
+        systems=origins.systems[rows[talks]],
+        times=times[talks],
+        texts=collector.system_texts.by_hash(),
+        elsewhere=int(times[of("tokens")].sum()),
+    )
 
 
 def _counts_of_rows(collector: Collector, rules: SplitRules, held: int) -> dict[str, Any]:

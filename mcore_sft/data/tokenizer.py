@@ -6,7 +6,7 @@ text -> ids -> text        column of texts -> ids end to end
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
 
 _SIDECARS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")
 _WELL_KNOWN = {
     "bos": ("<|begin_of_text|>", "<s>"),
     "eos": ("<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
@@ -51,6 +52,7 @@ class Tokenizer:
         named = {role: self._named_id(role) for role in _WELL_KNOWN}
         self.bos_id = named["bos"]
         self.eos_id = named["eos"]
+        self.named_pad_id = named["pad"]
         # Which id pads does not matter: padding is known by position, never by value.
         self.pad_id = next(
             (i for i in (named["pad"], named["eos"], named["bos"]) if i is not None), 0
@@ -103,6 +105,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of `ids`, special tokens spelt out or left out."""
         return self._codec.decode(ids, skip_special)
+
+    @property
+    def vocab(self) -> Mapping[str, int]:
+        """Id of every token, by its name."""
+        return self._codec.vocab
 
     def token_id(self, token: str) -> int:
         """Id of one token; `DataError` if the vocabulary does not have it."""
@@ -197,15 +204,19 @@ def load_tokenizer(
     tiktoken.json beside them.
     """
     path = Path(path)
-    known = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")
-    candidates = [path] if is_file(path) else [path / name for name in known]
-    file = next((candidate for candidate in candidates if is_file(candidate)), None)
+    file = tokenizer_file(path)
     if file is None:
         raise DataError(
-            f"{path}: no tokenizer here; expected a folder with {', '.join(known[:-1])} or "
-            f"{known[-1]}, or one of these files ({option})"
+            f"{path}: no tokenizer here; expected a folder with {', '.join(_FILES[:-1])} or "
+            f"{_FILES[-1]}, or one of these files ({option})"
         )
     return Tokenizer(path, read_codec(file), file.parent, gigatoken=gigatoken)
+
+
+def tokenizer_file(path: Path) -> Path | None:
+    """The file that `load_tokenizer` reads the vocabulary from, if there is one."""
+    candidates = [path] if is_file(path) else [path / name for name in _FILES]
+    return next((candidate for candidate in candidates if is_file(candidate)), None)
 
 
 def _load_gigatoken(codec: HuggingFace) -> Any:

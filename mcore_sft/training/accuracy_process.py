@@ -29,10 +29,10 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Imported late: it takes seconds, in which the run may end.
     from mcore_sft.checkpoint.export import export
-    from mcore_sft.data.prompt import Prompt
     from mcore_sft.data.tokenizer import load_tokenizer
     from mcore_sft.evaluation import benchmarks
     from mcore_sft.evaluation.run import Evaluation, evaluate
+    from mcore_sft.evaluation.trained_prompt import Asked, choose
 
     checkpoint, output = map(Path, sys.argv[1:])
     config = configuration.load(output / "config.yaml")
@@ -41,10 +41,12 @@ def main() -> None:
     try:
         export(checkpoint, model)
         tokenizer = load_tokenizer(model)
+        chosen = choose(model, tokenizer, Asked())
+        say(chosen.why)
         evaluation = Evaluation(
             model=model,
             benchmark=benchmarks.load(config.watched, config.data.root),
-            prompt=Prompt.load(config.prompt, tokenizer),
+            prompt=chosen.prompt,
             tokenizer=tokenizer,
             config=config.evaluation,
             output=output / config.watched.name,

@@ -9,6 +9,7 @@ from typing import Literal
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import RunConfig, TrainConfig
 from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.fit import check_fit
 from mcore_sft.data.loader import Loader, packs_of_a_step
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
@@ -35,12 +36,7 @@ def load(
     mesh: Mesh,
 ) -> Loader:
     """The share of `dataset` that this rank reads, once it is sure to fit model and prompt."""
-    if tokenizer.vocab_size > architecture.vocab:
-        raise TrainingError(
-            f"the tokenizer {config.model.tokenizer_path} has {tokenizer.vocab_size} tokens, but "
-            f"the model {config.model.path} embeds {architecture.vocab}; name the one that "
-            "belongs to it with model.tokenizer"
-        )
+    unfed = check_fit(tokenizer, config.model.path, rows=architecture.vocab)
     made = dataset.manifest["inputs"]
     prompt = Prompt.load(config.prompt, tokenizer)
     sources = config.data.model_dump(mode="json")[split]
@@ -65,7 +61,8 @@ def load(
         last_step=config.train.last_step,
         rank=mesh.data.rank,
         size=mesh.data.size,
-        pad_id=tokenizer.pad_id,
+        # Padding is known by its place, and every model has an id 0.
+        pad_id=tokenizer.pad_id if unfed is None else 0,
         align=row_unit(config.train, mesh),
         fewest=mesh.parallel.fewest_micro_batches,
         context=mesh.context.size,

@@ -13,7 +13,8 @@ from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.job import Job, check_fit
+from mcore_sft.data.fit import check_fit
+from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
 from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt

@@ -1,0 +1,41 @@
+"""The tokenizer's files as an export has them: with the chat template and the stop of training.
+
+tokenizer_config.json    eos_token is what the model learned to end an answer with
+chat_template.jinja      the markup that was trained; none where the texts held their own
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import Tokenizer
+
+_TEMPLATE = "chat_template.jinja"
+
+
+def save(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
+    """Write files into `folder` from which transformers loads `tokenizer`, to chat as `prompt`."""
+    tokenizer.save(folder)
+    template = prompt.chat_template
+    own = template is not None and template == tokenizer.chat_template_source
+    if not own:
+        (folder / _TEMPLATE).unlink(missing_ok=True)
+        _edit(folder / "tokenizer_config.json", lambda told: told.pop("chat_template", None))
+        if template is not None:
+            (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+    if tokenizer.eos_id in prompt.stop_ids or (own and "eos_token" in (template or "")):
+        return  # a template that names it would write another token
+    stop = prompt.stop_tokens[0]
+    _edit(folder / "tokenizer_config.json", lambda told: told.update(eos_token=stop))
+    # Older releases of transformers read this file last.
+    _edit(folder / "special_tokens_map.json", lambda told: told.update(eos_token=stop))
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON object that is there."""
+    if file.exists():
+        told = json.loads(file.read_text(encoding="utf-8"))
+        change(told)
+        file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
