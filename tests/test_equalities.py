@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.checkpoint import weights
+from mcore_sft.checkpoint.describe import Description
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.optimizer_state import MOMENTS
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress

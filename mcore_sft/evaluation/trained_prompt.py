@@ -90,8 +90,8 @@ def _of_record(
     if stated and known:
         raise EvaluationError(
             f"{model}: none of its {total:,} training examples had the {_names(stated)} of the "
-            f"experiment file ({_excerpt(stated)}). Fix: take that out to ask as it was trained, or "
-            "give it on the command line as KEY=VALUE to ask so all the same"
+            f"experiment file ({_excerpt(stated)}). Fix: take that out to ask as it was trained, "
+            "or give it on the command line as KEY=VALUE to ask so all the same"
         )
     usual = next(iter(found), Way(instruction=own.has_instruction, system=own.system))
     prompt = _prompt(_keys(usual, trained) | wanted, tokenizer)
@@ -112,7 +112,7 @@ def _is_known(
     had_both = False
     for instruction, key in ((True, "with_instruction"), (False, "without_instruction")):
         keys = _keys(Way(instruction=instruction, system=None), trained)
-        same = _resolved(keys | wanted)[:2] == _resolved(keys)[:2]
+        same = _resolved({**keys, **wanted})[:2] == _resolved(keys)[:2]
         had_both |= had[key] > 0 and same  # template and instruction
     listed = len({each["text"] for each in had["system_texts"]})
     return not had_both or listed == had["distinct_system_texts"]
