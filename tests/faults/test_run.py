@@ -273,16 +273,21 @@ def _a_lock_that_cannot_be_opened(place: Path) -> Path:
     return place
 
 
-def _a_full_or_read_only_disk(place: Path) -> Path:
+def _below_a_dangling_link(place: Path) -> Path:
+    return _a_dangling_link(place) / "run"
+
+
+def _where_nothing_can_be_made(place: Path) -> Path:
     return Path("/proc/run")
 
 
 OUTPUTS: dict[Callable[[Path], Path], str] = {
     _below_a_file: "Not a directory",
     _a_file: "Not a directory",
-    _a_dangling_link: "a symbolic link to .*/nowhere, where nothing is",
+    _a_dangling_link: ".* is a symbolic link to .*/nowhere, where nothing is",
     _a_lock_that_cannot_be_opened: "Is a directory",
-    _a_full_or_read_only_disk: "No such file or directory: '?/proc/run",
+    _below_a_dangling_link: ".* is a symbolic link to .*/nowhere, where nothing is",
+    _where_nothing_can_be_made: "No such file or directory: /proc/run",
 }
 
 
