@@ -112,15 +112,15 @@ class Accuracy:
         """
         if not self._every:
             return
-        self.poll(stop.asked)
-        if self._running:
-            self._metrics.say(
-                f"waiting for the evaluation of step {self._running.step}; its log is "
-                f"{_log(self._running.output)}"
-            )
         asked, busy = 0, 1
         try:
             with stop:
+                self.poll(stop.asked)
+                if self._running:
+                    self._metrics.say(
+                        f"waiting for the evaluation of step {self._running.step}; its log is "
+                        f"{_log(self._running.output)}"
+                    )
                 while busy and not asked:
                     self.poll(stop.asked)
                     asked, busy = agree(self._mesh, stop.asked, int(self.is_busy))
@@ -191,7 +191,6 @@ class Accuracy:
             self._warn(ended.step, repr(error))
             return
         self._metrics.accuracy(ended.step, percent, name)
-        self._metrics.sync()
         try:
             self._checkpoints.add_score(ended.step, "accuracy", percent)
         except OSError as error:

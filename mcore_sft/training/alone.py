@@ -51,7 +51,12 @@ def _make(folder: Path, held: contextlib.ExitStack) -> None:
     """Make what is missing of `folder`, so that it is still there after a power loss."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():  # another run may have made it meanwhile
+                raise
+            continue
         held.callback(_remove_if_empty, path)
         with contextlib.suppress(PermissionError):  # a folder that may be written and not read
             files.sync(path.parent)
@@ -63,9 +68,9 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _reason(folder: Path, error: OSError) -> str:
-    if folder.is_symlink() and not folder.exists():
-        return f"a symbolic link to {folder.readlink()}, where nothing is"
-    lock = folder / LOCK
+    place, lock = Path(error.filename or folder), folder / LOCK
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a symbolic link to {place.readlink()}, where nothing is"
     if isinstance(error, PermissionError) and lock.exists():
         return f"{lock} belongs to another user"
-    return f"{error.strerror}: {error.filename}"
+    return f"{error.strerror}: {place}"

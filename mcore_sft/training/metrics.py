@@ -101,7 +101,7 @@ class Metrics:
         self._trackers = trackers.open_trackers(self.settings, self.folder, self.name, resumed_at)
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk: what is published now must not outlive them."""
+        """Wait until all lines are on the disk: a checkpoint or a score must not outlive them."""
         if self.mesh.is_main:
             with self._named():
                 files.sync(self.path)
@@ -155,6 +155,7 @@ class Metrics:
     def validation(self, progress: Progress, loss: float) -> None:
         """Log the validation loss after the step that was just taken."""
         self._write({"step": progress.step, "validation_loss": loss})
+        self.sync()
         self.say(
             f"step {progress.step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}"
         )
@@ -162,6 +163,7 @@ class Metrics:
     def accuracy(self, step: int, percent: float, benchmark: str) -> None:
         """Log the accuracy of a checkpoint, which steps may have followed."""
         self._write({"step": step, "accuracy": percent, "benchmark": benchmark})
+        self.sync()
         self.say(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  "
             f"accuracy {percent:.2f} % ({benchmark})"

@@ -33,7 +33,7 @@ def open_trackers(settings: LogConfig, folder: Path, name: str, resumed_at: int)
     if settings.tensorboard:
         made.append(_tensorboard(folder, resumed_at))
     if settings.wandb:
-        made.append(_wandb(settings.wandb, folder, name))
+        made.append(_wandb(settings.wandb, folder, name, resumed_at))
     return made
 
 
@@ -50,11 +50,14 @@ def _tensorboard(folder: Path, resumed_at: int) -> Tracker:
     return track
 
 
-def _wandb(project: str, folder: Path, name: str) -> Tracker:
-    """A run of `project`; its id is kept in the folder, so that a resumed run goes on in it."""
+def _wandb(project: str, folder: Path, name: str, resumed_at: int) -> Tracker:
+    """A run of `project`; its id is kept in the folder, so that a resumed run goes on in it.
+
+    A run that begins has one of its own: W&B takes no numbers of steps that it has.
+    """
     wandb = importlib.import_module("wandb")
     kept = folder / "wandb_id"
-    known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+    known = kept.read_text(encoding="utf-8").strip() if resumed_at and kept.exists() else None
     try:
         run = wandb.init(project=project, name=name, dir=str(folder), id=known, resume="allow")
     except wandb.Error as error:

@@ -57,9 +57,7 @@ class Validation:
     def make_up(self, model: Chunks, progress: Progress, checkpoints: Checkpoints) -> None:
         """Measure what the run left out as it was asked to stop after this step."""
         if self.is_due(progress.step) and checkpoints.lacks(progress.step, SCORE):
-            found = self.scores(model, progress)
-            self._metrics.sync()
-            for name, score in found.items():
+            for name, score in self.scores(model, progress).items():
                 checkpoints.add_score(progress.step, name, score)
 
 

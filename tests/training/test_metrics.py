@@ -186,8 +186,8 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
         patch.setitem(sys.modules, "wandb", refusing)
         with pytest.raises(UserError, match=r"does not begin \(no API key\); run `wandb login`"):
             trackers.open_trackers(LogConfig(wandb="mine"), tmp_path, "name", 0)
-    for known in (None, "abc"):
-        (track,) = trackers.open_trackers(LogConfig(wandb="mine"), tmp_path, "name", 0)
+    for known, resumed_at in ((None, 0), ("abc", 2), (None, 0)):
+        (track,) = trackers.open_trackers(LogConfig(wandb="mine"), tmp_path, "name", resumed_at)
         track(3, {"loss": 1.0})
         track(2, {"step": 2, "accuracy": 50.0})
         settings, line, late = calls[-3:]

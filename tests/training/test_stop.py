@@ -125,8 +125,13 @@ ROOT = Path(__file__).parents[2]
             signal.SIGTERM,
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            ["torchrun", "--standalone", "--nproc-per-node=2"],
+            signal.SIGHUP,
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["alone-TERM", "alone-USR1", "torchrun-USR1", "torchrun-TERM"],
+    ids=["alone-TERM", "alone-USR1", "torchrun-USR1", "torchrun-TERM", "torchrun-HUP"],
 )
 def test_a_signal_to_every_process(
     model: Path, tmp_path: Path, launch: list[str], number: int
