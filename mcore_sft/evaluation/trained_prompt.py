@@ -90,8 +90,8 @@ def _of_record(
     if stated and known:
         raise EvaluationError(
             f"{model}: none of its {total:,} training examples had the {_names(stated)} of the "
-            f"experiment file ({_excerpt(stated)}). Fix: take that out to ask as it was trained, or "
-            "give it on the command line as KEY=VALUE to ask so all the same"
+            f"experiment file ({_excerpt(stated)}). Fix: take that out to ask as it was trained, "
+            "or give it on the command line as KEY=VALUE to ask so all the same"
         )
     usual = next(iter(found), Way(instruction=own.has_instruction, system=own.system))
     prompt = _prompt(_keys(usual, trained) | wanted, tokenizer)
@@ -100,9 +100,7 @@ def _of_record(
     return Chosen(prompt=prompt, why=why)
 
 
-def _is_known(
-    wanted: Mapping[str, Any], trained: Mapping[str, Any], had: Mapping[str, Any]
-) -> bool:
+def _is_known(wanted: dict[str, Any], trained: Mapping[str, Any], had: Mapping[str, Any]) -> bool:
     """Whether a record that lists no way with all that is `wanted` says that there was none.
 
     A system text that is not listed may have been trained, as may what others have tokenized.
