@@ -100,9 +100,7 @@ def _of_record(
     return Chosen(prompt=prompt, why=why)
 
 
-def _is_known(
-    wanted: Mapping[str, Any], trained: Mapping[str, Any], had: Mapping[str, Any]
-) -> bool:
+def _is_known(wanted: dict[str, Any], trained: Mapping[str, Any], had: Mapping[str, Any]) -> bool:
     """Whether a record that lists no way with all that is `wanted` says that there was none.
 
     A system text that is not listed may have been trained, as may what others have tokenized.
