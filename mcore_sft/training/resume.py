@@ -18,7 +18,8 @@ from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.optimizer import learning_rate
 
 REFUSED = (
-    *("data.train", "data.sequence_length", "data.seed", "prompt.template", "prompt.instruction"),
+    *("data.train", "data.sequence_length", "data.seed"),
+    *("prompt.template", "prompt.instruction", "prompt.system"),
     *("train.seed", "train.last_step", "train.precision"),
     "optimizer.decay_1d",
 )
