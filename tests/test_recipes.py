@@ -25,7 +25,7 @@ def test_a_smoke_form_differs_in_size_alone(name):
     full = config.load(f"configs/{name}.yaml").model_dump()
     for section in ("prompt", "parallel", "optimizer"):
         assert small[section] == full[section]
-    sized = ("steps", "global_batch", "validate_every")
+    sized = ("steps", "packs", "global_batch", "validate_every")
     for section in ("data", "train"):
         for key, value in full[section].items():
             if key not in (*sized, "train"):
@@ -74,7 +74,7 @@ def test_an_fp8_form_differs_in_precision_alone(name):
                 "prompt.instruction": "generic/math",
                 "data.sequence_length": 4096,
                 "train.steps": 60_000,
-                "train.global_batch": 512,
+                "train.packs": 64,  # 512 examples are 59, which fill no layout of 16 ranks
                 "train.precision": "bf16",
                 "train.seed": 42,
                 "train.validate_every": 1000,
@@ -97,7 +97,7 @@ def test_an_fp8_form_differs_in_precision_alone(name):
                 "data.holdout.by": "row",
                 "data.holdout.seed": 42,
                 "train.steps": 950_000 // 512,
-                "train.global_batch": 512,
+                "train.packs": 64,  # 512 examples are 59, which fill no layout of 16 ranks
                 "train.validate_every": 500,
                 "train.seed": 42,
                 "optimizer.lr": 2e-5,
