@@ -125,14 +125,17 @@ def reading(path: Path) -> Iterator[None]:
 
 def _require_own_names(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raise unless the folder has its own step's number, and its files lie within it."""
-    step = manifest["progress"]["step"]
+    try:
+        step, names = manifest["progress"]["step"], list(manifest["files"])
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{path / MANIFEST}: broken ({error!r}); {_OTHER}") from None
     number = path.name.removeprefix("step_")
     if path.name.startswith("step_") and number.isdecimal() and number != str(step):
         raise Misnamed(
             f"{path}: holds step {step}, expected step {number} by its name. Fix: rename it to "
             f"step_{step}, or move it out of the run's folder"
         )
-    for name in manifest["files"]:
+    for name in names:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/":
             raise CheckpointError(

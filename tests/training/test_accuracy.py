@@ -72,7 +72,8 @@ class Bench:
         """Complete a step, prune, and poll, as training does."""
         path = self.config.folder / f"step_{step}"
         path.mkdir(parents=True)
-        (path / "manifest.json").write_text(signed({"format": FORMAT, "scores": {}}))
+        manifest = {"format": FORMAT, "progress": {"step": step}, "files": {}, "scores": {}}
+        (path / "manifest.json").write_text(signed(manifest))
         self.checkpoints._prune()
         self.checkpoints.newest = path
         self.accuracy.poll(asked)
