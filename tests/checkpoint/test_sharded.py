@@ -331,7 +331,11 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(
 def test_a_disk_that_is_full_at_the_end_of_a_save_is_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Any, name: str
 ) -> None:
-    def full(*arguments: Any) -> None:
+    as_it_is = getattr(room, name)
+
+    def full(path: Path, *arguments: Any) -> Any:
+        if "metrics.jsonl" in path.name:
+            return as_it_is(path, *arguments)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, name, full)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mcore_sft.config import RunConfig
+from mcore_sft.config import RunConfig, TrainConfig
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader
+from mcore_sft.data.loader import Loader, packs_of_a_step
 from mcore_sft.model import build
 from mcore_sft.training.guards import PATIENCE, Mean, Share, is_spike, means_of
 from tests import runs
@@ -61,7 +61,9 @@ def _loader(model: Path, rank: int = 0, size: int = 1, micro_batch: int = 1) -> 
     dataset = PackedDataset(model / "packed")
     return Loader(
         dataset,
-        global_batch=10,
+        packs_per_step=packs_of_a_step(
+            TrainConfig(global_batch=10), dataset.num_examples / len(dataset)
+        ),
         micro_batch=micro_batch,
         seed=42,
         last_step="drop",

@@ -11,7 +11,7 @@ import pytest
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.manifest import read_manifest
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-from mcore_sft.config import RunConfig
+from mcore_sft.config import ParallelConfig, RunConfig
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model.architecture import read
 from mcore_sft.training import loop, packs
@@ -77,7 +77,7 @@ def test_rows_are_as_long_as_what_splits_them_needs(
         pipeline=SimpleNamespace(size=1),
         context=SimpleNamespace(size=context, rank=0),
         data=SimpleNamespace(size=1, rank=0),
-        parallel=SimpleNamespace(sequence=True, virtual=1),
+        parallel=ParallelConfig(tensor=3, sequence=True, context=context),
         local_rank=0,
     )
     dataset = packs.open_dataset(config, "train", mesh)
@@ -119,7 +119,7 @@ def test_a_tokenizer_larger_than_the_model(place: Path) -> None:
     (place / "config.json").write_text(json.dumps(config | {"vocab_size": 600}))
     message = refused(place)
     assert "has 701 tokens, but the model" in message
-    assert "embeds 600" in message
+    assert "a vocabulary of 600" in message
 
 
 def test_a_dataset_of_another_prompt(place: Path) -> None:
