@@ -11,6 +11,9 @@ from tests import runs, tiny
 torch.set_num_threads(1)
 # Jobs that a script starts in the background ignore Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# So it is with SIGHUP under nohup: these tests go on all the same, and what they start hears it.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
