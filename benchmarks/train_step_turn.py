@@ -15,6 +15,7 @@ import json
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -50,6 +51,8 @@ Step = Callable[[], tuple[float, float]]
 class RandomWeights:
     """Stands for a folder of safetensors; the numbers are bf16's."""
 
+    ignores_index = False
+
     def __init__(self, shape: dict[str, Any], device: torch.device) -> None:
         self.device, self.width = device, shape["hidden_size"]
         self.shapes = weights.shapes(architecture(shape))
@@ -62,6 +65,10 @@ class RandomWeights:
     def shape(self, name: str) -> list[int]:
         """Sizes of a tensor."""
         return list(self.shapes[name])
+
+    def types(self) -> Counter[str]:
+        """How many tensors are stored in each type."""
+        return Counter(bf16=len(self.shapes))
 
     def read(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
         """Rows of a tensor, fp32."""

@@ -266,7 +266,7 @@ def test_01_record_of_many_system_texts_is_bounded_and_counts_them_all(
         manifests.append(dict(dataset.manifest["splits"]["train"]))
     assert manifests[0] == manifests[1]
     told = manifests[0]["prompts"]
-    assert told["distinct_system_texts"] == 200 + 67
+    assert told["distinct_system_texts"] == 200 + 67 + 1  # and "Count."
     assert told["system_texts"][0] == {
         "text": "Count.",
         "examples": 33,

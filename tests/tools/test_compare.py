@@ -3,6 +3,7 @@ from pathlib import Path
 import compare
 import pytest
 
+from mcore_sft.base.errors import UserError
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.tools.runs import write_run
 
@@ -42,7 +43,7 @@ def test_a_folder_that_is_not_there_is_said_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = write_run(tmp_path / "a", [True]), write_run(tmp_path / "b", [True])
-    with pytest.raises(EvaluationError, match="there is no folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         call(monkeypatch, a, b, "--html", tmp_path / "none/b.html")
     assert not capsys.readouterr().out
 
