@@ -420,4 +420,8 @@ def _print(finding: Finding) -> Finding:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as problem:
+        say(f"error: {problem}", error=True)
+        sys.exit(2)

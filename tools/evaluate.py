@@ -15,7 +15,7 @@ from typing import Any
 from mcore_sft import command
 from mcore_sft import config as configuration
 from mcore_sft.base.terminal import say
-from mcore_sft.config import BenchmarkConfig, EvaluationConfig, Section
+from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PlaceOrName, Section
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.evaluation.engine import model_shape
@@ -27,8 +27,8 @@ from mcore_sft.evaluation.trained_prompt import Asked, choose
 class PromptChange(Section):
     """What overrides say of the prompt; what they leave unsaid is the model's own."""
 
-    template: str | None = None
-    instruction: str | None = None
+    template: PlaceOrName | None = None
+    instruction: PlaceOrName | None = None
     system: str | None = None
 
 

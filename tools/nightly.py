@@ -65,12 +65,12 @@ def _run(arguments: argparse.Namespace, wanted: tier.Tier) -> None:
         records.append(one.record())
         kept &= keep(arguments.output, records[-1])
         say(told(records[-1]))
-    if arguments.publish:
-        publish([record for record in records if wanted.suite(record.benchmark)])
     text = summary(records)
     say(f"{text}\n{arguments.output / PAGE}")
     if url := arguments.webhook or wanted.webhook:
         send(url, text, records)
+    if arguments.publish:
+        publish([record for record in records if wanted.suite(record.benchmark)])
     sys.exit(exit_code(records) if kept else CRASHED)
 
 

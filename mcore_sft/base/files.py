@@ -233,8 +233,9 @@ def recover(place: Path) -> None:
 def _recover(place: Path) -> None:
     """The holder of the lock alone may: remove what killed processes left, or take it back."""
     old = _replaced(place)
-    if old.exists() and not place.exists():
-        rename(old, place)
+    is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    if old.exists() and is_free:
+        rename(old, place)  # which replaces an empty folder
     for left in [old, *place.parent.glob(f"{glob.escape(_partial(place))}*")]:
         shutil.rmtree(left, ignore_errors=True)
 

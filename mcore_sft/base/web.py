@@ -95,6 +95,8 @@ def exchange(
             )
     except (OSError, http.client.HTTPException) as error:
         raise NoReply(_reason(error, seconds)) from None
+    except ValueError as error:  # its words may quote a proxy's password
+        raise NoReply(f"the address or the proxy cannot be used ({type(error).__name__})") from None
 
 
 def _reason(error: Exception, seconds: float) -> str:

@@ -61,7 +61,12 @@ class Description:
         """
         if step is None:
             with tempfile.TemporaryDirectory() as made:
-                _describe(config, dataset, base_weights, Path(made))
+                try:
+                    _describe(config, dataset, base_weights, Path(made))
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{error.filename}: cannot be read ({error.strerror})"
+                    ) from None
                 found = {f"{MODEL}/{x.name}": x.read_bytes() for x in sorted(Path(made).iterdir())}
         else:
             found = named_files(step, read_manifest(step))

@@ -180,7 +180,7 @@ def _twice(read: Callable[[], str]) -> str:
 def _unreadable(file: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"{file}: cannot be read ({error.strerror}, errno {error.errno}), and nothing was changed. "
-        "Fix: see to the disk and start again, or move the checkpoint away to use an older one"
+        "Fix: check the disk and start again, or move the checkpoint away to use an older one"
     )
 
 

@@ -407,7 +407,7 @@ def _named(final: Path) -> Iterator[None]:
 
 def _unwritten(final: Path, fault: str) -> CheckpointError:
     return CheckpointError(
-        f"{final} could not be written ({fault}); see to the disk and start again: the run goes on "
+        f"{final} could not be written ({fault}); check the disk and start again: the run goes on "
         "from the checkpoint before"
     )
 

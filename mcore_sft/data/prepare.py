@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mcore_sft.base.files import end_of_links
+from mcore_sft.base.files import end_of_links, rename, sync
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, HoldoutConfig
 from mcore_sft.data import manifest as manifests
@@ -125,7 +125,8 @@ def export_json_lines(job: Job, file: Path, *, overwrite: bool = False) -> int:
         rows, held = _rows_of_training(origins, job.config, collector.rows)
         everything.gather(rows, partial / "lines")
         _require_free(file, job, overwrite=overwrite)
-        (partial / "lines").replace(file)
+        sync(partial / "lines")
+        rename(partial / "lines", file)
     if held:
         job.console.print(
             f"{held:,} more rows are held out for validation; "
@@ -347,4 +348,9 @@ def _reuse(folder: Path, inputs: Mapping[str, Any], console: Console) -> dict[st
         )
     manifests.check_files(folder, manifest["files"], verify=True)
     console.print(f"{folder}: a packed dataset of the same inputs is there already; it is reused")
+    if not all("prompts" in split for split in manifest["splits"].values()):
+        console.print(
+            f"{folder}: an older version made it, so it does not record what its prompts had, and "
+            "evaluation cannot ask in the same way. Fix: --overwrite makes it again"
+        )
     return manifest

@@ -91,7 +91,7 @@ def _of_record(
         raise EvaluationError(
             f"{model}: none of its {total:,} training examples had the {_names(stated)} of the "
             f"experiment file ({_excerpt(stated)}). Fix: take that out to ask as it was trained, "
-            "or give it on the command line as KEY=VALUE to ask so all the same"
+            "or give it on the command line as KEY=VALUE to use it anyway"
         )
     usual = next(iter(found), Way(instruction=own.has_instruction, system=own.system))
     prompt = _prompt(_keys(usual, trained) | wanted, tokenizer)

@@ -437,7 +437,10 @@ def _seconds(file: Path) -> dict[str, float]:
 
 def _share(file: Path) -> Share:
     """Right answers, as report.json says it."""
-    score = json.loads(file.read_text(encoding="utf-8"))["score"]["symbolic_correct"]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if report.get("not_graded"):
+        raise work.Crash(f"{file}: {report['not_graded']} answers could not be graded")
+    score = report["score"]["symbolic_correct"]
     return Share(hits=score["hits"], total=score["total"])
 
 

@@ -186,6 +186,8 @@ class Accuracy:
                 return
         try:
             report = json.loads((ended.output / name / "report.json").read_text(encoding="utf-8"))
+            if report.get("not_graded"):
+                raise ValueError(f"{report['not_graded']} answers could not be graded")
             percent = float(report["score"]["symbolic_correct"]["percent"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             self._warn(ended.step, repr(error))

@@ -236,7 +236,7 @@ class Metrics:
         except OSError as error:
             # Not a TrainingError: the other ranks know nothing of it, and end with this one.
             raise UserError(
-                f"{self.path} could not be written ({error.strerror}); see to the disk and "
+                f"{self.path} could not be written ({error.strerror}); check the disk and "
                 "start again: the run goes on from its newest checkpoint"
             ) from error
 

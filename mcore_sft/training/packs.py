@@ -52,6 +52,7 @@ def load(
             raise TrainingError(
                 f"the dataset {config.packed} was made with another {what} ({then}) than the "
                 f"configuration names ({now}); run tools/preprocess.py again, or name the other"
+                + (" (model.tokenizer=PATH)" if what == "tokenizer" else "")
             )
     return Loader(
         dataset,
