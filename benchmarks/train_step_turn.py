@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -66,9 +66,9 @@ class RandomWeights:
         """Sizes of a tensor."""
         return list(self.shapes[name])
 
-    def types(self) -> Counter[str]:
-        """How many tensors are stored in each type."""
-        return Counter(bf16=len(self.shapes))
+    def types(self, names: Iterable[str]) -> Counter[str]:
+        """How many of the tensors `names` are stored in each type."""
+        return Counter(bf16=len(list(names)))
 
     def read(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
         """Rows of a tensor, fp32."""

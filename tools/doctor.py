@@ -313,7 +313,9 @@ def _model(config: "RunConfig") -> str:
     found = architecture.read(config.model.path)
     found.check(config.parallel, config.data.sequence_length)
     weights = SafetensorsFolder(config.model.path)
-    types = " and ".join(f"{count} tensors in {name}" for name, count in weights.types().items())
+    types = " and ".join(
+        f"{count} tensors in {name}" for name, count in weights.types(weights.names()).items()
+    )
     return f"{config.model.path}: {found.layers} layers of width {found.hidden}, {types}"
 
 

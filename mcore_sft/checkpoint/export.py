@@ -24,12 +24,15 @@ from mcore_sft.checkpoint.describe import MODEL, RECORD, named_files, with_dtype
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import MANIFEST, read_manifest, reading, verify
 from mcore_sft.checkpoint.safetensors_folder import SHARD_BYTES, write
+from mcore_sft.data import chat_files
 from mcore_sft.data.progress import progress
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
-_OF_OTHER_WEIGHTS = ("quantization_config", "auto_map")
+_OF_OTHER_WEIGHTS = ("quantization_config", "compression_config", "auto_map")
 """What a base may say that is not so of plain weights without code beside them."""
 _SMALL = "decoder.final_layernorm.weight"  # says what all are stored as
 
@@ -119,9 +122,16 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
         manifest["progress"]["fixed"] | {name: manifest["files"].get(name) for name in described}
         for manifest in (one, other)
     ]
-    for name in sorted(sides[0].keys() | sides[1].keys()):
-        if sides[0].get(name) != sides[1].get(name):
-            yield name
+    for name in sorted((sides[0].keys() | sides[1].keys()) - {sharded.DATASET_BEFORE}):
+        if sides[0].get(name) == sides[1].get(name):
+            continue
+        if name == "dataset" and _datasets(sides[0]) & _datasets(sides[1]):
+            continue  # older versions knew the training packs by another fingerprint
+        yield name
+
+
+def _datasets(side: dict[str, Any]) -> set[Any]:
+    return {side[name] for name in ("dataset", sharded.DATASET_BEFORE) if name in side}
 
 
 def _write_description(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> None:
@@ -133,6 +143,13 @@ def _write_description(checkpoint: Path, manifest: dict[str, Any], folder: Path)
     for name in ("config.json", "tokenizer_config.json"):
         _leave_out(folder / name, _OF_OTHER_WEIGHTS)
     _require_as_trained(checkpoint, manifest, folder)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if "prompt" in record and "chat_template" not in record:  # an older version kept the base's
+        tokenizer = load_tokenizer(folder)
+        prompt = Prompt.restore(record["prompt"], tokenizer)
+        chat_files.chat_as(tokenizer, prompt, folder)
+        record["chat_template"] = prompt.chat_template is not None
+        write_json(folder / RECORD, record)
 
 
 def _leave_out(file: Path, keys: Collection[str]) -> None:

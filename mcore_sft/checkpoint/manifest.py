@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_sft.base import files
 from mcore_sft.checkpoint.errors import CheckpointError, Damaged, Gone, Misnamed
@@ -117,10 +118,21 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, CheckpointException) as error:
+        fault = _of_disk(error)
         if not path.is_dir():
             raise _gone(path) from error
-        raise _unreadable(Path(error.filename or path), error) from error
+        if fault is None:
+            raise
+        raise _unreadable(Path(fault.filename or path), fault) from error
+
+
+def _of_disk(error: BaseException) -> OSError | None:
+    """What the disk said, of an error in which torch wraps it."""
+    if isinstance(error, CheckpointException):
+        faults = [fault for fault, _ in error.failures.values() if isinstance(fault, OSError)]
+        return faults[0] if faults else None
+    return error if isinstance(error, OSError) else None
 
 
 def _require_own_names(path: Path, manifest: Mapping[str, Any]) -> None:

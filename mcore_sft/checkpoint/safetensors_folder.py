@@ -54,14 +54,14 @@ class SafetensorsFolder:
         rows: Tensor = piece[start:stop] if columns is None else piece[start:stop, columns]
         return rows
 
-    def types(self) -> Counter[str]:
-        """How many tensors are stored in each type (fp32, bf16, ...).
+    def types(self, names: Iterable[str]) -> Counter[str]:
+        """How many of the tensors `names` that are here are stored in each type (fp32, bf16, ...).
 
         Raises `UserError` if a file cannot be read, or a tensor is quantized.
         """
         found: Counter[str] = Counter()
-        for name, file in self._file_of.items():
-            stored = self._slice(name).get_dtype()
+        for name in sorted(self.names().intersection(names)):
+            file, stored = self._file_of[name], self._slice(name).get_dtype()
             if stored not in PLAIN:
                 raise CheckpointError(
                     f"{self.folder / file}: {name} is quantized (got {stored}, expected "

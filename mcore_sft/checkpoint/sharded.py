@@ -60,6 +60,10 @@ from megatron.core.optimizer import ChainedOptimizer
 POINTER = "latest"
 
 
+DATASET_BEFORE = "dataset of all splits"
+"""What a run is known by too that an older version began: one fingerprint of all its packs."""
+
+
 @dataclass(kw_only=True)
 class Progress:
     """All that a resumed run must know: everything else is a function of the step."""

@@ -9,7 +9,7 @@ writes them back.
     (whole Megatron tensor, one at a time) -> model.safetensors
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +87,7 @@ def load_pretrained(
     parts = [shard for chunk in model for shard in shards(chunk.module)]
     problem: UserError | None = None
     try:
-        for line in _said(folder, parts[0].data.dtype):
+        for line in _said(folder, shapes(architecture), parts[0].data.dtype):
             console.print(line, soft_wrap=True)
         _load(folder, parts, architecture, console)
     except UserError as error:
@@ -138,7 +138,7 @@ def _require_finite(folder: SafetensorsFolder, parts: Sequence[ShardedTensor], r
         )
 
 
-def _said(folder: SafetensorsFolder, dtype: torch.dtype) -> Iterator[str]:
+def _said(folder: SafetensorsFolder, names: Iterable[str], dtype: torch.dtype) -> Iterator[str]:
     """Lines on what is read, and from which values the fp32 main weights of a run start.
 
     They are copied from the model's own weights, which have `dtype`.
@@ -148,7 +148,7 @@ def _said(folder: SafetensorsFolder, dtype: torch.dtype) -> Iterator[str]:
             f"{folder.folder}: {SINGLE} is read, as transformers does, and not the files of the "
             f"{INDEX} beside it"
         )
-    stored = folder.types()
+    stored = folder.types(names)
     if stored.keys() == {"fp32"} and dtype == torch.float32:
         return
     ours, exact = _EXACT[dtype]

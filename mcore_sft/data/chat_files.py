@@ -18,6 +18,11 @@ _TEMPLATE = "chat_template.jinja"
 def save(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
     """Write files into `folder` from which transformers loads `tokenizer`, to chat as `prompt`."""
     tokenizer.save(folder)
+    chat_as(tokenizer, prompt, folder)
+
+
+def chat_as(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
+    """Make the files of `tokenizer` in `folder` chat as `prompt`."""
     template = prompt.chat_template
     own = template is not None and template == tokenizer.chat_template_source
     if not own:

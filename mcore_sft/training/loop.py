@@ -70,15 +70,17 @@ def train_on(
     progress = resumed(config, checkpoints, fixed, dataset)
     loader = as_begun(loader, progress, metrics.say)
     loader.check()
+    base = None
     if progress is None:
-        folder = SafetensorsFolder(config.model.path)
-        fixed |= {"base weights": folder.fingerprint(), PACKS: loader.packs_per_step}
+        base = SafetensorsFolder(config.model.path)
+        fixed |= {"base weights": base.fingerprint(), PACKS: loader.packs_per_step}
         progress = Progress(fixed=fixed)
-        weights.load_pretrained(folder, gpt, architecture, metrics.console)
-        optimizer.reload_model_params()
     description = Description.read(
         config, dataset, progress.fixed.get("base weights"), checkpoints.restored
     )
+    if base is not None:
+        weights.load_pretrained(base, gpt, architecture, metrics.console)
+        optimizer.reload_model_params()
 
     announce(metrics, config, mesh, loader, progress)
     for line in report(progress, config, dataset, mesh):

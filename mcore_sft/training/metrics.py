@@ -254,7 +254,7 @@ def _open(path: Path, step: int) -> None:
     last = max(map(_step, lines), default=0)
     if lines and (step == 0 or last >= _last_checkpoint(path.parent) > step):
         numbered = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
-        files.rename(path, next(place for place in numbered if not place.exists()))
+        files.write(next(place for place in numbered if not place.exists()), content)
     if kept != content or not path.exists():
         files.replace(path, kept)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mcore_sft import config as configuration
 from mcore_sft.checkpoint.describe import CONFIG
-from mcore_sft.checkpoint.sharded import Checkpoints, Progress, short
+from mcore_sft.checkpoint.sharded import DATASET_BEFORE, Checkpoints, Progress, short
 from mcore_sft.config import OptimizerConfig, RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.manifest import split_fingerprint
@@ -83,6 +83,8 @@ def resumed(
         return None
     if progress.fixed.get("dataset") == together:
         progress.validation = _validation(dataset)
+        if together != fixed["dataset"]:
+            progress.fixed[DATASET_BEFORE] = together
     progress.fixed |= fixed
     return progress
 
@@ -100,8 +102,6 @@ def report(progress: Progress, config: RunConfig, dataset: PackedDataset, mesh: 
     now = leaves(config.model_dump(mode="json"))
     # What a validation set holds is told by its packs.
     then["data.validation"], now["data.validation"] = before, progress.validation
-    if {then["optimizer.schedule"], now["optimizer.schedule"]} == {"constant"}:
-        then["train.steps"] = now["train.steps"]  # no learning rate depends on it
     changed = {key: [then[key], now[key]] for key in REPORTED if then[key] != now[key]}
     if changed:
         progress.history.append({"step": progress.step, "changed": changed})

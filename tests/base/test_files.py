@@ -67,12 +67,14 @@ def test_folder_and_all_in_it_are_durable_before_it_has_its_name(tmp_path, monke
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_folder_set_aside_by_a_killed_process_is_taken_back_or_removed(tmp_path, finished):
+@pytest.mark.parametrize("empty", [False, True], ids=["absent", "empty"])
+def test_folder_set_aside_by_a_killed_process_is_taken_back_or_removed(tmp_path, finished, empty):
     old = tmp_path / ".data.replaced"
     old.mkdir()
     (old / "who").write_text("old")
-    if finished:
+    if finished or empty:
         (tmp_path / "data").mkdir()
+    if finished:
         (tmp_path / "data" / "who").write_text("new")
     files.recover(tmp_path / "data")
     assert (tmp_path / "data" / "who").read_text() == ("new" if finished else "old")

@@ -19,6 +19,8 @@ from mcore_sft.config import (
     ParallelConfig,
     TrainConfig,
 )
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
 from mcore_sft.runtime.mesh import connect
@@ -40,6 +42,15 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_bit_for_bit(tmp_path: Pa
     export(KEPT / "run" / "step_3", tmp_path / "hf")
     found = {name: sha(one) for name, one in load_file(tmp_path / "hf/model.safetensors").items()}
     assert found == json.loads((KEPT / "expected.json").read_text())["exported"]
+
+
+def test_an_export_of_an_earlier_version_chats_as_it_was_trained(tmp_path: Path) -> None:
+    export(KEPT / "run" / "step_3", tmp_path / "hf")
+    template = (tmp_path / "hf" / "chat_template.jinja").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "hf" / "mcore_sft.json").read_text(encoding="utf-8"))
+    prompt = Prompt.restore(record["prompt"], load_tokenizer(tmp_path / "hf"))
+    assert template == prompt.chat_template
+    assert record["chat_template"]
 
 
 def restored(run: Path) -> dict[str, Any]:

@@ -400,7 +400,7 @@ def test_14_only_files_of_the_manifest_are_exported(kept: Path, tmp_path: Path) 
     export(kept, tmp_path / "hf")
     expected = {path.name for path in (KEPT / "run" / "step_3" / "model").iterdir()}
     found = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert found == expected | {"model.safetensors"}
+    assert found == expected | {"model.safetensors", "chat_template.jinja"}
 
 
 def test_14_manifest_cannot_name_what_lies_outside(kept: Path, tmp_path: Path) -> None:
@@ -688,6 +688,27 @@ def test_checkpoint_that_goes_during_its_export_is_named(
     with pytest.raises(CheckpointError, match=r"^\S*/step_3: no such checkpoint") as said:
         export(kept, tmp_path / "hf")
     assert "hf" not in str(said.value)
+    assert not list(tmp_path.glob("*hf*"))
+
+
+def test_checkpoint_that_goes_while_its_weights_are_read_is_named(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_tensors = sharded.whole_tensors
+
+    def going(path: Path) -> Any:
+        read = whole_tensors(path)
+
+        def one(key: str) -> Any:
+            tensor = read(key)
+            shutil.rmtree(path, ignore_errors=True)
+            return tensor
+
+        return one
+
+    monkeypatch.setattr(sharded, "whole_tensors", going)
+    with pytest.raises(CheckpointError, match=r"^\S*/step_3: no such checkpoint"):
+        export(kept, tmp_path / "hf")
     assert not list(tmp_path.glob("*hf*"))
 
 
