@@ -20,7 +20,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -86,6 +86,18 @@ class Progress:
     """What was changed where the run was resumed: {"step": 6, "changed": {key: [old, new]}}."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """What the run grew from, and what must stay as it was for a resumed run to be the same."""
+
+    @classmethod
+    def read(cls, path: Path, told: Mapping[str, Any]) -> "Progress":
+        """What the manifest at `path` tells; `CheckpointError` if a newer version wrote it."""
+        unknown = told.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise CheckpointError(
+                f"{path}: its progress holds {', '.join(sorted(unknown))}, which this version does "
+                "not know (a newer version of mcore_sft wrote it). Fix: use that version, or name "
+                "another output"
+            )
+        return cls(**told)
 
     def check(self, fixed: dict[str, Any], formerly: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` unless the run that goes on is the run that stopped.
@@ -308,7 +320,7 @@ class Checkpoints:
         if found is None:
             return None
         path, manifest = found
-        progress = Progress(**manifest["progress"])
+        progress = Progress.read(path, manifest["progress"])
         progress.check(fixed, formerly)
         self.mesh.from_main(lambda: pickles.check(path, manifest["files"]))
         with reading(path):

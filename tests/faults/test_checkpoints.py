@@ -362,6 +362,16 @@ def test_11_folder_set_aside_is_numbered_and_stays(run: Path, model: Path) -> No
     assert names(run) == {"damaged_step_3", "damaged_step_3.2", "step_5"}
 
 
+def test_11_progress_of_a_newer_version_is_no_damage(run: Path, model: Path) -> None:
+    manifest = json.loads((run / "step_3" / "manifest.json").read_text())
+    manifest["progress"]["moons"] = 2
+    manifest.pop("digest")
+    (run / "step_3" / "manifest.json").write_text(sharded.signed(manifest))
+    ended, _ = goes_on(run, model)
+    assert "progress holds moons, which this version does not know (a newer version" in ended
+    assert names(run) == {"step_1", "step_2", "step_3"}
+
+
 def test_11_newer_format_is_no_damage(run: Path, model: Path) -> None:
     manifest = json.loads((run / "step_3" / "manifest.json").read_text())
     (run / "step_3" / "manifest.json").write_text(json.dumps(manifest | {"format": 4}))
