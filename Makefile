@@ -46,7 +46,7 @@ test: setup ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-layouts: setup ## the equalities of every layout, which `make test` takes a part of
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_equalities.py -k "every_layout and not where_packs"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_equalities.py -k every_layout
 
 check: setup ## format, lint, types, floors, CUDA
 	@echo "check: ruff format" && $(BIN)/ruff format --check .

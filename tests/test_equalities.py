@@ -304,7 +304,7 @@ def _uneven_cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("size", "section"), list(_uneven_cases()))
-def test_3_every_layout_agrees_where_packs_do_not_fill_it(
+def test_3_layouts_agree_where_packs_do_not_fill_them(
     model: Path, uneven_steps: list[StepResult], size: int, section: dict[str, Any]
 ) -> None:
     """Micro-batches without a document take part in each step, and all is computed twice."""
