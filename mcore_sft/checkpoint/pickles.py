@@ -100,11 +100,16 @@ def _check_held(found: Any, file: Path) -> None:
     elif isinstance(found, io.BytesIO):
         _check_saved(found.getvalue(), file)
     elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
-        names = {
-            **_SCALES,
-            ("torch.storage", "_load_from_bytes"): functools.partial(_check_saved, file=file),
-        }
+        nested = functools.partial(_check_saved, file=file)
+        names = {**_SCALES, **dict.fromkeys(_STORAGES, nested)}
         _unpickled(found.numpy().tobytes(), names, file)
+
+
+_STORAGES = (
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),  # what 0.19 puts in its place
+)
+"""Under which names a pickle holds the bytes of a tensor, saved once more."""
 
 
 def _unpickled(content: bytes, names: Names, file: Path) -> Any:
@@ -208,6 +213,8 @@ _SCALES: Names = {
     **_PLAIN,
     ("_codecs", "encode"): _Inert,
     ("torch._utils", "_rebuild_tensor_v2"): _Inert,
+    ("torch._tensor", "_rebuild_from_type_v2"): _Inert,
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _Inert,
     **{
         ("transformer_engine.common.recipe", name): _Inert
         for name in (

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import inspect
 import io
 import json
 import multiprocessing
@@ -575,7 +576,10 @@ def _own_save(model: Path, folder: Path) -> tuple[bool, bool]:
         theirs = folder / "theirs"
         theirs.mkdir()
         state = {"a": ShardedTensor.from_rank_offsets("a", torch.arange(4.0))}
-        request = dist_checkpointing.save(state, str(theirs), async_sharded_save=True)
+        asked: Any = {"async_sharded_save": True}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            asked["async_strategy"] = "mcore"  # the other one is a package of its own
+        request = dist_checkpointing.save(state, str(theirs), **asked)
         caller = TemporalAsyncCaller()
         caller.schedule_async_call(request)
         caller.is_current_async_call_done(blocking=True, no_dist=True)
