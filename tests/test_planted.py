@@ -74,17 +74,20 @@ def test_mean_of_means_is_caught(model: Path, monkeypatch: pytest.MonkeyPatch) -
         equalities.check_2(model, "one row")
 
 
+def as_one_document(packed: Any) -> Any:
+    """A `step.packed` that knows nothing of the documents in a pack: they see each other."""
+
+    def one_document(batch: Any) -> Any:
+        found = packed(batch)
+        found.cu_seqlens_q = found.cu_seqlens_kv = batch.starts[[0, -1]]
+        found.max_seqlen_q = found.max_seqlen_kv = batch.length
+        return found
+
+    return one_document
+
+
 def test_a_pack_without_boundaries_is_caught(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrap(packed: Any) -> Any:
-        def one_document(batch: Any) -> Any:
-            found = packed(batch)
-            found.cu_seqlens_q = found.cu_seqlens_kv = batch.starts[[0, -1]]
-            found.max_seqlen_q = found.max_seqlen_kv = batch.length
-            return found
-
-        return one_document
-
-    plant(monkeypatch, step, "packed", wrap)
+    plant(monkeypatch, step, "packed", as_one_document)
     with pytest.raises(AssertionError, match="beside another document differs first"):
         equalities.check_1(model, "one")
 

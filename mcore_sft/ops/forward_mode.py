@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.library import Library
 
 from mcore_sft.ops import library
 
@@ -34,7 +35,7 @@ def _tangent(value: Tensor) -> Tensor | None:
     return found
 
 
-class _Refusing(torch.library.Library):
+class _Refusing(Library):
     """Every kernel that is registered through it refuses tangents first."""
 
     def impl(self, op_name: str, fn: Callable[..., Any], *where: Any, **options: Any) -> None:

@@ -537,13 +537,7 @@ def _held_copies(model: Path, folder: Path) -> tuple[bool, bool]:
     filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(copied)
     writer._write = waiting
     with runs.loaded(model, ParallelConfig()) as here:
-        made = Checkpoints(
-            folder / "run",
-            CheckpointConfig(),
-            model=here.model,
-            optimizer=here.optimizer,
-            mesh=here.mesh,
-        )
+        made = _checkpoints(here, folder / "run")
         made.save(Progress(step=1), lambda path: None)
         gc.collect()
         held = bool(copies) and all(copy() is not None for copy in copies)
@@ -551,6 +545,13 @@ def _held_copies(model: Path, folder: Path) -> tuple[bool, bool]:
         made.wait()
         gc.collect()
         return held, all(copy() is None for copy in copies)
+
+
+def _checkpoints(here: Any, run: Path) -> Checkpoints:
+    """Those of a run of the model that is loaded."""
+    return Checkpoints(
+        run, CheckpointConfig(), model=here.model, optimizer=here.optimizer, mesh=here.mesh
+    )
 
 
 # 17
@@ -563,13 +564,7 @@ def test_17_megatrons_own_asynchronous_save_works_beside_ours(model: Path, tmp_p
 def _own_save(model: Path, folder: Path) -> tuple[bool, bool]:
     """Whether Megatron-core's queue is its own after our save, and its save complete."""
     with runs.loaded(model, ParallelConfig()) as here:
-        made = Checkpoints(
-            folder / "run",
-            CheckpointConfig(),
-            model=here.model,
-            optimizer=here.optimizer,
-            mesh=here.mesh,
-        )
+        made = _checkpoints(here, folder / "run")
         made.save(Progress(step=1), lambda path: None)
         untouched = filesystem_async._results_queue is None
         made.wait()

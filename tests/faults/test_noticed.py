@@ -49,16 +49,7 @@ def test_each_number_of_optimizer_schedule_guards_and_loss_is_planted() -> None:
 def test_a_failing_equality_names_the_first_tensor_and_layout_that_differ(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrap(packed: Any) -> Any:
-        def one_document(batch: Any) -> Any:
-            found = packed(batch)
-            found.cu_seqlens_q = found.cu_seqlens_kv = batch.starts[[0, -1]]
-            found.max_seqlen_q = found.max_seqlen_kv = batch.length
-            return found
-
-        return one_document
-
-    planted.plant(monkeypatch, step, "packed", wrap)
+    planted.plant(monkeypatch, step, "packed", planted.as_one_document)
     named = r"layout one, rank 0: .* differs first: max abs \S+ \(bound 0\) at \[\d+, \d+\]"
     with pytest.raises(AssertionError, match=named):
         equalities.check_1(model, "one")

@@ -1,6 +1,8 @@
 """A made-up history: thirty commits, three benchmarks; one fails, one crashes, one gets better."""
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path
@@ -9,6 +11,8 @@ from mcore_sft.nightly import history
 from mcore_sft.nightly.curve import Curve
 from mcore_sft.nightly.history import Record
 from mcore_sft.nightly.judge import Finding
+from mcore_sft.nightly.run import Night
+from mcore_sft.nightly.tier import Tier
 
 PASSED = Finding(gate="loss", passed=True, value=3e-7, limit=1e-4, sentence="loss is within")
 DEPARTS = Finding(
@@ -19,6 +23,20 @@ DEPARTS = Finding(
     step=13,
     sentence="loss departs at step 13: 1.70512, reference 1.7, 0.003 apart, at most 0.0001",
 )
+
+
+def night(wanted: Tier, folder: Path, seconds: float, earlier: Sequence[Record] = ()) -> Night:
+    """A night of `wanted` in `folder`, on a machine and at a commit that are made up."""
+    return Night(
+        tier=wanted,
+        commit="abc",
+        commit_time="2026-01-01T00:00:00+00:00",
+        machine={"device": "none", "cores": 2},
+        output=folder,
+        data=None,
+        until=time.monotonic() + seconds,
+        earlier=earlier,
+    )
 
 
 def record(number: int, benchmark: str = "short_dp2", **changes) -> Record:

@@ -20,7 +20,7 @@ from mcore_sft.nightly.judge import judge
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
 from tests import runs
-from tests.test_planted import plant
+from tests.test_planted import as_one_document, plant
 
 STEPS = 4
 SHORT = tier.named("cpu").benchmark("short_dp2").gates
@@ -101,17 +101,7 @@ def mean_of_means(patch: pytest.MonkeyPatch) -> None:
 
 def leaking_packs(patch: pytest.MonkeyPatch) -> None:
     """The documents of a pack see each other."""
-
-    def wrap(packed: Any) -> Any:
-        def one_document(batch: Any) -> Any:
-            found = packed(batch)
-            found.cu_seqlens_q = found.cu_seqlens_kv = batch.starts[[0, -1]]
-            found.max_seqlen_q = found.max_seqlen_kv = batch.length
-            return found
-
-        return one_document
-
-    plant(patch, step, "packed", wrap)
+    plant(patch, step, "packed", as_one_document)
 
 
 def wrong_rope(patch: pytest.MonkeyPatch) -> None:

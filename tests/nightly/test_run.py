@@ -22,7 +22,7 @@ from mcore_sft.config import ConfigError
 from mcore_sft.nightly import commits, golden, work
 from mcore_sft.nightly.curve import METRICS, Curve
 from mcore_sft.nightly.history import Record
-from mcore_sft.nightly.run import LATEST, Night, Run
+from mcore_sft.nightly.run import LATEST, Run
 from mcore_sft.nightly.tier import Tier
 from mcore_sft.nightly.work import Crash
 from tests import runs
@@ -141,17 +141,7 @@ def night(tmp_path: Path, config: Path, earlier: Sequence[Record] = (), **change
     told = {"name": "short", "config": str(config), "against": "plain", "gates": gates}
     told |= changes
     made = Tier.model_validate({"name": "tiny", "minutes": 5, "benchmarks": [told]})
-    here = Night(
-        tier=made,
-        commit="abc",
-        commit_time="2026-01-01T00:00:00+00:00",
-        machine={"device": "none", "cores": 2},
-        output=tmp_path,
-        data=None,
-        until=time.monotonic() + 300,
-        earlier=earlier,
-    )
-    return Run(here, made.benchmarks[0])
+    return Run(sample.night(made, tmp_path, 300, earlier), made.benchmarks[0])
 
 
 def test_all_stages_run_once(tmp_path: Path, config: Path, commands: Commands) -> None:

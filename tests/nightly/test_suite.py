@@ -1,6 +1,5 @@
 """Tests that are run at night are recorded like the benchmarks, and published."""
 
-import time
 from pathlib import Path
 
 import nightly
@@ -51,17 +50,7 @@ def test_the_nightly_records_a_suite_like_the_others(
 
 def _night(folder: Path, tests: Path) -> tuple[Night, tier.Suite]:
     suite = tier.Suite(name="sample", tests=(str(tests),))
-    night = Night(
-        tier=tier.named("cpu"),
-        commit="abc",
-        commit_time="2026-01-01T00:00:00+00:00",
-        machine={"device": "none", "cores": 2},
-        output=folder,
-        data=None,
-        until=time.monotonic() + 60,
-        earlier=(),
-    )
-    return night, suite
+    return sample.night(tier.named("cpu"), folder, 60), suite
 
 
 def test_the_readme_names_date_and_commit_of_the_last_full_run() -> None:
