@@ -2,10 +2,10 @@
 
     make lane [VENV=DIR] [RECORD=DIR]
 
-Equalities, planted faults, checkpoint, model, runtime and training, then a short demo. Each part is
-a process of its own, and all run; the exit code is 0 if all passed. The record is JSON: with
-RECORD=docs/compatibility, `make compatibility` puts it into the table. This file needs nothing but
-Python: what the canary installs may fail.
+Equalities, planted faults, checkpoint, faults, model, runtime and training, then a short demo. Each
+part is a process of its own, and all run; the exit code is 0 if all passed. The record is JSON:
+with RECORD=docs/compatibility, `make compatibility` puts it into the table. This file needs nothing
+but Python: what the canary installs may fail.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PACKAGES = (
 TESTS = {
     "equalities": "tests/test_equalities.py",
     "planted faults": "tests/test_planted.py",
-    **{room: f"tests/{room}" for room in ("checkpoint", "model", "runtime", "training")},
+    **{room: f"tests/{room}" for room in ("checkpoint", "faults", "model", "runtime", "training")},
 }
 MINUTES = 40
 """No part may take longer."""

@@ -27,6 +27,8 @@ _DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _GREETING_SECONDS = 30.0
 # Of one answer with all tries: the server may have many others to give before it.
 _ANSWER_SECONDS = 3600.0
+# A try with less would tell of its own end alone, and hide what the server said before.
+_SHORTEST_TRY_SECONDS = 1.0
 # A million token ids of a prompt and their text take half of it.
 _REPLY_BYTES = 16 * 2**20
 _SHOWN_CHARACTERS = 500
@@ -237,7 +239,7 @@ class _Api:
             if delay is None:
                 break
             wait = delay * random.uniform(0.5, 1.5)  # not all threads at the same moment
-            if time.monotonic() + wait >= until or over.wait(wait):
+            if time.monotonic() + wait + _SHORTEST_TRY_SECONDS > until or over.wait(wait):
                 break
         raise EvaluationError(
             f"{self.url}: {tries} tries failed ({reason}); see the server's log and run "

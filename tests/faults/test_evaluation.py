@@ -509,7 +509,7 @@ def test_leaks_a_reply_has_a_limit_of_time_in_all(
         with pytest.raises(EvaluationError, match=r"no answer \(timed out"):
             opened(folder, url)
         nightly_tool.send(url, "all passed", [])
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < 3  # without limits 4 s
     assert "did not take the summary: timed out" in capsys.readouterr().err
 
 
@@ -517,12 +517,12 @@ def test_leaks_the_tries_of_an_answer_have_a_limit_of_time_together(
     server: Server, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     monkeypatch.setattr(server_engine, "_DELAYS", (0.2,) * 50)
-    monkeypatch.setattr(server_engine, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(server_engine, "_ANSWER_SECONDS", 1.5)
     server.answer = lambda body: (503, "busy")
     begun = time.monotonic()
     with pytest.raises(EvaluationError, match=r"tries failed \(HTTP 503"):
         list(opened(folder, server.url).generate(_requests()))
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5  # 50 tries would take 10 s
 
 
 def _requests() -> list[Any]:
