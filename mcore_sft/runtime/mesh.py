@@ -56,6 +56,8 @@ class Mesh:
     parallel: ParallelConfig
     """What was asked for: sizes, and what goes without an axis of its own."""
     groups: ProcessGroupCollection
+    hosts: tuple[str, ...] = ()
+    """Host name of each rank, where ranks have met by `Peers`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -71,6 +73,10 @@ class Mesh:
     def is_main(self) -> bool:
         """Whether this process speaks for all: it alone writes logs and manifests."""
         return self.world.rank == 0
+
+    def name(self, rank: int) -> str:
+        """A rank in a sentence, with its host: `rank 1 (node1)`."""
+        return f"rank {rank} ({self.hosts[rank]})" if self.hosts else f"rank {rank}"
 
     def barrier(self) -> None:
         """Wait for every process."""
