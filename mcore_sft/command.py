@@ -8,14 +8,13 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from mcore_sft import config
-from mcore_sft.base.errors import UserError
+from mcore_sft.base.errors import Stopped, UserError
 from mcore_sft.base.terminal import Parser, say
 from mcore_sft.config import RunConfig
 
@@ -82,10 +81,6 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-class Stopped(Exception):
-    """The run was asked to end before its last step, and has saved; the message says by what."""
-
-
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command: a scheduler's or timeout's, and a terminal's that closes."""
 
@@ -110,11 +105,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             check_clone()
             main()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Most errors are the same on every rank. The first speaks, and torchrun ends the others
-            # while they wait; an error that is theirs alone is said a moment later.
-            time.sleep(10)
-        say(f"error: {error}", error=True)
+        if not error.quiet:
+            say(f"error: {error}", error=True)
         sys.exit(2)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

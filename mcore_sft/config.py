@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from mcore_sft.base.errors import UserError
 
@@ -361,9 +362,15 @@ class TrainConfig(Section):
     """What a loss spike does: it is told, or the update is not made either."""
     spike_sigmas: Positive = 6.0
     """A loss so many standard deviations above the mean of the last ones is a spike."""
-    hang_seconds: Positive | None = 1800.0
+    nodes: Count | None = None
+    """Machines that the run is started on; with fewer it ends at once. Without it, as many as Slurm
+    gives, or as come."""
+    connect_seconds: Positive = 120.0
+    """The run ends at once where not all ranks have come within so many seconds."""
+    hang_seconds: Positive | None = 600.0
     """The run ends, and every rank's stack is written, after so many seconds in which a rank has
-    computed no micro-batch, nor written any of the checkpoint that is waited for; none is never."""
+    computed no micro-batch; loading, and writing a checkpoint that is waited for, may stand still
+    1.5 times as long. None is never."""
     deterministic: bool = False
     """The same bits from the same run on the same layout, on GPUs too, where that costs speed. What
     is random in a run is drawn from the seeds of its configuration alone, always."""
@@ -705,6 +712,28 @@ def parse_section(
 def dump(config: Section) -> str:
     """The whole configuration, defaults included, as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def without_paths(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Each value by its dotted key, in JSON's types, but those that are paths or may be."""
+    plain = section.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        parts = value if isinstance(value, tuple | list) else [value]
+        if parts and all(isinstance(part, Section) for part in parts):
+            for number, part in enumerate(parts):
+                within = f"{prefix}{name}." if part is value else f"{prefix}{name}[{number}]."
+                found |= without_paths(part, within)
+        elif not (isinstance(value, Path) or _is_place(field)):
+            found[prefix + name] = plain[name]
+    return found
+
+
+def _is_place(field: FieldInfo) -> bool:
+    """Whether a field is a `PlaceOrName`, or may be none."""
+    within = get_args(PlaceOrName)[1:]
+    return any(one in within for one in field.metadata) or PlaceOrName in get_args(field.annotation)
 
 
 def schema() -> dict[str, Any]:

@@ -4,12 +4,43 @@
 in one process, and tells what a rank of each pipeline stage would hold.
 """
 
+import contextlib
+import os
+from typing import NoReturn
+
 from mcore_sft import command
+from mcore_sft.base.errors import UserError
 from mcore_sft.config import RunConfig
 
 
 def main() -> None:
     """Train the experiment of the command line."""
+    try:
+        config = prepare()
+    except UserError as error:
+        end_all(error)
+    except SystemExit as end:
+        if end.code:  # argparse has said why
+            with contextlib.suppress(UserError):
+                end_all(UserError("its command line is wrong, as its own log says"))
+        raise
+    if config is not None:
+        from mcore_sft.training.loop import train
+
+        train(config)
+
+
+def end_all(error: UserError) -> NoReturn:
+    """Raise `error`, which this rank has before it meets the others, once they know of it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from mcore_sft.runtime.peers import end_together
+
+        end_together(error)
+    raise error
+
+
+def prepare() -> RunConfig | None:
+    """The experiment to train, with layers that are there; None if only a dry run was asked for."""
     parser = command.parser("Packed dataset -> distributed checkpoints.")
     parser.add_argument(
         "--dry-run", action="store_true", help="tell what a rank would hold, and stop"
@@ -24,7 +55,7 @@ def main() -> None:
     config = command.experiment(arguments)
     if arguments.dry_run:
         dry_run(config, arguments.gpus or config.parallel.model_size)
-        return
+        return None
     if arguments.gpus is not None:
         parser.error("--gpus goes with --dry-run; a run takes the processes that torchrun starts")
     # Imported late: torch and Megatron-core take seconds, and a typo should cost none of them.
@@ -33,9 +64,7 @@ def main() -> None:
 
     # Megatron-core imports Transformer Engine, and a broken one would end it with a traceback.
     layer_implementation(config.model, config.train, device())
-    from mcore_sft.training.loop import train
-
-    train(config)
+    return config
 
 
 def dry_run(config: RunConfig, gpus: int) -> None:

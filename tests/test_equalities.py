@@ -51,11 +51,14 @@ from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.model import architecture as arch
 from mcore_sft.model.build import whole_weights
 from mcore_sft.nightly import plain
-from mcore_sft.runtime.mesh import connect
+from mcore_sft.runtime.launch import Launch
+from mcore_sft.runtime.mesh import join
+from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import loop
 from mcore_sft.training.packs import row_unit
 from mcore_sft.training.step import StepResult, packed, same_scales, train_step
 from mcore_sft.training.stop import Stop
+from mcore_sft.training.watchdog import Watchdog
 from tests import runs, tiny
 from tests.distributed import run_ranks
 from tests.runs import LAYOUTS, loaded, on_layout, relative
@@ -614,13 +617,17 @@ def _in_one_process_group(configs: list[RunConfig]) -> None:
     torch.set_num_threads(1)
     whole, *again = configs
     architecture = arch.read(whole.model.path)
-    with connect(whole.parallel) as mesh:
-        loop.train_on(mesh, whole, architecture, Stop(None))
+    with (
+        Peers(Launch.read(), 60.0) as peers,
+        Watchdog(whole.folder, None, peers) as watchdog,
+        join(whole.parallel, peers) as mesh,
+    ):
+        loop.train_on(mesh, whole, architecture, Stop(None), watchdog)
         for step, config in enumerate(again, start=1):
             if mesh.is_main:
                 _copy_until(whole.folder, config.folder, step)
             mesh.barrier()
-            loop.train_on(mesh, config, architecture, Stop(None))
+            loop.train_on(mesh, config, architecture, Stop(None), watchdog)
 
 
 @pytest.mark.slow

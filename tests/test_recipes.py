@@ -164,7 +164,7 @@ def test_the_slurm_script_starts_torchrun_on_every_node(tmp_path):
     """With a Slurm of shell scripts, whose list of nodes comes line by line."""
     programs = {
         "scontrol": "for n in $(seq 99); do echo node$n; sleep 0.001; done",
-        "srun": 'exec "$@"',
+        "srun": 'shift; SLURM_NODEID=3 exec "$@"',  # after --kill-on-bad-exit
         "torchrun": "kill -USR1 $$; printf '%s\\n' \"$@\"",  # Slurm's warning ends no torchrun
     }
     for name, script in programs.items():
@@ -176,5 +176,7 @@ def test_the_slurm_script_starts_torchrun_on_every_node(tmp_path):
     ran = subprocess.run(script, env=slurm | known, capture_output=True, text=True, check=True)
     said = ran.stdout.split()
     assert said[said.index("--nnodes") + 1] == "99"
-    assert said[said.index("--rdzv-endpoint") + 1] == "node1:29500"
+    assert said[said.index("--node-rank") + 1] == "3"
+    assert said[said.index("--master-addr") + 1] == "node1"
+    assert said[said.index("--master-port") + 1] == "20007"
     assert said[-4:] == ["mcore_sft/train.py", "--config", "configs/demo.yaml", "optimizer.lr=1e-5"]

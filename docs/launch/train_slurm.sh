@@ -18,9 +18,10 @@ set -euo pipefail
 config=${1:?give an experiment file, such as configs/X.yaml}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
-# torchrun dies of USR1 unless it ignores it; its ranks hear it all the same.
+# torchrun dies of USR1 unless it ignores it; its ranks hear it all the same. Each node has its number:
+# the other rendezvous compares the clocks of the nodes, and leaves out one that is behind.
 # shellcheck disable=SC2016
-srun bash -c 'trap "" USR1; exec "$@"' - \
+srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$0" --node-rank "$SLURM_NODEID" "$@"' \
     "${TORCHRUN:-.venv/bin/torchrun}" --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
-    --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
+    --master-addr "$head" --master-port "$((20000 + SLURM_JOB_ID % 20000))" \
     mcore_sft/train.py --config "$config" "${@:2}"

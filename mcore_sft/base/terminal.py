@@ -4,6 +4,7 @@ A terminal obeys escape codes, and rich obeys square brackets; neither is ours t
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import re
@@ -42,6 +43,12 @@ def say(text: object, *, error: bool = False, end: str = "\n") -> None:
         if fault.errno not in _CLOSED:
             raise
         _let_go(stream)
+
+
+def say_at_once(text: object) -> None:
+    """Say a line on stderr past Python's own stream, which a thread that hangs may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{printable(text)}\n".encode())
 
 
 def _let_go(stream: IO[str]) -> None:

@@ -1,17 +1,19 @@
 """Ranks, sizes and process groups: which peers this process computes with, along which axis.
 
-torchrun's environment + ParallelConfig -> Mesh
+Peers + ParallelConfig -> Mesh
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import PrefixStore
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import say
@@ -20,13 +22,17 @@ from mcore_sft.ops import library
 from mcore_sft.runtime.cpu import megatron_on_cpu
 from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import check_architecture
+from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.megatron_core import check_version
+from mcore_sft.runtime.peers import CONNECT_SECONDS, Peers, interface_of
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 Found = TypeVar("Found")
+
+_NEVER_SECONDS = 10 * 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,27 +127,55 @@ class Mesh:
 
 @contextlib.contextmanager
 def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
-    """Join the other processes that torchrun started (or run alone) and lay out the mesh."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check(parallel, size)
+    """Meet the other processes that torchrun started, or run alone, and lay out the mesh."""
+    with Peers(Launch.read(), CONNECT_SECONDS) as peers, join(parallel, peers) as mesh:
+        yield mesh
+
+
+@contextlib.contextmanager
+def join(
+    parallel: ParallelConfig, peers: Peers, hang_seconds: float | None = None
+) -> Iterator[Mesh]:
+    """Make the process group of all `peers` and lay out the mesh.
+
+    A collective fails after `hang_seconds`; None is never.
+    """
+    check(parallel, peers.launch.size)
     check_version()
     device = this_device()
     host = megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
+    timeout = timedelta(seconds=hang_seconds or _NEVER_SECONDS)
     with host:
         if device.type == "cuda":
             check_architecture(device)
             library.load_cuda()
             torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, rank=rank, world_size=size)
-        else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        _choose_interface(peers)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("process group", peers.store),
+            rank=peers.launch.rank,
+            world_size=peers.launch.size,
+            timeout=timeout,
+        )
         try:
-            yield lay_out(parallel, device)
+            yield lay_out(parallel, device, timeout, peers.hosts)
+        except BaseException as error:
+            peers.report(error)  # now: what follows may wait for ranks that are gone
+            raise
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def _choose_interface(peers: Peers) -> None:
+    """Let gloo take the network by which the ranks have met, unless the environment says another.
+
+    By itself it takes the address of the host's name, which Debian's /etc/hosts calls 127.0.1.1.
+    """
+    interface = interface_of(peers.address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def check(parallel: ParallelConfig, world_size: int) -> None:
@@ -151,13 +185,19 @@ def check(parallel: ParallelConfig, world_size: int) -> None:
     parallel.require_split(world_size, "process(es)", mend)
 
 
-def lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
+def lay_out(
+    parallel: ParallelConfig,
+    device: torch.device,
+    timeout: timedelta = timedelta(minutes=30),
+    hosts: tuple[str, ...] = (),
+) -> Mesh:
     """The mesh of the default process group, which is there already."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     # Fills the table of random streams that Megatron's layers ask for; nothing random is drawn.
     model_parallel_cuda_manual_seed(1)
@@ -172,6 +212,7 @@ def lay_out(parallel: ParallelConfig, device: torch.device) -> Mesh:
         replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         parallel=parallel,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        hosts=hosts if len(hosts) > 1 else (),
     )
 
 

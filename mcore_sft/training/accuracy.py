@@ -13,15 +13,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import mcore_sft
 from mcore_sft import config as configuration
+from mcore_sft.base.errors import Stopped
 from mcore_sft.checkpoint.retention import scores
 from mcore_sft.checkpoint.sharded import Checkpoints, agree
-from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.runtime.mesh import Mesh
@@ -53,12 +54,19 @@ class Accuracy:
     """
 
     def __init__(
-        self, config: RunConfig, checkpoints: Checkpoints, metrics: Metrics, mesh: Mesh
+        self,
+        config: RunConfig,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        mesh: Mesh,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        """`beat` is called while the ranks wait for an evaluation together."""
         self._config = config
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._mesh = mesh
+        self._beat = beat
         self._every = config.train.evaluate_every
         self._folder = config.folder.absolute() / "evaluation"
         self._seen: Path | None = None
@@ -122,6 +130,7 @@ class Accuracy:
                         f"{_log(self._running.output)}"
                     )
                 while busy and not asked:
+                    self._beat()
                     self.poll(stop.asked)
                     asked, busy = agree(self._mesh, stop.asked, int(self.is_busy))
                     time.sleep(0.2 * busy)

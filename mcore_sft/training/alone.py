@@ -12,21 +12,20 @@ from pathlib import Path
 
 from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
-from mcore_sft.runtime.mesh import Mesh
 
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def alone(folder: Path, mesh: Mesh) -> Iterator[None]:
-    """Make `folder` and keep other runs from it, where its file system has locks; collective.
+def alone(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep other runs from it, where its file system has locks.
 
-    `UserError` on every rank if another run is there or the folder cannot be written. The main
-    process alone holds the lock: processes that it forks do not, and may outlive it. Folders that
-    stay empty are removed.
+    `UserError` if another run is there or the folder cannot be written. This process alone holds
+    the lock: processes that it forks do not, and may outlive it. Folders that stay empty are
+    removed.
     """
     with contextlib.ExitStack() as held:
-        mesh.from_main(lambda: _take(folder, held))
+        _take(folder, held)
         yield
 
 
@@ -41,10 +40,15 @@ def _take(folder: Path, held: contextlib.ExitStack) -> None:
             "another folder with output=DIR"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"output {folder}: cannot be written ({_reason(folder, error)}). Fix: name another "
-            "folder with output=DIR, or make this one writable"
-        ) from None
+        raise unwritable(folder, _reason(folder, error)) from None
+
+
+def unwritable(folder: Path, reason: str) -> UserError:
+    """The error of a run's folder that cannot be written."""
+    return UserError(
+        f"output {folder}: cannot be written ({reason}). Fix: name another folder with output=DIR, "
+        "or make this one writable"
+    )
 
 
 def _make(folder: Path, held: contextlib.ExitStack) -> None:

@@ -5,22 +5,25 @@ Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
+from mcore_sft.base.errors import Stopped
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import Description
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress, agree
-from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.model import architecture as arch
 from mcore_sft.model import build
 from mcore_sft.runtime.hardware import be_deterministic, peak_memory
-from mcore_sft.runtime.mesh import Mesh, connect
+from mcore_sft.runtime.launch import Launch
+from mcore_sft.runtime.mesh import Mesh, join
+from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training.accuracy import Accuracy, check_benchmark
-from mcore_sft.training.alone import alone
+from mcore_sft.training.agreement import agreed
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.guards import Guard
 from mcore_sft.training.metrics import Metrics
@@ -31,7 +34,7 @@ from mcore_sft.training.step import StepResult
 from mcore_sft.training.stop import Stop, reason
 from mcore_sft.training.stragglers import OwnTime
 from mcore_sft.training.validation import Validation, due
-from mcore_sft.training.watchdog import Watchdog
+from mcore_sft.training.watchdog import SLOW, Watchdog
 
 
 def train(config: RunConfig) -> Progress:
@@ -40,16 +43,28 @@ def train(config: RunConfig) -> Progress:
     `Stopped` says that it was asked to end before its work was done, and has saved.
     """
     stop = Stop(config.train.max_minutes)
-    architecture = arch.read(config.model.path)
-    architecture.check(config.parallel, config.data.sequence_length)
-    if config.train.deterministic:
-        be_deterministic()
-    with connect(config.parallel) as mesh, alone(config.folder, mesh):
-        return train_on(mesh, config, architecture, stop)
+    hang = config.train.hang_seconds
+    with (
+        Peers(Launch.read(), config.train.connect_seconds) as peers,
+        Watchdog(config.folder, hang, peers) as watchdog,
+    ):
+        peers.launch.check(config.train.nodes)
+        architecture = arch.read(config.model.path)
+        architecture.check(config.parallel, config.data.sequence_length)
+        if config.train.deterministic:
+            be_deterministic()
+        # Collectives fail later than the watchdog ends them: it knows what each rank was doing.
+        timeout = hang and 2 * SLOW * hang
+        with agreed(config, peers), join(config.parallel, peers, timeout) as mesh:
+            return train_on(mesh, config, architecture, stop, watchdog)
 
 
 def train_on(
-    mesh: Mesh, config: RunConfig, architecture: arch.Architecture, stop: Stop
+    mesh: Mesh,
+    config: RunConfig,
+    architecture: arch.Architecture,
+    stop: Stop,
+    watchdog: Watchdog,
 ) -> Progress:
     """The story of a run on one rank of `mesh`."""
     metrics = Metrics(
@@ -87,19 +102,20 @@ def train_on(
         metrics.say(line)
     guard = Guard(config.train, dataset, loader, config.packed, gpt, optimizer, mesh, metrics)
     own = OwnTime(gpt, mesh)
-    watchdog = Watchdog(config.folder, config.train.hang_seconds, gpt, mesh)
-    accuracy = Accuracy(config, checkpoints, metrics, mesh)
+    watchdog.follow(gpt)
+    watchdog.saved(checkpoints.restored)
+    accuracy = Accuracy(config, checkpoints, metrics, mesh, watchdog.beat)
     steps, asked = config.train.steps, 0
     with (
         accuracy,
         metrics.logging(progress.step),
         stop,
-        watchdog,
         completed(checkpoints, metrics, watchdog),
         profile,
     ):
         validation.make_up(gpt, progress, checkpoints)
         while progress.step < steps and not asked:
+            watchdog.at(f"in step {progress.step + 1}")
             profile.before(progress.step + 1)
             own.begin()
             lr = optim.learning_rate(config.optimizer, progress.step, steps)
@@ -119,9 +135,10 @@ def train_on(
                 metrics.own_times(progress.step, own.gather())
             scores = {} if asked else validation.scores(gpt, progress)
             if checkpoints.is_pending and not writing:
-                metrics.saved(checkpoints.complete())
+                saved(checkpoints.complete(), metrics, watchdog)
             if asked or due(progress.step, config.checkpoint.every, steps):
-                metrics.saved(checkpoints.wait(watchdog.beat))
+                watchdog.at(f"while saving step_{progress.step}", slow=True)
+                saved(checkpoints.wait(watchdog.beat), metrics, watchdog)
                 metrics.sync()
                 checkpoints.save(progress, description.write, scores)
             accuracy.poll(asked)
@@ -131,6 +148,7 @@ def train_on(
         raise Stopped(
             f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
         )
+    watchdog.at("while waiting for the last evaluation", slow=True)
     accuracy.wait(stop)
     if config.checkpoint.best and (best := checkpoints.best()):
         metrics.say(f"the best is {best}")
@@ -146,15 +164,26 @@ def advance(progress: Progress, result: StepResult) -> None:
     progress.skipped += result.skipped or result.withheld
 
 
+def saved(step: Path | None, metrics: Metrics, watchdog: Watchdog) -> None:
+    """Tell of a checkpoint that is complete, if there is one."""
+    metrics.saved(step)
+    watchdog.saved(step)
+
+
 @contextlib.contextmanager
 def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) -> Iterator[None]:
     """Complete the save that what happens inside has begun, if it ends on all ranks alike."""
+
+    def complete() -> None:
+        watchdog.at("while saving", slow=True)
+        saved(checkpoints.wait(watchdog.beat), metrics, watchdog)
+
     try:
         yield
     except TrainingError:
-        metrics.saved(checkpoints.wait(watchdog.beat))
+        complete()
         raise
-    metrics.saved(checkpoints.wait(watchdog.beat))
+    complete()
 
 
 def announce(

@@ -46,6 +46,7 @@ ALLOWED = (
     *("parallel.context", "parallel.distributed_optimizer", "parallel.overlap"),
     *("train.micro_batch", "train.recompute", "train.deterministic", "train.max_minutes"),
     *("train.validate_every", "train.evaluate_every", "train.evaluate_gpus", "train.hang_seconds"),
+    *("train.nodes", "train.connect_seconds"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.metric"),
     *("checkpoint.keep_every", "checkpoint.resume", "evaluation.*", "log.*"),
 )

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-import torch.distributed as dist
-
-from mcore_sft.base.terminal import say
+from mcore_sft.base.terminal import say_at_once
 from mcore_sft.model.build import Chunks
-from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.runtime.peers import Peers
 
+SLOW = 1.5
+"""Loading and saving may stand still so much longer than a step."""
 HUNG = 124
 """Exit code of a run that hung, as that of timeout(1)."""
 _ROUNDS = 20
@@ -30,19 +30,25 @@ _SPEAK = signal.SIGUSR2
 
 
 class Watchdog:
-    """A thread that looks whether this rank still computes micro-batches, or another does not.
+    """A thread that looks whether this rank still goes on, or another does not.
 
     It needs no process group and no rank but its own, since any of them may be what hangs.
     """
 
-    def __init__(self, folder: Path, seconds: float | None, model: Chunks, mesh: Mesh) -> None:
-        """`seconds` without a micro-batch are a hang; None is never."""
+    def __init__(self, folder: Path, seconds: float | None, peers: Peers) -> None:
+        """`seconds` without a sign of life are a hang in a step; None is never."""
+        self._run = folder.name[-100:]
         self._folder = folder / "hang"
         self._seconds = seconds or math.inf
-        self._mesh = mesh
+        self._peers = peers
+        self._rank = peers.launch.rank
+        self._limit = SLOW * self._seconds
         self._beat = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def follow(self, model: Chunks) -> None:
+        """Take each micro-batch of `model` for a sign of life."""
         for chunk in model:
             chunk.register_forward_hook(self.beat)
 
@@ -50,14 +56,25 @@ class Watchdog:
         """This rank goes on."""
         self._beat = time.monotonic()
 
+    def at(self, doing: str, *, slow: bool = False) -> None:
+        """This rank begins what is called `doing` in sentences; what is `slow` may take longer."""
+        self._peers.doing = doing
+        self._limit = self._seconds * (SLOW if slow else 1.0)
+        self.beat()
+
+    def saved(self, step: Path | None) -> None:
+        """A new start would continue from `step`, if there is one."""
+        if step:
+            self._peers.resumes = step.name
+
     def __enter__(self) -> Self:
-        began = [time.strftime("%Y%m%d-%H%M%S")]
-        dist.broadcast_object_list(began, src=0)
-        self._folder /= began[0]
-        self._memory = os.memfd_create(self._name(self._mesh.world.rank))
+        self._memory = os.memfd_create(self._name(self._rank))
+        mine = f"/proc/{os.getpid()}/fd/{self._memory}"
+        found = self._peers.exchange(
+            mine, lambda places: {"began": time.strftime("%Y%m%d-%H%M%S"), "places": places}
+        )
+        self._folder, self._places = self._folder / str(found["began"]), found["places"]
         faulthandler.register(_SPEAK, file=self._memory)
-        self._places: list[Any] = [None] * self._mesh.world.size
-        dist.all_gather_object(self._places, f"/proc/{os.getpid()}/fd/{self._memory}")
         self.beat()
         self._thread.start()
         return self
@@ -77,24 +94,33 @@ class Watchdog:
             if late > pause:  # this process was stopped as a whole, as Slurm suspends a job
                 self._beat += late
             silent = time.monotonic() - self._beat
-            first = not any(self._folder.glob("rank_*.txt"))
-            if silent > self._seconds or not first:
-                self._write_stacks()
-                missing = self._await_others()
-                if first or self._mesh.is_main:
+            first = not self._others_speak()
+            if silent > self._limit or not first:
+                self._peers.leave()  # each rank ends by itself from here on
+                missing = self._write_stacks()
+                if first or self._rank == 0:
                     self._tell(silent, missing)
                 os._exit(HUNG)
 
-    def _write_stacks(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._file(self._mesh.world.rank).open("w") as file:
-            faulthandler.dump_traceback(file)
+    def _others_speak(self) -> bool:
+        with contextlib.suppress(OSError):
+            return any(self._folder.glob("rank_*.txt"))
+        return False
+
+    def _write_stacks(self) -> list[int] | None:
+        """Write what this rank does and wait for the others; whose is missing, None if it fails."""
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._file(self._rank).open("w") as file:
+                faulthandler.dump_traceback(file)
+            return self._await_others()
+        return None
 
     def _await_others(self) -> list[int]:
         """The ranks whose stacks are not there in the end."""
         missing: list[int] = []
         for turn in range(_ROUNDS):
-            ranks = range(self._mesh.world.size)
+            ranks = range(self._peers.launch.size)
             missing = [rank for rank in ranks if not self._file(rank).exists()]
             if not missing:
                 break
@@ -120,14 +146,17 @@ class Watchdog:
         return self._folder / f"rank_{rank}.txt"
 
     def _name(self, rank: int) -> str:
-        return f"stacks of {self._folder.name} rank {rank}."
+        return f"stacks of {self._run} rank {rank}."
 
-    def _tell(self, silent: float, missing: list[int]) -> None:
+    def _tell(self, silent: float, missing: list[int] | None) -> None:
         """Say where the stacks lie, and whose are missing."""
-        told = f"; of ranks {', '.join(map(str, missing))} there are none" if missing else ""
-        say(
-            f"error: rank {self._mesh.world.rank} has computed nothing for {silent:.0f} s "
-            f"(train.hang_seconds {self._seconds:g}), and the run ends; what each rank was doing "
-            f"stands in {self._folder}{told}",
-            error=True,
+        if missing is None:
+            told = f"its stack could not be written to {self._folder}"
+        else:
+            told = f"what each rank was doing stands in {self._folder}"
+            if missing:
+                told += f"; of ranks {', '.join(map(str, missing))} there are none"
+        say_at_once(
+            f"error: {self._peers.name} has computed nothing for {silent:.0f} s "
+            f"{self._peers.doing} (train.hang_seconds {self._seconds:g}), and the run ends; {told}"
         )

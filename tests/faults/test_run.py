@@ -294,9 +294,8 @@ OUTPUTS: dict[Callable[[Path], Path], str] = {
 @pytest.mark.parametrize("made", OUTPUTS)
 def test_an_output_that_cannot_be_made(tmp_path: Path, made: Callable[[Path], Path]) -> None:
     folder = made(tmp_path / "place")
-    mesh: Any = SimpleNamespace(is_main=True, from_main=lambda find: find())
     expected = rf"^output {folder}: cannot be written \({OUTPUTS[made]}.*\)\. Fix: name another"
-    with pytest.raises(UserError, match=expected), alone(folder, mesh):
+    with pytest.raises(UserError, match=expected), alone(folder):
         pass
 
 

@@ -208,9 +208,8 @@ def _training(patch: Patch, folder: Path) -> None:
 
 
 def _hang(patch: Patch, folder: Path) -> None:
-    dog: Any = SimpleNamespace(
-        _mesh=SimpleNamespace(world=SimpleNamespace(rank=0)), _seconds=1.0, _folder=Path(HOSTILE)
-    )
+    peers = SimpleNamespace(name=f"rank 0 ({HOSTILE})", doing="in step 1")
+    dog: Any = SimpleNamespace(_peers=peers, _seconds=1.0, _folder=Path(HOSTILE))
     watchdog.Watchdog._tell(dog, 2.0, [])
 
 
@@ -233,12 +232,12 @@ PLACES = (
 def test_terminal_escape_codes_and_markup_reach_no_terminal(
     tmp_path: Path,
     monkeypatch: Patch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     place: Callable[[Patch, Path], None],
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     place(monkeypatch, tmp_path)
-    told = "".join(capsys.readouterr())
+    told = "".join(capfd.readouterr())
     assert [code for code in OBEYED if code in told] == []
     # what is wrapped, or one token a line, is there all the same
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|[\s'│]", "", told)

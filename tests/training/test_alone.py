@@ -2,7 +2,6 @@
 
 import multiprocessing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +9,9 @@ import pytest
 from mcore_sft.base.errors import UserError
 from mcore_sft.training.alone import alone
 
-MAIN: Any = SimpleNamespace(from_main=lambda find: find())
-
 
 def _hold(folder: Path, end: Any) -> None:
-    with alone(folder, MAIN):
+    with alone(folder):
         # What a run leaves behind that is killed, such as a writer.
         multiprocessing.get_context("fork").Process(target=end.recv).start()
         end.send(None)
@@ -30,12 +27,12 @@ def test_the_second_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     try:
         with (
             pytest.raises(UserError, match="another run is training there"),
-            alone(tmp_path / "run", MAIN),
+            alone(tmp_path / "run"),
         ):
             pass
         first.kill()
         first.join()
-        with alone(tmp_path / "run", MAIN):
+        with alone(tmp_path / "run"):
             pass
     finally:
         first.kill()

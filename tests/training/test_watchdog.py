@@ -14,6 +14,7 @@ import pytest
 
 from mcore_sft.checkpoint import writer
 from mcore_sft.config import RunConfig
+from mcore_sft.runtime.launch import Launch
 from mcore_sft.training import loop
 from mcore_sft.training.watchdog import Watchdog
 from tests import runs
@@ -111,7 +112,7 @@ def test_a_run_that_is_suspended_goes_on(model: Path, tmp_path: Path) -> None:
 
 _NEVER_ENDS = """
 import faulthandler, os, re, signal
-memory = os.memfd_create("stacks of BEGAN rank 1.")
+memory = os.memfd_create("stacks of RUN rank 1.")
 faulthandler.register(signal.SIGUSR2, file=memory)
 print(memory, flush=True)
 re.match("(a+)+b", "a" * 50)
@@ -121,10 +122,9 @@ re.match("(a+)+b", "a" * 50)
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_rank_that_cannot_write_its_stacks_is_made_to(tmp_path: Path, stopped: bool) -> None:
     """It never gives up the lock of Python; stopped, it does nothing at all."""
-    mesh: Any = SimpleNamespace()
-    watchdog = Watchdog(tmp_path, 3.0, [], mesh)
-    watchdog._folder = tmp_path / "BEGAN"
-    watchdog._folder.mkdir()
+    peers: Any = SimpleNamespace(launch=Launch())
+    watchdog = Watchdog(tmp_path / "RUN", 3.0, peers)
+    watchdog._folder.mkdir(parents=True)
     with subprocess.Popen(
         [sys.executable, "-c", _NEVER_ENDS], stdout=subprocess.PIPE, text=True
     ) as hung:
@@ -134,7 +134,7 @@ def test_a_rank_that_cannot_write_its_stacks_is_made_to(tmp_path: Path, stopped:
         watchdog._make_speak(0)  # this is no rank 0, and is left alone
         if stopped:
             hung.send_signal(signal.SIGSTOP)
-        stacks = tmp_path / "BEGAN" / "rank_1.txt"
+        stacks = watchdog._folder / "rank_1.txt"
         end = time.monotonic() + 30
         while not stacks.exists() and time.monotonic() < end:
             watchdog._make_speak(1)
