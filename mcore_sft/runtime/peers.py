@@ -57,7 +57,7 @@ class Peers:
     def __init__(self, launch: Launch, seconds: float) -> None:
         """The first contact takes `seconds` at most."""
         self.launch = launch
-        self.hosts: tuple[str, ...] = (host(),)
+        self.hosts: tuple[str, ...] = (launch.address or host(),)
         """Host name of each rank."""
         self.store: Store = HashStore()
         """The rendezvous's store, for the process group."""
@@ -67,7 +67,7 @@ class Peers:
         """What this rank does, for sentences."""
         self.resumes = ""
         """What a new start continues from, for sentences."""
-        self.patience = 5.0
+        self.patience = 2.0
         """Seconds that the main thread has to come back and clean up after a failure."""
         self._seconds = seconds
         self._hub: hub.Hub | None = None
@@ -325,10 +325,16 @@ class Peers:
                         self._inbox.put(message)
         self._hub_closed.set()
         if not self._left and self._failure is None:
-            ranks_here = self._machines.count(machine()) if self._machines else 0
-            first = int(ranks_here > 0 and self._machines[0] == machine())
-            sentence = f"{self.name}: {self._lost([0], self.launch.address)}"
-            self._end(Elsewhere(sentence, say=self.launch.local_rank == first))
+            self._end(self._without_main(connection))
+
+    def _without_main(self, connection: socket.socket) -> Elsewhere:
+        """Rank 0 is gone, and with it whoever tells which rank of this machine is to say it."""
+        where = self.launch.address
+        with contextlib.suppress(OSError):
+            where = f"{self.hosts[0]} ({hub.address_of(connection.getpeername())})"
+        first = 1 if self._machines and self._machines[0] == machine() else 0
+        sentence = f"{self.name}: {self._lost([0], where)}"
+        return Elsewhere(sentence, say=self.launch.local_rank == first)
 
     def _lost(self, ranks: Sequence[int], where: str) -> str:
         ranks_lost = hub.in_words(ranks)
