@@ -157,6 +157,8 @@ def join(
             rank=peers.launch.rank,
             world_size=peers.launch.size,
             timeout=timeout,
+            # NCCL connects here, and not in the first step.
+            device_id=device if device.type == "cuda" else None,
         )
         try:
             yield lay_out(parallel, device, timeout, peers.hosts)
@@ -197,6 +199,7 @@ def lay_out(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,  # twins of all groups, which nothing here uses
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     # Fills the table of random streams that Megatron's layers ask for; nothing random is drawn.
