@@ -4,10 +4,12 @@ RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT -> Launch
 """
 
 import os
-import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+import psutil
 
 from mcore_sft.base.errors import UserError
 
@@ -56,10 +58,16 @@ class Launch:
         """Whether torchrun keeps the rendezvous's store, and not rank 0."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
-    def check(self, nodes: int | None) -> None:
-        """Raise `UserError` where fewer machines were started than expected, or may come later.
+    @property
+    def attempt(self) -> int:
+        """How often torchrun has started the ranks anew."""
+        return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
-        Expected are `nodes` (train.nodes), else as many as Slurm gives.
+    def check(self, nodes: int | None, machines: int) -> None:
+        """Raise `UserError` where not as many machines have come as were started, or more may come.
+
+        Expected are `nodes` (train.nodes), else as many as Slurm gives, else torchrun's --nnodes.
+        torchrun says how many have come; without it, the ranks have met on `machines`.
         """
         restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
         if restarts:
@@ -69,30 +77,42 @@ class Launch:
                 "command again when it fails, as a loop or a Slurm requeue does; it goes on from "
                 "the newest checkpoint"
             )
-        name, expected = "train.nodes", nodes
-        for variable in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES"):
-            if expected is None and os.environ.get(variable):
-                name, expected = variable, _number(variable, 1)
-        came = _number("GROUP_WORLD_SIZE", 0) or self.size // _number("LOCAL_WORLD_SIZE", 1)
-        if expected is not None and self.machines_are_known and came != expected:
+        came = _number("GROUP_WORLD_SIZE", machines)
+        name, expected = _expected(nodes)
+        if expected is not None and str(came) != expected:
             raise UserError(
                 f"{came} machine(s) started, expected {expected} ({name}). Fix: start torchrun "
-                f"with --nnodes {expected} on each (a range such as 1:{expected} begins with "
-                "fewer, and so does a clock that is behind with --rdzv-backend c10d), or set "
-                f"train.nodes={came}"
+                "with the same number for --nnodes on each machine (a range such as 1:2 begins "
+                "with fewer, and --rdzv-backend c10d leaves out a machine whose clock is behind), "
+                f"or set train.nodes={came}"
             )
 
-    @property
-    def machines_are_known(self) -> bool:
-        """Whether the environment says how many machines were started."""
-        return self.size == 1 or bool(
-            {"GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"}.intersection(os.environ)
-        )
+
+def _expected(nodes: int | None) -> tuple[str, str | None]:
+    """Who says how many machines there are, and how many."""
+    if nodes is not None:
+        return "train.nodes", str(nodes)
+    for variable in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES"):
+        if os.environ.get(variable):
+            return variable, os.environ[variable]
+    return "torchrun --nnodes", _asked_of_torchrun()
+
+
+def _asked_of_torchrun() -> str | None:
+    """What stands behind --nnodes on the command line of the agent that started this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    found = re.search(r"\0--nnodes[=\0]([0-9:]+)\0", "\0" + "\0".join(words) + "\0")
+    return found[1] if found else os.environ.get("PET_NNODES")
 
 
 def host() -> str:
     """The name of this machine."""
-    return platform.node() or "localhost"
+    return os.uname().nodename or "localhost"
 
 
 def machine() -> str:

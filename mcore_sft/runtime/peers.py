@@ -7,6 +7,7 @@ brings what ends a run: the first error that any rank had, and which ranks are l
 """
 
 import contextlib
+import encodings.idna  # noqa: F401 (for host names; a rank's user may not read Python's library)
 import os
 import queue
 import socket
@@ -90,9 +91,9 @@ class Peers:
         return f"rank {self.launch.rank} ({host()})"
 
     @property
-    def are_several_machines(self) -> bool:
-        """Whether the ranks run on more than one machine."""
-        return len(set(self._machines)) > 1
+    def machines(self) -> int:
+        """How many machines the ranks run on."""
+        return len(set(self._machines))
 
     @property
     def is_first_here(self) -> bool:
@@ -217,7 +218,7 @@ class Peers:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=max(1.0, until - time.monotonic())),
             )
-            self.store = PrefixStore("mcore_sft", store)
+            self.store = PrefixStore(f"mcore_sft {launch.attempt}", store)
             if launch.rank == 0:
                 self._hub = hub.Hub(launch.size, until - time.monotonic(), self._lost)
                 self._hub.start()

@@ -10,13 +10,13 @@ import hashlib
 import platform
 import re
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mcore_sft
+from mcore_sft import installed
 from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
@@ -30,6 +30,7 @@ from mcore_sft.training.alone import alone
 from mcore_sft.training.errors import TrainingError
 
 _MOST_TOLD = 3
+_PACKAGES = ("mcore-sft", "megatron-core", "transformer-engine", "transformers", "tokenizers")
 
 Record = dict[str, Any]
 
@@ -48,7 +49,7 @@ def agreed(config: RunConfig, peers: Peers) -> Iterator[None]:
         def begin(settings: list[Record]) -> str:
             _compare(settings, peers)
             held.enter_context(alone(folder))
-            return held.enter_context(probe.laid(folder)) if peers.are_several_machines else ""
+            return held.enter_context(probe.laid(folder)) if peers.machines > 1 else ""
 
         # The lock comes before anything is read: another run may be at work on it.
         name = peers.exchange({**without_paths(config), **_versions()}, begin)
@@ -66,7 +67,7 @@ def _versions() -> dict[str, str | None]:
     return {
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": metadata.version("megatron-core"),
+        **{name: installed.version(name) for name in _PACKAGES},
         "mcore_sft's code": _hash_of(package, "*.py"),
         "csrc's code": _hash_of(csrc, "*") if csrc.is_dir() else None,
     }
@@ -129,9 +130,9 @@ def _compare(records: Sequence[Record | None], peers: Peers) -> None:
         if differ:
             more = f"; and {len(differ) - _MOST_TOLD} more" if len(differ) > _MOST_TOLD else ""
             raise TrainingError(
-                f"rank {rank} ({there}) was started with another "
-                f"{'; another '.join(differ[:_MOST_TOLD])}{more}. Fix: start all ranks with the "
-                "same code, --config and overrides, and let all machines see the same files"
+                f"rank {rank} ({there}) differs in {'; '.join(differ[:_MOST_TOLD])}{more}. Fix: "
+                "start all ranks with the same code, --config and overrides, and let all machines "
+                "see the same files"
             )
 
 

@@ -48,7 +48,7 @@ def train(config: RunConfig) -> Progress:
         Peers(Launch.read(), config.train.connect_seconds) as peers,
         Watchdog(config.folder, hang, peers) as watchdog,
     ):
-        peers.launch.check(config.train.nodes)
+        peers.launch.check(config.train.nodes, peers.machines)
         architecture = arch.read(config.model.path)
         architecture.check(config.parallel, config.data.sequence_length)
         if config.train.deterministic:

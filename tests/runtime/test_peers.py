@@ -6,8 +6,10 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from mcore_sft.base.errors import Stopped, UserError
@@ -278,7 +280,7 @@ def test_a_launch_that_is_said_in_part_is_refused(
         ({"GROUP_WORLD_SIZE": "1", "SLURM_NNODES": "2"}, None, r"1 machine.*2 \(SLURM_NNODES\)"),
         ({"GROUP_WORLD_SIZE": "1"}, 2, r"1 machine\(s\) started, expected 2 \(train\.nodes\)"),
         ({"GROUP_WORLD_SIZE": "3"}, 2, "3 machine.*expected 2"),
-        ({"LOCAL_WORLD_SIZE": "2"}, 2, "2 machine.*expected 3|1 machine"),
+        ({}, 2, r"1 machine\(s\) started, expected 2"),
         ({"GROUP_WORLD_SIZE": "2", "SLURM_NNODES": "9"}, 2, ""),
         ({"GROUP_WORLD_SIZE": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "9"}, None, ""),
         ({}, None, ""),
@@ -287,16 +289,41 @@ def test_a_launch_that_is_said_in_part_is_refused(
 def test_fewer_machines_than_expected_are_refused(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, str], nodes: int | None, expected: str
 ) -> None:
-    for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES"):
+    for name in ("GROUP_WORLD_SIZE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     launch = Launch(rank=0, size=2, address="127.0.0.1", port=1)
     if not expected:
-        launch.check(nodes)
+        launch.check(nodes, 1)
         return
     with pytest.raises(UserError, match=expected):
-        launch.check(nodes)
+        launch.check(nodes, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--nnodes 1", ""),
+        ("--nnodes=1", ""),
+        ("--nproc-per-node 2", ""),
+        ("--nnodes 2", "expected 2 .torchrun --nnodes"),
+        ("--nnodes=1:2", "expected 1:2 .torchrun --nnodes"),
+    ],
+)
+def test_what_torchrun_was_asked_for_is_known(
+    monkeypatch: pytest.MonkeyPatch, words: str, expected: str
+) -> None:
+    started = ["python", "-m", "torch.distributed.run", *words.split(), "train.py"]
+    monkeypatch.setattr(psutil, "Process", lambda pid: SimpleNamespace(cmdline=lambda: started))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    launch = Launch(size=2, address="127.0.0.1", port=1)
+    if not expected:
+        launch.check(None, 1)
+        return
+    with pytest.raises(UserError, match=expected):
+        launch.check(None, 1)
 
 
 def test_the_interface_of_an_address_is_known() -> None:

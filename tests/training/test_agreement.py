@@ -56,7 +56,7 @@ def test_a_key_that_differs_is_named_with_both_values_and_hosts(
     other = runs.experiment(tmp_path / "run", model, **change)
     told = _refused(first, other)
     was = without_paths(first)[expected]
-    assert f"rank 1 ({host()}) was started with another {expected} (got {got}" in told
+    assert f"rank 1 ({host()}) differs in {expected} (got {got}" in told
     assert f"expected {was} as on {host()})" in told
     assert not first.folder.exists()
 
@@ -104,7 +104,7 @@ def test_other_files_are_other_files(model: Path, tmp_path: Path, change: Any, w
         agreement._files(runs.experiment(tmp_path / "run", folder)) for folder in (model, copy)
     ]
     peers: Any = SimpleNamespace(hosts=("node0", "node0", "node1"))
-    with pytest.raises(UserError, match=rf"rank 2 \(node1\) was started with another {what}"):
+    with pytest.raises(UserError, match=rf"rank 2 \(node1\) differs in {what}"):
         agreement._compare([records[0], None, records[1]], peers)
     agreement._compare([records[0], None, records[0]], peers)
 
