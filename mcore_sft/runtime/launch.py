@@ -63,20 +63,25 @@ class Launch:
         """How often torchrun has started the ranks anew."""
         return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
+    def check_restarts(self) -> None:
+        """Raise `UserError` where torchrun would start ranks that fail anew; one says it."""
+        restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
+        if restarts:
+            error = UserError(
+                f"torchrun --max-restarts {restarts}: ranks of a second try do not find each other "
+                "(torch keeps the keys of the first). Fix: start without it, and start the whole "
+                "command again when it fails, as a loop or a Slurm requeue does; it goes on from "
+                "the newest checkpoint"
+            )
+            error.quiet = self.local_rank != 0
+            raise error
+
     def check(self, nodes: int | None, machines: int) -> None:
         """Raise `UserError` where not as many machines have come as were started, or more may come.
 
         Expected are `nodes` (train.nodes), else as many as Slurm gives, else torchrun's --nnodes.
         torchrun says how many have come; without it, the ranks have met on `machines`.
         """
-        restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
-        if restarts:
-            raise UserError(
-                f"torchrun --max-restarts {restarts}: ranks of a second try do not find each other "
-                "(torch keeps the keys of the first). Fix: start without it, and start the whole "
-                "command again when it fails, as a loop or a Slurm requeue does; it goes on from "
-                "the newest checkpoint"
-            )
         came = _number("GROUP_WORLD_SIZE", machines)
         name, expected = _expected(nodes)
         if expected is not None and str(came) != expected:

@@ -44,11 +44,13 @@ def train(config: RunConfig) -> Progress:
     """
     stop = Stop(config.train.max_minutes)
     hang = config.train.hang_seconds
+    launch = Launch.read()
+    launch.check_restarts()
     with (
-        Peers(Launch.read(), config.train.connect_seconds) as peers,
+        Peers(launch, config.train.connect_seconds) as peers,
         Watchdog(config.folder, hang, peers) as watchdog,
     ):
-        peers.launch.check(config.train.nodes, peers.machines)
+        launch.check(config.train.nodes, peers.machines)
         architecture = arch.read(config.model.path)
         architecture.check(config.parallel, config.data.sequence_length)
         if config.train.deterministic:

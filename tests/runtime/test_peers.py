@@ -276,7 +276,6 @@ def test_a_launch_that_is_said_in_part_is_refused(
 @pytest.mark.parametrize(
     ("said", "nodes", "expected"),
     [
-        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, None, "--max-restarts 3"),
         ({"GROUP_WORLD_SIZE": "1", "SLURM_NNODES": "2"}, None, r"1 machine.*2 \(SLURM_NNODES\)"),
         ({"GROUP_WORLD_SIZE": "1"}, 2, r"1 machine\(s\) started, expected 2 \(train\.nodes\)"),
         ({"GROUP_WORLD_SIZE": "3"}, 2, "3 machine.*expected 2"),
@@ -299,6 +298,18 @@ def test_fewer_machines_than_expected_are_refused(
         return
     with pytest.raises(UserError, match=expected):
         launch.check(nodes, 1)
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_restarts_are_refused_and_one_rank_of_a_machine_says_it(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int
+) -> None:
+    launch = Launch(size=2, local_rank=local_rank)
+    launch.check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UserError, match="--max-restarts 3") as refused:
+        launch.check_restarts()
+    assert refused.value.quiet == bool(local_rank)
 
 
 @pytest.mark.parametrize(
