@@ -165,9 +165,10 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(folder / "lock"))
-        except files.Locked:
+        except files.Locked as held:
             raise UserError(
-                f"{folder}: another night is running there; wait for its end, or give --output"
+                f"{folder}: another night is running there{held.by}; wait for its end, or give "
+                "--output"
             ) from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error}); give --output DIR") from None

@@ -10,7 +10,9 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,11 +24,17 @@ from mcore_sft.base.errors import UserError
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _HELD = (errno.EACCES, errno.EAGAIN)
+_HOLDER = re.compile(r"process \d+ on [\w.-]+\n")
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY)
 
 
 class Locked(Exception):
     """Another process holds the lock."""
+
+    def __init__(self, file: str, holder: str) -> None:
+        super().__init__(file)
+        self.by = f" ({holder})" if holder else ""
+        """Who holds it, for the end of a clause: ` (process 12 on node1)`, or nothing."""
 
 
 class Occupied(Exception):
@@ -140,9 +148,9 @@ def sha256_of(file: Path) -> str:
 def lock(file: Path, by: Literal["flock", "lockf"] = "flock") -> Iterator[bool]:
     """Hold the lock `file`, which is made and removed; False where the file system has no locks.
 
-    Raises `Locked` if another process holds it, and OSError if it cannot be made. Processes that
-    are forked meanwhile hold an `flock` too; a `lockf` is held by this process alone, and by all
-    of its threads at once.
+    The file says which process of which host holds it. Raises `Locked` if another does, and OSError
+    if it cannot be made. Processes that are forked meanwhile hold an `flock` too; a `lockf` is held
+    by this process alone, and by all of its threads at once.
     """
     handle = _open_lock(file, getattr(fcntl, by))
     try:
@@ -161,17 +169,36 @@ def _open_lock(file: Path, take: Callable[[int, int], None]) -> int | None:
         try:
             take(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), file.stat()):
+                _sign(handle)
                 return handle
         except FileNotFoundError:
             pass  # whoever held it has removed the file meanwhile: once more
         except OSError as error:
+            holder = _holder(handle)
             os.close(handle)
             if error.errno in _HELD:
-                raise Locked(str(file)) from None
+                raise Locked(str(file), holder) from None
             if error.errno in _NO_LOCKS:
                 return None
             raise
         os.close(handle)
+
+
+def _sign(handle: int) -> None:
+    """Write who holds a lock into its file; a full disk makes the lock no less held."""
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.fsync(handle)  # a network file system shows it to other hosts
+
+
+def _holder(handle: int) -> str:
+    """Who holds the lock in this file; empty where it does not say, as older versions did not."""
+    try:
+        said = os.pread(handle, 512, 0).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return said.strip() if _HOLDER.fullmatch(said) else ""
 
 
 @contextmanager

@@ -81,9 +81,10 @@ def _new_folder(output: Path) -> Iterator[Path]:
             raise CheckpointError(taken)
         with files.new_folder(output) as folder:
             yield folder
-    except files.Locked:
+    except files.Locked as held:
         raise CheckpointError(
-            f"{output}: another export is writing it. Fix: wait for it, or choose another --output"
+            f"{output}: another export is writing it{held.by}. Fix: wait for it, or choose another "
+            "--output"
         ) from None
     except files.Occupied:
         raise CheckpointError(taken) from None

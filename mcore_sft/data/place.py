@@ -59,10 +59,10 @@ def written(place: Path) -> Iterator[None]:
     """A place that cannot be written, or that another run writes, is a `DataError`."""
     try:
         yield
-    except files.Locked:
+    except files.Locked as held:
         raise DataError(
-            f"{place}: another run is writing it; wait until that has ended, or give another "
-            "place (data.packed=DIR)"
+            f"{place}: another run is writing it{held.by}; wait until that has ended, or give "
+            "another place (data.packed=DIR)"
         ) from None
     except files.Occupied:
         raise DataError(

@@ -51,9 +51,10 @@ class AnswerFile:
                 self._file = stack.enter_context(path.open("a+b"))
                 self._cut_torn_line()
                 files.sync(path.parent)
-            except files.Locked:
+            except files.Locked as held:
                 raise EvaluationError(
-                    f"{path}: another run is writing here; wait for it, or give another --output"
+                    f"{path}: another run is writing here{held.by}; wait for it, or give another "
+                    "--output"
                 ) from None
             except OSError as error:
                 raise EvaluationError(

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -118,9 +119,9 @@ def test_process_killed_after_either_rename_loses_neither_folder(tmp_path, renam
 def _is_locked(file: Path, by: str, told) -> None:
     try:
         with files.lock(file, by=by):
-            told.put(False)
-    except files.Locked:
-        told.put(True)
+            told.put(None)
+    except files.Locked as held:
+        told.put(held.by)
 
 
 @pytest.mark.parametrize("by", ["flock", "lockf"])
@@ -131,9 +132,35 @@ def test_lock_is_held_against_other_processes_and_its_file_goes(tmp_path, by):
         assert alone
         other = fork.Process(target=_is_locked, args=(tmp_path / "lock", by, told))
         other.start()
-        assert told.get()
+        assert told.get() == f" (process {os.getpid()} on {socket.gethostname()})"
         other.join()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", ["", "process 1", "process 1 on node1\nmore", "\0" * 600])
+def test_lock_that_does_not_say_who_holds_it_names_nobody(tmp_path, left):
+    with files.lock(tmp_path / "lock"):
+        (tmp_path / "lock").write_text(left)
+        with pytest.raises(files.Locked) as refused, files.lock(tmp_path / "lock"):
+            pass
+    assert refused.value.by == ""
+
+
+def test_lock_of_a_killed_process_names_the_next_that_holds_it(tmp_path):
+    (tmp_path / "lock").write_text("process 123456789 on a-host-with-a-much-longer-name\n")
+    with files.lock(tmp_path / "lock"):
+        said = (tmp_path / "lock").read_text()
+    assert said == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+def test_lock_is_held_on_a_full_disk_too(tmp_path, monkeypatch):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(full))
+    with files.lock(tmp_path / "lock") as alone:
+        assert alone
+        with pytest.raises(files.Locked) as refused, files.lock(tmp_path / "lock"):
+            pass
+    assert refused.value.by == ""
 
 
 def test_sync_tree_passes_links_by(tmp_path):

@@ -1,6 +1,9 @@
 import errno
 import fcntl
 import multiprocessing
+import os
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +44,10 @@ def test_folder_appears_when_it_is_whole_or_not_at_all(tmp_path):
 
 
 def test_second_run_is_told_of_the_first(tmp_path):
+    holder = f"process {os.getpid()} on {re.escape(socket.gethostname())}"
     with workspace(tmp_path / "packed"):
         for overwrite in (False, True):
-            with pytest.raises(DataError, match=r"packed: another run is writing it; wait"):
+            with pytest.raises(DataError, match=rf"another run is writing it \({holder}\); wait"):
                 make(tmp_path / "packed", "two", overwrite=overwrite)
         make(tmp_path / "other", "of another name")
     assert names(tmp_path) == ["other"]

@@ -328,7 +328,8 @@ def test_06_no_whole_file_is_written_in_another_way() -> None:
 def test_06_a_second_run_is_refused_and_a_lock_of_a_killed_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     (tmp_path / ".answers.jsonl.lock").touch()
-    with AnswerFile(path), pytest.raises(EvaluationError, match="another run is writing here"):
+    holder = rf"writing here \(process {os.getpid()} on {re.escape(socket.gethostname())}\); wait"
+    with AnswerFile(path), pytest.raises(EvaluationError, match=holder):
         AnswerFile(path)
     with AnswerFile(path) as file:
         assert file.done == set()

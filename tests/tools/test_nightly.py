@@ -119,7 +119,9 @@ def test_two_nights_of_a_tier_do_not_run_at_once(
     monkeypatch.setattr(sys, "argv", words)
     with (tmp_path / "cpu" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another night is running there"):
+        lock.write("process 7 on node1\n")
+        lock.flush()
+        with pytest.raises(UserError, match=r"night is running there \(process 7 on node1\); wait"):
             nightly.main()
     assert run(monkeypatch, tmp_path, "--only", "short_dp2") == 0
 
