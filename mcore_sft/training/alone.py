@@ -34,10 +34,10 @@ def _take(folder: Path, held: contextlib.ExitStack) -> None:
         _make(folder, held)
         held.enter_context(files.lock(folder / LOCK, by="lockf"))
         tempfile.TemporaryFile(dir=folder).close()  # the lock may be an old one
-    except files.Locked:
+    except files.Locked as other:
         raise UserError(
-            f"{folder}: another run is training there. Fix: wait until it has ended, or name "
-            "another folder with output=DIR"
+            f"{folder}: another run is training there{other.by}. Fix: wait until it has ended, or "
+            "name another folder with output=DIR"
         ) from None
     except OSError as error:
         raise unwritable(folder, _reason(folder, error)) from None

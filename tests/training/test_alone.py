@@ -26,7 +26,7 @@ def test_the_second_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     ours.recv()
     try:
         with (
-            pytest.raises(UserError, match="another run is training there"),
+            pytest.raises(UserError, match=rf"training there \(process {first.pid} on \S+\)\. Fix"),
             alone(tmp_path / "run"),
         ):
             pass
