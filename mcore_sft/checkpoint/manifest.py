@@ -8,6 +8,7 @@ cannot be read, the folder has gone, a newer version wrote it.
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,9 @@ MANIFEST = "manifest.json"
 File = dict[str, Any]
 """Size and SHA-256."""
 
+SECONDS_TO_APPEAR = 60.0
+"""What a network file system may take to show a machine what another has written."""
+
 _OTHER = "use another checkpoint of the run"
 _SECONDS_TO_SECOND_TRY = 0.5
 
@@ -34,6 +38,29 @@ def digest(path: Path) -> File:
     """Size and SHA-256 of a file that was just written, once it is durable; raises OSError."""
     files.sync(path)
     return {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+
+
+def unseen(folder: Path, expected: Mapping[str, File]) -> tuple[str, str] | None:
+    """A file of `folder` that this process does not see in its size, and what it sees instead.
+
+    None once it sees all; those that are not there yet have SECONDS_TO_APPEAR.
+    """
+    end = time.monotonic() + SECONDS_TO_APPEAR
+    for name, file in expected.items():
+        while found := _seen_instead(folder / name, file["bytes"]):
+            if time.monotonic() > end:
+                return name, found
+            time.sleep(_SECONDS_TO_SECOND_TRY)
+    return None
+
+
+def _seen_instead(path: Path, size: int) -> str | None:
+    try:
+        with path.open("rb") as file:  # a network file system asks its server when it opens one
+            found = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        return str(error.strerror)
+    return None if found == size else f"{found} bytes"
 
 
 def verify(

@@ -43,6 +43,7 @@ from mcore_sft.checkpoint.manifest import (
     read_manifest,
     reading,
     signed,
+    unseen,
     verify,
 )
 from mcore_sft.checkpoint.retention import best_first, scores, steps, superfluous
@@ -233,36 +234,54 @@ class Checkpoints:
         final = pending.final
         outcomes: list[Any] = [None] * self.mesh.world.size
         dist.all_gather_object(outcomes, pending.writer.outcome(), group=self.mesh.world.group)
-        faults = [f"rank {rank}: {x}" for rank, x in enumerate(outcomes) if isinstance(x, str)]
+        told = enumerate(outcomes)
+        faults = [f"{self.mesh.name(rank)}: {x}" for rank, x in told if isinstance(x, str)]
         if faults:
             raise _unwritten(final, "; ".join(faults))
         with _named(final):
             for write_metadata in pending.finish:
                 write_metadata()
-            self._publish(pending, outcomes)
-        self.mesh.barrier()
+        self.mesh.from_main(lambda: self._publish(pending, outcomes))
         self.newest = final
         return final
 
-    def _publish(self, pending: "_Pending", outcomes: list[Any]) -> None:
-        """Give the step its manifest and its name, and remove those that it makes superfluous."""
-        if not self.mesh.is_main:
-            return
+    def _publish(self, pending: "_Pending", outcomes: list[dict[str, File]]) -> None:
+        """Give the step its manifest and its name, and remove those that it makes superfluous.
+
+        The main process does, once it sees what all have written; raises `CheckpointError`.
+        """
         temporary, final = pending.temporary, pending.final
-        named = {name: file for share in outcomes for name, file in share.items()}
-        named |= _small_files(temporary, named)
-        for inner in temporary.rglob("*"):
-            if inner.is_dir():
-                files.sync(inner)
-        manifest = {**pending.manifest, "files": dict(sorted(named.items()))}
-        files.write(temporary / MANIFEST, signed(manifest))
-        if os.path.lexists(final):
-            aside = retention.set_aside(final, "replaced")
-            self.mesh.say(f"warning: {final} was there already, and is now called {aside.name}")
-        files.rename(temporary, final)
+        with _named(final):
+            written = {name: file for share in outcomes for name, file in share.items()}
+            written |= _small_files(temporary, written)
+            self._require_seen(temporary, written, outcomes)
+            for inner in temporary.rglob("*"):
+                if inner.is_dir():
+                    files.sync(inner)
+            manifest = {**pending.manifest, "files": dict(sorted(written.items()))}
+            files.write(temporary / MANIFEST, signed(manifest))
+            if os.path.lexists(final):
+                aside = retention.set_aside(final, "replaced")
+                self.mesh.say(f"warning: {final} was there already, and is now called {aside.name}")
+            files.rename(temporary, final)
         with _named(self.folder / POINTER):
             files.replace(self.folder / POINTER, final.name + "\n")
         self._prune()
+
+    def _require_seen(
+        self, temporary: Path, written: dict[str, File], outcomes: list[dict[str, File]]
+    ) -> None:
+        """Raise `CheckpointError` unless the main process sees all files in their sizes."""
+        if missed := unseen(temporary, written):
+            name, found = missed
+            writers = (rank for rank, share in enumerate(outcomes) if name in share)
+            raise CheckpointError(
+                f"{temporary / name}: {self.mesh.name(0)} does not see what "
+                f"{self.mesh.name(next(writers, 0))} wrote (got {found}, expected "
+                f"{written[name]['bytes']} bytes), so the checkpoint keeps this name. Fix: let all "
+                f"machines share {self.folder}, and start again: the run goes on from the "
+                "checkpoint before"
+            )
 
     def add_score(self, step: int, name: str, score: float) -> None:
         """Keep what was measured of a complete step, and drop what is superfluous now.

@@ -2,7 +2,9 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mcore_sft.base import files
-from mcore_sft.checkpoint import retention, sharded, writer
+from mcore_sft.checkpoint import manifest, retention, sharded, writer
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.manifest import MANIFEST, read_manifest, verify
@@ -127,6 +129,65 @@ def _step_3_alone(parallel: ParallelConfig, model: Path, folder: Path) -> int | 
 
 def test_all_ranks_restore_what_the_first_sees(model: Path, run: Path) -> None:
     assert runs.on_layout("dp2", _step_3_alone, model, run) == [4, 4]
+
+
+def _unshared(parallel: ParallelConfig, model: Path, folder: Path, change: str) -> str:
+    """Save step_1, then step_2, of which rank 0 does not see what rank 1 has written."""
+    with runs.loaded(model, parallel) as here:
+        mesh = replace(here.mesh, hosts=("node0", "node1"))
+        made = Checkpoints(
+            folder, CheckpointConfig(keep=1), model=here.model, optimizer=here.optimizer, mesh=mesh
+        )
+        made.save(Progress(step=1), describe)
+        made.wait()
+        small = sharded._small_files
+
+        def changed(*arguments: Any) -> Any:
+            files = small(*arguments)
+            share = folder / ".step_2.tmp" / "weights" / "__1_0.distcp"
+            if change == "missing":
+                share.unlink()
+            elif change == "short":
+                os.truncate(share, 100)
+            else:
+                hidden = share.rename(folder / "hidden")
+                threading.Timer(1, hidden.rename, [share]).start()
+            return files
+
+        sharded._small_files = changed
+        made.save(Progress(step=2), describe)
+        try:
+            made.wait()
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("change", "got"), [("missing", "No such file or directory"), ("short", "100 bytes")]
+)
+def test_a_step_that_the_first_rank_does_not_see_whole_gets_no_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, got: str
+) -> None:
+    monkeypatch.setattr(manifest, "SECONDS_TO_APPEAR", 0)
+    run = tmp_path / "run"
+    first, second = runs.on_layout("tp2", _unshared, model, run, change)
+    share = run / ".step_2.tmp" / "weights" / "__1_0.distcp"
+    said = f"{share}: rank 0 (node0) does not see what rank 1 (node1) wrote (got {got}, expected "
+    assert first == second
+    assert first.startswith(said)
+    assert f"Fix: let all machines share {run}" in first
+    assert sorted(path.name for path in run.iterdir()) == [".step_2.tmp", "latest", "step_1"]
+    assert not (run / ".step_2.tmp" / MANIFEST).exists()
+    assert (run / POINTER).read_text() == "step_1\n"
+    verify(run / "step_1")
+
+
+def test_a_file_that_the_first_rank_sees_later_is_waited_for(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.on_layout("tp2", _unshared, model, run, "late") == ["", ""]
+    assert verify(run / "step_2")["progress"]["step"] == 2
+    assert [path.name for path in steps(run)] == ["step_2"]
 
 
 def test_a_step_that_goes_loses_its_name_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
