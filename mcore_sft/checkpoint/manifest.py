@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,31 +70,71 @@ def verify(
 
     With a mesh, each process reads a share of the files and all raise together. `done` is told the
     bytes of each file that was read. Raises what `read_manifest` does, `Damaged` if two looks agree
-    that a file is not as it was written, and `CheckpointError` if two tries cannot read it.
+    that a file is not as it was written, and `CheckpointError` if two tries cannot read it, or one
+    process sees it as it was written and another does not.
     """
     manifest = mesh.from_main(lambda: read_manifest(path)) if mesh else read_manifest(path)
-    names = sorted(manifest["files"])
+    expected: dict[str, File] = manifest["files"]
     rank, size = (mesh.world.rank, mesh.world.size) if mesh else (0, 1)
-    damage, unreadable = [], []
-    for name in names[rank::size]:
-        try:
-            if fault := _fault(path / name, manifest["files"][name]):
-                damage.append(fault)
-        except OSError as error:
-            unreadable.append(str(_unreadable(path / name, error)))
-        done(manifest["files"][name]["bytes"])
+    faults = _faults(path, expected, sorted(expected)[rank::size], mesh, done)
     if mesh:
-        shares: list[Any] = [None] * size
-        dist.all_gather_object(shares, (damage, unreadable), group=mesh.world.group)
-        damage = [fault for share, _ in shares for fault in share]
-        unreadable = [fault for _, share in shares for fault in share]
-    if unreadable:
-        raise CheckpointError(unreadable[0])
-    if damage:
+        damaged = sorted(name for share in _told(mesh, faults) for name in share)
+        faults = {name: fault for name in damaged if (fault := _agreed(path, expected, name, mesh))}
+    if faults:
         if not (mesh.from_main(path.is_dir) if mesh else path.is_dir()):
             raise _gone(path)
-        raise Damaged(f"{path}: {'; '.join(damage)}; {_OTHER}")
+        raise Damaged(f"{path}: {'; '.join(faults.values())}; {_OTHER}")
     return dict(manifest)
+
+
+def _faults(
+    path: Path,
+    expected: Mapping[str, File],
+    names: Iterable[str],
+    mesh: Mesh | None,
+    done: Callable[[int], None] = lambda size: None,
+) -> dict[str, str]:
+    """What is wrong with the files `names`; `CheckpointError` on all if one rank cannot read one.
+
+    Collective with a mesh.
+    """
+    found: dict[str, str] = {}
+    unreadable: CheckpointError | None = None
+    for name in names:
+        try:
+            if fault := _fault(path / name, expected[name]):
+                found[name] = fault
+        except OSError as error:
+            unreadable = unreadable or _unreadable(path / name, error, mesh)
+        done(expected[name]["bytes"])
+    for refusal in _told(mesh, unreadable) if mesh else [unreadable]:
+        if refusal:
+            raise refusal
+    return found
+
+
+def _agreed(path: Path, expected: Mapping[str, File], name: str, mesh: Mesh) -> str | None:
+    """What is wrong with a file for all ranks, which look again; None if they now see it whole.
+
+    `CheckpointError` if it is whole for one rank and not for another: that is no damage.
+    """
+    shares = _told(mesh, _faults(path, expected, [name], mesh))
+    found: list[str | None] = [share.get(name) for share in shares]
+    if None in found and any(found):
+        whole, fault = found.index(None), next(fault for fault in found if fault)
+        raise CheckpointError(
+            f"{path / name}: {mesh.name(whole)} sees it as it was written, and "
+            f"{mesh.name(found.index(fault))} does not ({fault}), so nothing was changed. Fix: let "
+            f"all machines share {path.parent}, and start again"
+        )
+    return found[0]
+
+
+def _told(mesh: Mesh, told: Any) -> list[Any]:
+    """What each rank tells; collective."""
+    shares: list[Any] = [None] * mesh.world.size
+    dist.all_gather_object(shares, told, group=mesh.world.group)
+    return shares
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -216,10 +256,12 @@ def _twice(read: Callable[[], str]) -> str:
         return read()
 
 
-def _unreadable(file: Path, error: OSError) -> CheckpointError:
+def _unreadable(file: Path, error: OSError, mesh: Mesh | None = None) -> CheckpointError:
+    by = f" by {mesh.name(mesh.world.rank)}" if mesh and mesh.world.size > 1 else ""
     return CheckpointError(
-        f"{file}: cannot be read ({error.strerror}, errno {error.errno}), and nothing was changed. "
-        "Fix: check the disk and start again, or move the checkpoint away to use an older one"
+        f"{file}: cannot be read{by} ({error.strerror}, errno {error.errno}), and nothing was "
+        "changed. Fix: check the disk and start again, or move the checkpoint away to use an older "
+        "one"
     )
 
 

@@ -131,6 +131,57 @@ def test_all_ranks_restore_what_the_first_sees(model: Path, run: Path) -> None:
     assert runs.on_layout("dp2", _step_3_alone, model, run) == [4, 4]
 
 
+def _seen_by(
+    parallel: ParallelConfig, model: Path, folder: Path, blind: tuple[int, ...], looks: int
+) -> tuple[str, str]:
+    """Restore where some ranks miss files of step_4 at so many looks: the error, or the step."""
+    with runs.loaded(model, parallel) as here:
+        mesh, left = replace(here.mesh, hosts=("node0", "node1")), [looks]
+        difference = manifest._difference
+
+        def blinded(path: Path, expected: Any) -> str | None:
+            if path.match("step_4/*/*") and mesh.world.rank in blind and left[0]:
+                left[0] -= 1
+                return f"{path.name} is missing"
+            return difference(path, expected)
+
+        manifest._difference = blinded
+        made = Checkpoints(
+            folder, CheckpointConfig(), model=here.model, optimizer=here.optimizer, mesh=mesh
+        )
+        try:
+            progress = made.restore_latest({})
+        except CheckpointError as error:
+            return type(error).__name__, str(error)
+        return "", str(progress and progress.step)
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_file_that_one_rank_sees_and_another_misses_is_no_damage(
+    model: Path, run: Path, blind: int
+) -> None:
+    """Whichever of the two it is: what was whole is neither set aside nor passed over."""
+    before = sorted(path.name for path in run.iterdir())
+    first, second = runs.on_layout("dp2", _seen_by, model, run, (blind,), 1000)
+    assert first == second
+    assert first[0] == "CheckpointError"
+    sees, misses = (rf"rank {rank} \(node{rank}\)" for rank in (1 - blind, blind))
+    said = rf"{run}/step_4/\S+: {sees} sees it as it was written, and {misses} does not \(\S+ is m"
+    assert re.match(said, first[1])
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_a_file_that_all_ranks_miss_is_damage(model: Path, run: Path) -> None:
+    told = runs.on_layout("dp2", _seen_by, model, run, (0, 1), 1000)
+    assert told == [("", "3")] * 2
+    assert (run / "damaged_step_4").is_dir()
+
+
+def test_a_file_that_a_rank_sees_at_a_second_look_is_no_damage(model: Path, run: Path) -> None:
+    assert runs.on_layout("dp2", _seen_by, model, run, (0, 1), 2) == [("", "4")] * 2
+    assert (run / "step_4").is_dir()
+
+
 def _unshared(parallel: ParallelConfig, model: Path, folder: Path, change: str) -> str:
     """Save step_1, then step_2, of which rank 0 does not see what rank 1 has written."""
     with runs.loaded(model, parallel) as here:
