@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mcore_sft.checkpoint import optimizer_state, sharded
+from mcore_sft.checkpoint import optimizer_state, replicas, sharded
 from mcore_sft.config import OptimizerConfig
 from mcore_sft.data import batch as batches
 from mcore_sft.model import build, layers
@@ -138,7 +138,11 @@ def test_activations_taken_for_gradients_are_caught(
 def test_weights_saved_before_they_are_gathered_are_caught(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the save, and without what it compares by the equality too."""
     monkeypatch.setattr(sharded, "whole_weights", lambda chunks: contextlib.nullcontext())
+    with pytest.raises(AssertionError, match="ranks that hold the same weights differ"):
+        equalities.check_6(model, tmp_path / "compared", "dp2_do_overlap", "bf16")
+    monkeypatch.setattr(replicas, "differing", lambda model, mesh: [])
     with pytest.raises(AssertionError):
         equalities.check_6(model, tmp_path, "dp2_do_overlap", "bf16")
 
@@ -201,6 +205,8 @@ def test_a_learning_rate_off_by_one_step_is_caught(
 def test_norms_of_heads_that_are_not_summed_over_tensor_ranks_are_caught(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the save, and without what it compares by the equality too."""
+
     def wrap(reduce: Any) -> Any:
         def without(chunks: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
             other = copy.copy(config)
@@ -211,6 +217,9 @@ def test_norms_of_heads_that_are_not_summed_over_tensor_ranks_are_caught(
 
     finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     plant(monkeypatch, finalize, "_allreduce_non_tensor_model_parallel_grads", wrap)
+    with pytest.raises(AssertionError, match="ranks that hold the same weights differ"):
+        equalities.check_3(model, tmp_path / "compared", "qwen3", "tp2")
+    monkeypatch.setattr(replicas, "differing", lambda model, mesh: [])
     with pytest.raises(AssertionError, match="relative"):
         equalities.check_3(model, tmp_path, "qwen3", "tp2")
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole
 
 from mcore_sft.base import files
-from mcore_sft.checkpoint import optimizer_state, pickles, retention
+from mcore_sft.checkpoint import optimizer_state, pickles, replicas, retention
 from mcore_sft.checkpoint.errors import CheckpointError, Damaged, Gone, Misnamed
 from mcore_sft.checkpoint.manifest import (
     FORMAT,
@@ -59,6 +59,8 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 
 POINTER = "latest"
+_NAMED_RANKS = 8
+"""As many stand in a sentence."""
 
 
 DATASET_BEFORE = "dataset of all splits"
@@ -171,11 +173,13 @@ class Checkpoints:
         """Begin to write step_N as it is now; the step before must be complete.
 
         `describe(folder)` adds the files that only one process writes, `scores` what is known of
-        the step by name, such as its validation_loss.
+        the step by name, such as its validation_loss. Raises `CheckpointError`, on all ranks, if
+        the disk refuses, or if weights differ between ranks that hold the same.
         """
         assert self._pending is None, "wait() for the save before"
-        temporary = self.mesh.from_main(lambda: self._begin(progress.step, describe))
         with whole_weights(self.model):
+            self._require_equal_replicas(progress.step)
+            temporary = self.mesh.from_main(lambda: self._begin(progress.step, describe))
             model = self._model_state()
             optimizer = optimizer_state.state(self.optimizer, model, self.mesh)
             request, results = megatron_core.save_async(
@@ -194,6 +198,23 @@ class Checkpoints:
             },
             writer=Writer(request, results, temporary),
             finish=request.finalize_fns,
+        )
+
+    def _require_equal_replicas(self, step: int) -> None:
+        """Raise `CheckpointError` where a rank's weights are not those of its replicas."""
+        found = replicas.differing(self.model, self.mesh)
+        if not found:
+            return
+        name = self.mesh.name
+        last = self.newest or self.restored
+        told = ", ".join(f"{name(rank)} from {name(first)}" for rank, first in found[:_NAMED_RANKS])
+        more = len(found) - _NAMED_RANKS
+        raise CheckpointError(
+            f"{self.folder / f'step_{step}'}: not saved, because ranks that hold the same weights "
+            f"differ after step {step} (got other bits on {told}"
+            f"{f' and {more} more' if more > 0 else ''}, expected the same). Fix: look for a fault "
+            "of these machines or of their software, and start again; "
+            + (f"{last} is the last good checkpoint" if last else "no checkpoint was saved before")
         )
 
     def _begin(self, step: int, describe: Callable[[Path], None]) -> Path:
