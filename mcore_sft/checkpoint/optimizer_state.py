@@ -19,7 +19,11 @@ from torch import Tensor
 from mcore_sft.runtime.mesh import Mesh
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -68,6 +72,15 @@ def restore(optimizer: ChainedOptimizer, model_state: Mapping[str, Any], read: A
             tensor = read["of"][f"{name}.{weight.sharded.key}"]
             weight.held(name).copy_(tensor if weight.run is None else tensor.view(-1)[weight.run])
         weight.state["step"].fill_(read["step"])
+
+
+def size(optimizer: ChainedOptimizer, model_state: Mapping[str, Any]) -> int:
+    """Bytes of weights and of their `state` that are saved, of those that are this rank's first."""
+    return sum(
+        weight.model.nbytes + 4 * weight.model.numel() * len(weight.names)
+        for weight in _weights(optimizer, model_state)
+        if is_main_replica(weight.sharded.replica_id)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

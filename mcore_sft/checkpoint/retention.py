@@ -93,6 +93,16 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(folder.glob(".step_*.tmp"))
 
 
+def room(folder: Path) -> int | None:
+    """Bytes that a step may take, those of the leftovers included; None where that is not known."""
+    with contextlib.suppress(OSError):
+        disk = shutil.disk_usage(folder)
+        within = (path for left in leftovers(folder) for path in left.rglob("*"))
+        swept = sum(path.lstat().st_size for path in within if path.is_file())
+        return disk.free + swept if disk.total else None
+    return None
+
+
 def unfinished(folder: Path, name: str) -> Path:
     """A name that nothing has, for a step that is being written or removed."""
     return _unused(folder, f".{name}{{}}.tmp")

@@ -59,6 +59,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 
 POINTER = "latest"
+_GIB = 2**30
 _NAMED_RANKS = 8
 """As many stand in a sentence."""
 
@@ -408,6 +409,19 @@ class Checkpoints:
             chunk.module.load_state_dict(state)
         optimizer_state.restore(self.optimizer, self._model_state(), read["optimizer"])
 
+    def check_room(self, steps: int) -> None:
+        """Raise `CheckpointError` where the disk has less room than a checkpoint takes; collective.
+
+        Its weights and moments are counted, if there are `steps` to come.
+        """
+        if steps <= 0:
+            return
+        size = torch.tensor(
+            optimizer_state.size(self.optimizer, self._model_state()), device=self.mesh.device
+        )
+        dist.all_reduce(size, group=self.mesh.world.group)
+        self.mesh.from_main(lambda: _require_room(self.folder, int(size)))
+
     def begin_anew(self) -> None:
         """Raise `CheckpointError` where checkpoints of another run would mix with those to come."""
         found = self.mesh.from_main(lambda: steps(self.folder))
@@ -423,6 +437,15 @@ class Checkpoints:
             f"chunk{number}": chunk.module.sharded_state_dict(prefix="")
             for number, chunk in enumerate(self.model)
         }
+
+
+def _require_room(folder: Path, size: int) -> None:
+    room = retention.room(folder)
+    if room is not None and room < size:
+        raise CheckpointError(
+            f"output {folder}: has room for {room / _GIB:.2f} GiB, and one checkpoint takes "
+            f"{size / _GIB:.2f} GiB. Fix: make room there, or name another folder with output=DIR"
+        )
 
 
 def _keep_what_was_not_saved(model: dict[str, Any], path: Path) -> None:
