@@ -100,6 +100,7 @@ def train_on(
         optimizer.reload_model_params()
 
     announce(metrics, config, mesh, loader, progress)
+    checkpoints.check_room(config.train.steps - progress.step)
     for line in report(progress, config, dataset, mesh):
         metrics.say(line)
     guard = Guard(config.train, dataset, loader, config.packed, gpt, optimizer, mesh, metrics)
