@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from mcore_sft.checkpoint.retention import steps, superfluous
 from mcore_sft.checkpoint.sharded import POINTER, Checkpoints, Progress
 from mcore_sft.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from mcore_sft.training import loop
+from mcore_sft.training.metrics import FILE as METRICS
 from mcore_sft.training.step import train_step
 from tests import runs, tiny
 from tests.distributed import run_ranks
@@ -455,6 +457,83 @@ def test_a_disk_that_is_full_at_the_end_of_a_save_is_named(
     with pytest.raises(AssertionError, match=r"step_1 could not be written \(OSError: .* No space"):
         runs.train(config)
     assert not steps(config.folder)
+
+
+def _size_and_room(
+    parallel: ParallelConfig, model: Path, folder: Path, precision: str
+) -> tuple[str, int]:
+    """What is said of a disk without any room, and the bytes of a checkpoint."""
+    with runs.loaded(model, parallel, precision) as here:
+        made = Checkpoints(
+            folder, CheckpointConfig(), model=here.model, optimizer=here.optimizer, mesh=here.mesh
+        )
+        made.save(Progress(step=1), describe)
+        made.wait()
+        try:
+            made.check_room(1)
+        except CheckpointError as error:
+            return str(error), _bytes(folder / "step_1")
+        return "", 0
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _disk(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 2**40) -> None:
+    usage = SimpleNamespace(free=free, total=total)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "dp2_do", "pp2_vp2"])
+def test_the_room_that_is_asked_for_is_that_of_a_real_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, precision: str
+) -> None:
+    """But for some 2 KB that each tensor takes beside its numbers."""
+    _disk(monkeypatch, free=0)
+    monkeypatch.setattr(sharded, "_GIB", 1)
+    run = tmp_path / "run"
+    (said, real), *others = runs.on_layout(layout, _size_and_room, model, run, precision)
+    assert others == [(said, real)] * len(others)
+    form = (
+        rf"output {run}: has room for 0\.00 GiB, and one checkpoint takes (\d+)\.00 GiB\. Fix: .*"
+    )
+    asked = re.fullmatch(form, said)
+    assert asked
+    assert 0.85 * real < int(asked[1]) < real
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
+    model: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = _bytes(run / "step_4")
+    config = runs.experiment(tmp_path / "new", model, train__steps=1)
+    _disk(monkeypatch, free=size // 2)
+    with pytest.raises(AssertionError, match=rf"output {config.folder}: has room for 0\.00 GiB"):
+        runs.train(config, "dp2")
+    assert not (config.folder / METRICS).exists()
+    left = config.folder / ".step_9.tmp" / "weights"
+    left.mkdir(parents=True)
+    (left / "share").write_bytes(bytes(size // 2))  # the first save removes it
+    assert len(runs.train(config, "dp2")) == 1
+
+
+@pytest.mark.parametrize(("free", "total"), [(0, 0), (2**40, 2**40)])
+def test_a_disk_with_room_and_one_that_does_not_say_are_not_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, total: int
+) -> None:
+    _disk(monkeypatch, free, total)
+    assert runs.on_layout("one", _size_and_room, model, tmp_path / "run", "fp32") == [("", 0)]
+
+
+def test_a_run_that_has_ended_needs_no_room(
+    model: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _disk(monkeypatch, free=0)
+    assert len(runs.train(runs.experiment(run, model, train__steps=4))) == 4
+    with pytest.raises(AssertionError, match="has room for"):
+        runs.train(runs.experiment(run, model, train__steps=5))
 
 
 @pytest.mark.parametrize(
