@@ -6,10 +6,13 @@
 import hashlib
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +22,9 @@ from mcore_sft.base.model_folder import INDEX, PLAIN, SINGLE, open_weights, weig
 from mcore_sft.checkpoint.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
+BLOCKS, BLOCK_BYTES = 16, 4096
+_READERS = 16
+"""Reads at a time: a network file system answers each after a while."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -70,16 +76,39 @@ class SafetensorsFolder:
             found[PLAIN[stored]] += 1
         return found
 
+    def files(self) -> dict[str, Path]:
+        """The files that hold the tensors, by their names in the folder."""
+        return {name: self.folder / name for name in sorted(set(self._file_of.values()))}
+
     def fingerprint(self) -> str:
-        """SHA-256 of the name, the shape and the first row of every tensor: cheap, and no proof."""
+        """SHA-256 of the files' sizes, and of each tensor's name, type, shape and BLOCKS blocks.
+
+        Cheap, and no proof: it reads 40 MB of 70 billion weights, in some 9,000 reads. Checkpoints
+        of earlier versions record another one, of the first row of each tensor.
+        """
+        names = sorted(self.names())
+        kinds = [f"{name} {self._slice(name).get_dtype()} {self.shape(name)} " for name in names]
         digest = hashlib.sha256()
-        for name in sorted(self.names()):
-            shape = self.shape(name)
-            digest.update(f"{name} {shape} ".encode())
-            if shape:
-                row = self.read(name, 0, 1).contiguous().view(torch.uint8)
-                digest.update(row.numpy().tobytes())
+        try:
+            sizes = [path.stat().st_size for path in self.files().values()]
+            digest.update(f"{sizes} ".encode())
+            for kind, sample in zip(kinds, self._samples(names), strict=True):
+                digest.update(kind.encode() + sample)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: the weights cannot be read ({error.strerror})"
+            ) from None
         return digest.hexdigest()
+
+    def _samples(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The blocks of each tensor; raises OSError."""
+        with ExitStack() as stack:
+            opened = {x: stack.enter_context(path.open("rb")) for x, path in self.files().items()}
+            places = {x: dict(_places(file)) for x, file in opened.items()}
+            where = ((name, self._file_of[name]) for name in names)
+            jobs = [(opened[x].fileno(), name, places[x][name]) for name, x in where]
+            readers = stack.enter_context(ThreadPoolExecutor(_READERS))
+            yield from readers.map(lambda job: _sample(*job), jobs)
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
@@ -93,6 +122,42 @@ class SafetensorsFolder:
             raise CheckpointError(
                 f"{self.folder / file}: the index says that it holds {name}: {error}"
             ) from None
+
+
+def blocks(name: str, size: int) -> list[tuple[int, int]]:
+    """Where the blocks of a tensor of `size` bytes begin and end, the first and the last included.
+
+    All of it is one block where it has no more bytes than they.
+    """
+    if size <= BLOCKS * BLOCK_BYTES:
+        return [(0, size)]
+    within = BLOCKS - 2
+    drawn = hashlib.shake_256(f"{name} {size}".encode()).digest(8 * within)
+    starts = [0]
+    for number in range(within):
+        # One in each of as many parts of equal size.
+        first, last = (
+            BLOCK_BYTES + (size - 2 * BLOCK_BYTES) * at // within for at in (number, number + 1)
+        )
+        random = int.from_bytes(drawn[8 * number : 8 * number + 8], "little")
+        starts.append(first + random % (last - first - BLOCK_BYTES + 1))
+    starts.append(size - BLOCK_BYTES)
+    return [(start, start + BLOCK_BYTES) for start in starts]
+
+
+def _sample(handle: int, name: str, place: tuple[int, int]) -> bytes:
+    start, stop = place
+    within = blocks(name, stop - start)
+    return b"".join(os.pread(handle, last - first, start + first) for first, last in within)
+
+
+def _places(file: BinaryIO) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Where in a safetensors file the bytes of each tensor begin and end."""
+    size = int.from_bytes(file.read(8), "little")
+    for name, entry in json.loads(file.read(size)).items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            yield name, (8 + size + start, 8 + size + stop)
 
 
 def write(

@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.base.model_folder import INDEX, SINGLE
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import (
+    BLOCK_BYTES,
     SHARD_BYTES,
     SafetensorsFolder,
+    blocks,
     write,
 )
 
@@ -94,15 +98,73 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         SafetensorsFolder(tmp_path)
 
 
-def test_a_fingerprint_is_of_the_tensors_and_not_of_the_files(tmp_path: Path) -> None:
-    for name, shard_bytes in (("one", SHARD_BYTES), ("many", 1)):
+def fingerprint(folder: Path, **tensors: torch.Tensor) -> str:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / SINGLE)
+    return SafetensorsFolder(folder).fingerprint()
+
+
+def test_a_fingerprint_is_of_names_types_shapes_numbers_and_sizes_of_files(tmp_path: Path) -> None:
+    small, large = torch.arange(12.0).reshape(4, 3), torch.arange(200_000.0)
+    first, last = large.clone(), large.clone()
+    first[0], last[-1] = 7, 7
+    found = [
+        fingerprint(tmp_path / "0", a=small, b=large),
+        fingerprint(tmp_path / "1", a=small, c=large),
+        fingerprint(tmp_path / "2", a=small.int(), b=large),
+        fingerprint(tmp_path / "3", a=small.reshape(3, 4), b=large),
+        fingerprint(tmp_path / "4", a=small, b=first),
+        fingerprint(tmp_path / "5", a=small, b=last),
+        fingerprint(tmp_path / "6", a=small + 1, b=large),
+    ]
+    (tmp_path / "7").mkdir()
+    save_file({"a": small, "b": large}, tmp_path / "7" / SINGLE, {"format": "longer" * 9})
+    found.append(SafetensorsFolder(tmp_path / "7").fingerprint())
+    assert len(set(found)) == len(found)
+    assert fingerprint(tmp_path / "copy", a=small, b=large) == found[0]
+
+
+def test_a_fingerprint_finds_each_tensor_in_the_file_that_the_index_names(tmp_path: Path) -> None:
+    for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        write_all(tmp_path / name, shard_bytes=shard_bytes)
-    (tmp_path / "other").mkdir()
-    tensors = {name: tensor.clone() for name, tensor in TENSORS}
-    tensors["a"][0, 0] += 1
-    save_file(tensors, tmp_path / "other" / SINGLE)
-    one, many, other = (
-        SafetensorsFolder(tmp_path / name).fingerprint() for name in ("one", "many", "other")
-    )
-    assert one == many != other
+        write_all(tmp_path / name, shard_bytes=48)
+    part = tmp_path / "other" / "model-00002-of-00002.safetensors"
+    tensors = {"a": torch.zeros(4, 3), "b": torch.ones(5), "c": torch.zeros(2)}
+    save_file(tensors, part)  # its own "a" is not read
+    before = SafetensorsFolder(tmp_path / "other").fingerprint()
+    save_file(tensors | {"a": torch.ones(4, 3)}, part)
+    assert SafetensorsFolder(tmp_path / "other").fingerprint() == before
+    save_file(tensors | {"c": torch.ones(2)}, part)
+    assert SafetensorsFolder(tmp_path / "other").fingerprint() != before
+    assert before != SafetensorsFolder(tmp_path / "one").fingerprint()
+
+
+@pytest.mark.parametrize("size", [0, 10, 16 * BLOCK_BYTES])
+def test_a_small_tensor_is_read_whole(size: int) -> None:
+    assert blocks("a", size) == [(0, size)]
+
+
+@pytest.mark.parametrize("size", [16 * BLOCK_BYTES + 1, 10**6, 2**31 + 7])
+def test_of_a_large_tensor_sixteen_blocks_are_read_from_all_over_it(size: int) -> None:
+    found = blocks("a", size)
+    assert [last - first for first, last in found] == [BLOCK_BYTES] * 16
+    assert found[0][0] == 0
+    assert found[-1][1] == size
+    gaps = [later[0] - earlier[1] for earlier, later in itertools.pairwise(found)]
+    assert all(0 <= gap <= size / 7 for gap in gaps)
+    assert found != blocks("b", size)
+    assert found == blocks("a", size)
+
+
+def test_a_fingerprint_reads_no_more_than_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, pread = [], os.pread
+
+    def counted(handle: int, size: int, start: int) -> bytes:
+        read.append(size)
+        return pread(handle, size, start)
+
+    monkeypatch.setattr(os, "pread", counted)
+    fingerprint(tmp_path / "x", a=torch.zeros(10**6), b=torch.zeros(10**6), c=torch.zeros(9))
+    assert sorted(read) == [36] + [BLOCK_BYTES] * 32
