@@ -10,13 +10,13 @@ step_N/model/tokenizer files          as the dataset was made with; the chat tem
                                       token are those that were trained
 step_N/model/mcore_sft.json           the prompt and the dataset that it was trained with, what the
                                       prompts in it really had, and the base: path, revision,
-                                      SHA-256 of what was read of it
+                                      SHA-256 of what was read of it, the weights included
 """
 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +72,15 @@ class Description:
             found = named_files(step, read_manifest(step))
         return cls({CONFIG: configuration.dump(config).encode(), **found})
 
+    def with_sums(self, sums: Mapping[str, str]) -> Self:
+        """The same, and SHA-256 of the base's files of weights beside those of its other files."""
+        if not sums:
+            return self
+        name = f"{MODEL}/{RECORD}"
+        record = json.loads(self.files[name])
+        record["base"]["sha256"] |= sums
+        return replace(self, files={**self.files, name: _json(record).encode()})
+
     def write(self, folder: Path) -> None:
         """Write all of it into `folder`; raises OSError."""
         for name, content in self.files.items():
@@ -122,9 +131,9 @@ def _describe(
 
 
 def _sha256_of_base(base: Path, tokenizer: Path) -> dict[str, str]:
-    """SHA-256 of the files of the base that a run reads, weights aside: their fingerprint is cheap.
+    """SHA-256 of the files of the base that a run reads, weights aside.
 
-    A hash of all weights would take minutes at each start of a run with 70 billion of them.
+    Those of weights take minutes where they are many, and come later: see sums.py.
     """
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     paths = [base / name for name in _READ_OF_BASE]
@@ -175,4 +184,8 @@ def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` for people to read."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_json(content), encoding="utf-8")
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
