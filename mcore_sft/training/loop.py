@@ -12,6 +12,7 @@ from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import Description
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress, agree
+from mcore_sft.checkpoint.sums import Sums
 from mcore_sft.config import RunConfig
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
@@ -98,6 +99,7 @@ def train_on(
     if base is not None:
         weights.load_pretrained(base, gpt, architecture, metrics.console)
         optimizer.reload_model_params()
+    sums = Sums(base.files() if base else {}, mesh)
 
     announce(metrics, config, mesh, loader, progress)
     checkpoints.check_room(config.train.steps - progress.step)
@@ -143,7 +145,7 @@ def train_on(
                 watchdog.at(f"while saving step_{progress.step}", slow=True)
                 saved(checkpoints.wait(watchdog.beat), metrics, watchdog)
                 metrics.sync()
-                checkpoints.save(progress, description.write, scores)
+                checkpoints.save(progress, description.with_sums(sums.wait()).write, scores)
             accuracy.poll(asked)
             metrics.lap("checkpoint")
     if asked and (progress.step < steps or validation.is_due(steps)):
