@@ -272,6 +272,22 @@ def _base_goes(config: RunConfig) -> str:
     return "well"
 
 
+def test_09_fingerprint_of_the_base_that_an_earlier_version_recorded_stays(
+    run: Path, model: Path, tmp_path: Path
+) -> None:
+    older = "0" * 64
+    for step in run.glob("step_*"):
+        manifest = json.loads((step / "manifest.json").read_text())
+        manifest["progress"]["fixed"]["base weights"] = older
+        (step / "manifest.json").write_text(json.dumps(manifest))
+        resign(step, {})
+    ended, _ = goes_on(run, model, checkpoint__keep=0)
+    assert ended == "well"
+    found = sharded.read_manifest(run / "step_5")["progress"]["fixed"]["base weights"]
+    assert found == older != safetensors_folder.SafetensorsFolder(model).fingerprint()
+    export(run / "step_5", tmp_path / "hf", others=[run / "step_3"])
+
+
 def test_09_export_refuses_a_configuration_that_was_not_trained(kept: Path, tmp_path: Path) -> None:
     config = json.loads((kept / "model" / "config.json").read_text())
     rope = config["rope_parameters"] | {"rope_theta": 5e5}
