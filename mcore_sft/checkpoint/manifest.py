@@ -178,28 +178,23 @@ def signed(manifest: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, mesh: Mesh | None = None) -> Iterator[None]:
     """Say of an OSError within that the checkpoint at `path` has gone, or which file is unreadable.
 
-    Raises `Gone` and `CheckpointError`.
+    Raises `Gone` and `CheckpointError`, which names the rank of `mesh` that met it.
     """
     try:
         yield
     except (OSError, CheckpointException) as error:
-        fault = _of_disk(error)
         if not path.is_dir():
             raise _gone(path) from error
-        if fault is None:
-            raise
-        raise _unreadable(Path(fault.filename or path), fault) from error
-
-
-def _of_disk(error: BaseException) -> OSError | None:
-    """What the disk said, of an error in which torch wraps it."""
-    if isinstance(error, CheckpointException):
-        faults = [fault for fault, _ in error.failures.values() if isinstance(fault, OSError)]
-        return faults[0] if faults else None
-    return error if isinstance(error, OSError) else None
+        if isinstance(error, OSError):
+            raise _unreadable(Path(error.filename or path), error) from error
+        # torch tells every rank what each of them met
+        for rank, (fault, _) in error.failures.items():
+            if isinstance(fault, OSError):
+                raise _unreadable(Path(fault.filename or path), fault, mesh, rank) from error
+        raise
 
 
 def _require_own_names(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -256,8 +251,13 @@ def _twice(read: Callable[[], str]) -> str:
         return read()
 
 
-def _unreadable(file: Path, error: OSError, mesh: Mesh | None = None) -> CheckpointError:
-    by = f" by {mesh.name(mesh.world.rank)}" if mesh and mesh.world.size > 1 else ""
+def _unreadable(
+    file: Path, error: OSError, mesh: Mesh | None = None, rank: int | None = None
+) -> CheckpointError:
+    """The error of `rank`, or of this one."""
+    by = ""
+    if mesh and mesh.world.size > 1:
+        by = f" by {mesh.name(mesh.world.rank if rank is None else rank)}"
     return CheckpointError(
         f"{file}: cannot be read{by} ({error.strerror}, errno {error.errno}), and nothing was "
         "changed. Fix: check the disk and start again, or move the checkpoint away to use an older "

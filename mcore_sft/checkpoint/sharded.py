@@ -364,7 +364,7 @@ class Checkpoints:
         progress = Progress.read(path, manifest["progress"])
         progress.check(fixed, formerly)
         self.mesh.from_main(lambda: pickles.check(path, manifest["files"]))
-        with reading(path):
+        with reading(path, self.mesh):
             self._load(path)
         self.restored = path
         return progress

@@ -9,7 +9,7 @@ its size and the time of its last change. Without that file, all is computed aga
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,15 @@ class Sums:
         for name in self._own:
             self._own[name] = _sum(self._paths[name], known)
 
-    def wait(self) -> dict[str, str]:
+    def wait(self, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
         """All sums, once every rank has its part, but for files that cannot be read: that is said.
 
-        Collective.
+        Collective. `beat` is called while this rank is at its part.
         """
         if self._all is None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                beat()
             shares: list[Any] = [None] * self._mesh.world.size
             dist.all_gather_object(shares, self._own, group=self._mesh.world.group)
             found = {name: one for share in shares for name, one in share.items()}

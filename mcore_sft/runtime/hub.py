@@ -172,6 +172,7 @@ class Hub:
         if self._since is None:
             if len(self._known) < self._size and now > self._until:
                 self._fail(self._absent())
+                self._until = now + TOGETHER_SECONDS  # who has not come will not hear of it either
             return
         quiet = self._size - len(self._ended) - len(self._lost)
         if len(self._errors) >= quiet or now > self._since + TOGETHER_SECONDS:

@@ -78,6 +78,7 @@ class Peers:
         self._failure: Elsewhere | None = None
         self._machines: list[str] = []
         self._reached_by = ""
+        self._main_address = ""
         self._reported: BaseException | None = None
         self._taken = threading.Event()
         self._hub_closed = threading.Event()
@@ -270,6 +271,7 @@ class Peers:
         self._socket.settimeout(None)
         hub.keep_alive(self._socket)
         self._reached_by = hub.address_of(self._socket.getsockname())
+        self._main_address = hub.address_of(self._socket.getpeername())
         os.register_at_fork(after_in_child=self._socket.close)
         self._send(
             {
@@ -326,15 +328,12 @@ class Peers:
                         self._inbox.put(message)
         self._hub_closed.set()
         if not self._left and self._failure is None:
-            self._end(self._without_main(connection))
+            self._end(self._without_main())
 
-    def _without_main(self, connection: socket.socket) -> Elsewhere:
+    def _without_main(self) -> Elsewhere:
         """Rank 0 is gone, and with it whoever tells which rank of this machine is to say it."""
-        where = self.launch.address
-        with contextlib.suppress(OSError):
-            where = f"{self.hosts[0]} ({hub.address_of(connection.getpeername())})"
         first = 1 if self._machines and self._machines[0] == machine() else 0
-        sentence = f"{self.name}: {self._lost([0], where)}"
+        sentence = f"{self.name}: {self._lost([0], f'{self.hosts[0]} ({self._main_address})')}"
         return Elsewhere(sentence, say=self.launch.local_rank == first)
 
     def _lost(self, ranks: Sequence[int], where: str) -> str:

@@ -91,7 +91,10 @@ def _files(config: RunConfig) -> dict[str, str]:
         "weights of model.path": _weights(config),
         "tokenizer": tokenizer.fingerprint,
         "prompt": Prompt.load(config.prompt, tokenizer).fingerprint,
-        "dataset data.packed": manifests.digest_of(manifest["splits"]),
+        **{
+            f"{split} packs of data.packed": manifests.split_fingerprint(manifest, split)
+            for split in manifest["splits"]
+        },
     }
 
 

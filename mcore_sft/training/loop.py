@@ -91,7 +91,7 @@ def train_on(
     base = None
     if progress is None:
         base = SafetensorsFolder(config.model.path)
-        fixed |= {"base weights": base.fingerprint(), PACKS: loader.packs_per_step}
+        fixed |= {"base weights": mesh.from_main(base.fingerprint), PACKS: loader.packs_per_step}
         progress = Progress(fixed=fixed)
     description = Description.read(
         config, dataset, progress.fixed.get("base weights"), checkpoints.restored
@@ -145,7 +145,9 @@ def train_on(
                 watchdog.at(f"while saving step_{progress.step}", slow=True)
                 saved(checkpoints.wait(watchdog.beat), metrics, watchdog)
                 metrics.sync()
-                checkpoints.save(progress, description.with_sums(sums.wait()).write, scores)
+                checkpoints.save(
+                    progress, description.with_sums(sums.wait(watchdog.beat)).write, scores
+                )
             accuracy.poll(asked)
             metrics.lap("checkpoint")
     if asked and (progress.step < steps or validation.is_due(steps)):

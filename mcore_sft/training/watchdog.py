@@ -24,7 +24,7 @@ SLOW = 1.5
 """Loading and saving may stand still so much longer than a step."""
 HUNG = 124
 """Exit code of a run that hung, as that of timeout(1)."""
-_ROUNDS = 20
+_ROUNDS = 10
 """So often is looked for the stacks of all ranks; halfway, those that wrote none are made to."""
 _SPEAK = signal.SIGUSR2
 
@@ -98,7 +98,7 @@ class Watchdog:
             if silent > self._limit or not first:
                 self._peers.leave()  # each rank ends by itself from here on
                 missing = self._write_stacks()
-                if first or self._rank == 0:
+                if first or self._peers.is_first_here:
                     self._tell(silent, missing)
                 os._exit(HUNG)
 

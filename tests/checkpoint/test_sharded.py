@@ -539,8 +539,8 @@ def test_a_run_that_has_ended_needs_no_room(
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (OSError(28, "No space left on device"), "rank 1: OSError: [Errno 28] No space left"),
-        (None, "rank 1: the process that writes ended with exit code -9"),
+        (OSError(28, "No space left on device"), ": OSError: [Errno 28] No space left"),
+        (None, ": the process that writes ended with exit code -9"),
     ],
 )
 def test_a_writer_that_fails_ends_the_run(
