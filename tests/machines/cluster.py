@@ -40,11 +40,13 @@ class Machines:
 
     def __init__(self) -> None:
         self._end, theirs = Pipe()
+        foreign = ("SLURM_", "TORCHELASTIC_")
+        own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.machines.forker", str(theirs.fileno())],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env={**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 pass_fds=[theirs.fileno()],
             )
         if refusal := self._end.recv():

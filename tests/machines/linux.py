@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ def let_all_reach(*paths: Path) -> None:
 
 
 def name_host(name: str) -> None:
+    platform._uname_cache = None  # type: ignore[attr-defined]  # whoever asks first is remembered
     _check(_libc.sethostname(name.encode(), len(name)))
 
 

@@ -87,7 +87,7 @@ def _enter(node: Node, place: Place, network: int) -> None:
     linux.mount("tmpfs", "/dev/shm")
     linux.name_host(f"node{place.number}")
     if node.user is not None:
-        linux.let_all_reach(*map(Path, (sys.base_prefix, sys.prefix, ROOT)))
+        linux.let_all_reach(Path(sys.base_prefix), Path(sys.prefix), ROOT)
     for at, what in {Path("/etc/hosts"): place.hosts, **node.local}.items():
         linux.bind(what, at)
     for at in node.read_only:
