@@ -1,5 +1,6 @@
 """A cluster, and what can lie on its nodes."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,14 +14,27 @@ from tests import runs, tiny
 from tests.machines.cluster import Cluster, Experiment, Machines, Refused
 
 
+@functools.cache
+def _machines() -> Machines | str:
+    """Or why there are none."""
+    if shutil.which("ip") is None:
+        return "tests/machines needs ip (Debian, Ubuntu: apt install iproute2)"
+    try:
+        return Machines()
+    except Refused as refused:
+        return f"tests/machines needs root and namespaces: {refused}"
+
+
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    """Here, so that pytest tells one reason in one line."""
+    if "cluster" in item.fixturenames and isinstance(reason := _machines(), str):
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def machines() -> Iterator[Machines]:
-    if shutil.which("ip") is None:
-        pytest.skip("tests/machines needs ip (Debian, Ubuntu: apt install iproute2)")
-    try:
-        made = Machines()
-    except Refused as refused:
-        pytest.skip(f"tests/machines needs root and namespaces: {refused}")
+    made = _machines()
+    assert isinstance(made, Machines)
     yield made
     made.close()
 

@@ -99,7 +99,7 @@ def main() -> None:
         forker = Forker()
         forker.connect(1)
     except OSError as error:
-        end.send(f"no namespaces: {error}")
+        end.send(str(error))
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
