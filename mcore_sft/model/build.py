@@ -54,6 +54,9 @@ class Gpt(GPTModel):
         self, *, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: Any
     ) -> Tensor:
         """The summed cross entropy of the rows that `loss_mask` names."""
+        # The layer is never called: DDP waits here for a weight that is still being gathered.
+        for wait in self.output_layer._forward_pre_hooks.values():
+            wait(self.output_layer, ())
         weight = self.output_weight()
         main_grad = getattr(weight, "main_grad", None) if weight.requires_grad else None
         if self.share_embeddings_and_output_weights and self.pre_process:

@@ -319,7 +319,7 @@ class Hub:
         error = next(iter(self._errors.values()))
         same = [rank for rank, text in self._errors.items() if text == error]
         machines = {line.machine for line in self._known.values()}
-        if len(same) == len(self._known) and len(machines) == 1:
+        if len(machines) == 1 and min(same) == 0:  # which looks at files for all
             return error
         return f"{self._name(min(same))}: {error}"
 

@@ -92,7 +92,7 @@ def _files(config: RunConfig) -> dict[str, str]:
         "tokenizer": tokenizer.fingerprint,
         "prompt": Prompt.load(config.prompt, tokenizer).fingerprint,
         **{
-            f"{split} packs of data.packed": manifests.split_fingerprint(manifest, split)
+            f"dataset data.packed ({split})": manifests.split_fingerprint(manifest, split)
             for split in manifest["splits"]
         },
     }

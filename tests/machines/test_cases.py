@@ -1,4 +1,4 @@
-"""What goes wrong between machines: one test, or a few, for each case of ../shared/field/machines.
+"""What goes wrong between machines: one test, or a few, for each numbered case.
 
 What differs between ranks ends all of them before the first step, and every node says why, once.
 """

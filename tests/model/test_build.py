@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +14,7 @@ from mcore_sft.model.layers import PackedAttention
 from mcore_sft.runtime.hardware import layer_implementation
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training.packs import row_unit
-from tests import tiny
+from tests import runs, tiny
 from tests.distributed import run_ranks
 from tests.runs import batch_of, gradients, loaded, on_layout
 
@@ -136,3 +137,20 @@ def _gradients(
     packs = [tiny.make_pack([20, 31, 50], seed=1), tiny.make_pack([60, 64], seed=2)]
     with loaded(model, parallel, recompute=recompute) as here:
         return *gradients(here, [batch_of(here, [pack]) for pack in packs]), calls
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_waits_for_a_weight_that_is_still_being_gathered(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """A large output layer has a bucket of its own, which only its own forward pass waits for."""
+    small = partial(build.DistributedDataParallelConfig, bucket_size=1000)
+    monkeypatch.setattr(build, "DistributedDataParallelConfig", small)
+    made = tiny.make_model(tmp_path / "model", vocab_size=703, tie_word_embeddings=tied)
+    packed = str(model / "packed")
+
+    def losses(layout: str) -> list[float]:
+        config = runs.experiment(tmp_path / layout, made, train__steps=4, data__packed=packed)
+        return [step["loss"] for step in runs.train(config, layout)]
+
+    assert losses("dp2_do_overlap") == pytest.approx(losses("dp2_do"), rel=1e-6)
