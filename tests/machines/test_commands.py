@@ -41,12 +41,12 @@ def test_shards_that_two_nodes_prepare_are_merged_into_the_dataset_of_one(
 
 @pytest.mark.slow
 def test_a_node_that_never_trained_exports_and_evaluates(
-    cluster: Cluster, experiment: Make, begun: Path, model: Path, tmp_path: Path
+    cluster: Cluster, begun: Path, model: Path, tmp_path: Path
 ) -> None:
-    """It has neither the base model nor the dataset."""
+    """It has neither the base model nor the dataset, which lies beside that."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    away = {model: empty, experiment().config.packed: empty}
+    away = {model: empty}
     export = ("--checkpoint", str(begun / "step_4"), "--output", str(tmp_path / "hf"))
     nodes = cluster.start(command("to_hf.py", *export, local=away))
     assert codes(nodes, within=90) == {0: 0}, logs(nodes)
