@@ -6,24 +6,18 @@ STABLE_TORCH_LIBRARY(mcore_sft, ops) {
   // What the package calls, computed in mcore_sft/ops/head.py for every kind of device.
   ops.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? rows, "
-      "Tensor weights, int vocab_size, str group, bool sequence_parallel, int ignore_index, "
-      "float z_loss, float label_smoothing, bool for_hidden, bool for_weight) -> "
-      "(Tensor loss, Tensor token_loss, Tensor log_normalizer, Tensor entropy, Tensor hit, "
-      "Tensor grad_hidden, Tensor grad_weight)");
+      "Tensor? upstream, int vocab_size, str group, bool sequence_parallel, bool for_hidden, "
+      "bool for_weight) -> (Tensor loss, Tensor token_loss, Tensor grad_hidden, Tensor grad_weight)");
   ops.def(
       "linear_cross_entropy_main_grad_(Tensor hidden, Tensor weight, Tensor labels, Tensor? rows, "
-      "Tensor weights, Tensor(a!) main_grad, int vocab_size, str group, bool sequence_parallel, "
-      "int ignore_index, float z_loss, float label_smoothing, bool for_hidden) -> "
-      "(Tensor loss, Tensor token_loss, Tensor log_normalizer, Tensor entropy, Tensor hit, "
-      "Tensor grad_hidden)");
+      "Tensor(a!) main_grad, int vocab_size, str group, bool sequence_parallel, bool for_hidden) -> "
+      "(Tensor loss, Tensor token_loss, Tensor grad_hidden)");
   // Multiplies in place; by 1 it touches nothing where that can be known without waiting.
   ops.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
   // Its passes over rows of logits.
   ops.def("cross_entropy_statistics(Tensor logits, Tensor labels, int first, int width) -> Tensor");
   ops.def(
       "cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor largest, Tensor log_sum, "
-      "Tensor weights, int first, int width, int vocab_size, float z_loss, float smoothing) -> ()");
-  ops.def(
-      "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor weights, int width, float z_loss, "
-      "float smoothing) -> Tensor");
+      "Tensor factors, int first, int width) -> ()");
+  ops.def("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor factors, int width) -> Tensor");
 }

@@ -20,7 +20,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kStatistics = 5;
+constexpr int64_t kStatistics = 3;
 
 enum class Kind { kStatistics, kGradient, kBoth };
 
@@ -28,10 +28,9 @@ enum class Kind { kStatistics, kGradient, kBoth };
 struct Job {
   void* logits;
   const int64_t* labels;
-  int64_t stride, first, width, vocab_size;
-  const void *largest, *log_sum, *weights;
+  int64_t stride, first, width;
+  const void *largest, *log_sum, *factors;
   void* statistics;
-  double z_loss, smoothing;
 };
 
 using Pass = void (*)(const Job& job, int64_t begin, int64_t end);
@@ -147,29 +146,21 @@ Tensor cross_entropy_statistics(Tensor logits, Tensor labels, int64_t first, int
 }
 
 void cross_entropy_gradient_(Tensor logits, Tensor labels, Tensor largest, Tensor log_sum,
-                             Tensor weights, int64_t first, int64_t width, int64_t vocab_size,
-                             double z_loss, double smoothing) {
+                             Tensor factors, int64_t first, int64_t width) {
   const ScalarType values = check_logits(logits, labels, width);
   Job job = job_of(logits, labels, first, width);
   job.largest = check_values(largest, "largest", values, logits.size(0));
   job.log_sum = check_values(log_sum, "log_sum", values, logits.size(0));
-  job.weights = check_values(weights, "weights", values, logits.size(0));
-  job.vocab_size = vocab_size;
-  job.z_loss = z_loss;
-  job.smoothing = smoothing;
+  job.factors = check_values(factors, "factors", values, logits.size(0));
   run(Kind::kGradient, logits, job);
 }
 
-Tensor cross_entropy_(Tensor logits, Tensor labels, Tensor weights, int64_t width, double z_loss,
-                      double smoothing) {
+Tensor cross_entropy_(Tensor logits, Tensor labels, Tensor factors, int64_t width) {
   const ScalarType values = check_logits(logits, labels, width);
   Tensor statistics = torch::stable::empty({logits.size(0), kStatistics}, values);
   Job job = job_of(logits, labels, 0, width);
-  job.weights = check_values(weights, "weights", values, logits.size(0));
+  job.factors = check_values(factors, "factors", values, logits.size(0));
   job.statistics = statistics.data_ptr();
-  job.vocab_size = width;
-  job.z_loss = z_loss;
-  job.smoothing = smoothing;
   run(Kind::kBoth, logits, job);
   return statistics;
 }

@@ -123,63 +123,43 @@ struct Rows {
     return result;
   }
 
-  // m = max z, sum exp(z - m), sum exp(z - m) (z - m), sum z, and z at `label` (0 if not in the row)
+  // m = max z, sum exp(z - m), and z at `label` (0 if not in the row)
   static void statistics(const Element* row, int64_t label, int64_t width, Value* out) {
     const Value most = largest(row, width);
     const Vector none = {};
-    Vector exponentials = none, products = none, logits = none;
+    Vector exponentials = none;
     int64_t v = 0;
     while (v + kLanes <= width) {  // in blocks, whose sums are added up: fewer roundings in a chain
-      Vector block_exponentials = none, block_products = none, block_logits = none;
+      Vector of_block = none;
       const int64_t end = std::min(v + kBlock, width / kLanes * kLanes);
-      for (; v < end; v += kLanes) {
-        const Vector z = Type::load(row + v);
-        const Vector x = z - most;
-        const Vector e = exponential(x);
-        block_exponentials += e;
-        block_products += e == none ? none : e * x;  // not 0 * inf
-        block_logits += z;
-      }
-      exponentials += block_exponentials;
-      products += block_products;
-      logits += block_logits;
+      for (; v < end; v += kLanes) of_block += exponential(Type::load(row + v) - most);
+      exponentials += of_block;
     }
     if (v < width) {
-      const Vector x = load_part(row + v, width - v, -std::numeric_limits<Value>::infinity()) - most;
-      const Vector e = exponential(x);
-      exponentials += e;
-      products += e == none ? none : e * x;
-      logits += load_part(row + v, width - v, 0);
+      constexpr Value kNothing = -std::numeric_limits<Value>::infinity();
+      exponentials += exponential(load_part(row + v, width - v, kNothing) - most);
     }
     out[0] = most;
     out[1] = sum(exponentials);
-    out[2] = sum(products);
-    out[3] = sum(logits);
-    out[4] = 0 <= label && label < width ? load_one(row + label) : 0;
+    out[2] = 0 <= label && label < width ? load_one(row + label) : 0;
   }
 
-  // d loss / d z in place of z, with d = z - most - log_sum and lse = most + log_sum:
-  //   weight ((1 + 2 z_loss lse) exp(d) - smoothing / vocab_size), and less (1 - smoothing) at the label
+  // d loss / d z in place of z, with d = z - most - log_sum:
+  //   factor exp(d), and less factor at the label
   static void gradient(Element* row, int64_t label, int64_t width, Value most, Value log_sum,
-                       Value weight, int64_t vocab_size, double z_loss, double smoothing) {
-    const Value pull = static_cast<Value>(2 * z_loss) * (most + log_sum);
-    const Value share = static_cast<Value>(smoothing / vocab_size);
-    const Value scale = weight * (1 + pull);
-    const Value shift = weight * share;
+                       Value factor) {
     const bool here = 0 <= label && label < width;
     const Value of_label = here ? load_one(row + label) - most - log_sum : 0;
     int64_t v = 0;
     for (; v + kLanes <= width; v += kLanes) {
-      Type::store(row + v, scale * exponential(Type::load(row + v) - most - log_sum) - shift);
+      Type::store(row + v, factor * exponential(Type::load(row + v) - most - log_sum));
     }
     if (v < width) {
       const Vector z = load_part(row + v, width - v, most);
-      store_part(row + v, scale * exponential(z - most - log_sum) - shift, width - v);
+      store_part(row + v, factor * exponential(z - most - log_sum), width - v);
     }
     if (here) {  // exp(d) - 1 before any rounding: most labels of a trained model have p near 1
-      const Value slope = std::expm1(of_label) + pull * std::exp(of_label) +
-                          static_cast<Value>(smoothing) - share;
-      store_part(row + label, Vector{} + weight * slope, 1);
+      store_part(row + label, Vector{} + factor * std::expm1(of_label), 1);
     }
   }
 };
@@ -195,14 +175,13 @@ struct Passes {
   }
 
   static void gradient_of_row(const Job& job, int64_t r, Value most, Value log_sum) {
-    const Value weight = static_cast<const Value*>(job.weights)[r];
+    const Value factor = static_cast<const Value*>(job.factors)[r];
     Element* const logits = row(job, r);
-    if (weight == 0) {
+    if (factor == 0) {
       std::memset(logits, 0, job.stride * sizeof(Element));
       return;
     }
-    Rows<Type>::gradient(logits, job.labels[r] - job.first, job.width, most, log_sum, weight,
-                         job.vocab_size, job.z_loss, job.smoothing);
+    Rows<Type>::gradient(logits, job.labels[r] - job.first, job.width, most, log_sum, factor);
     std::memset(logits + job.width, 0, (job.stride - job.width) * sizeof(Element));
   }
 

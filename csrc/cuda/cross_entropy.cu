@@ -33,12 +33,11 @@ struct Job {
   const int64_t* labels;
   int64_t first;
   int stride, width;
-  const float *largest, *log_sum, *weights;
+  const float *largest, *log_sum, *factors;
   float* statistics;
-  float twice_z_loss, smoothing, share;  // share = smoothing / vocab_size
 };
 
-constexpr int kStatistics = 5;
+constexpr int kStatistics = 3;
 constexpr int kWarp = 32;
 constexpr int kLoads = 4;  // vectors that a thread asks for before it uses the first
 
@@ -136,38 +135,22 @@ struct Span {
 struct Sums {
   float largest = -FLT_MAX;  // m
   float exponentials = 0;    // sum exp(z - m)
-  float products = 0;        // sum exp(z - m) (z - m)
-  float logits = 0;          // sum z
 };
 
-// x exp(x) given exp(x), and 0, not NaN, at -inf.
-__device__ float product(float x, float exponential) { return fmaxf(x, -FLT_MAX) * exponential; }
-
-// Measure the sums from `largest`, which is at least the largest so far.
+// Measure the sum from `largest`, which is at least the largest so far.
 template <typename Element>
 __device__ void rescale(Sums& sums, float largest) {
-  const float x = sums.largest - largest;
-  const float factor = exponential<Element>(x);
-  sums.products = factor * sums.products + product(x, factor) * sums.exponentials;
-  sums.exponentials *= factor;
+  sums.exponentials *= exponential<Element>(sums.largest - largest);
   sums.largest = largest;
 }
 
 // Add logits of which none is above the largest.
 template <typename Element, int kCount>
 __device__ void add(Sums& sums, const float (&logits)[kCount]) {
-  float exponentials = 0, products = 0, total = 0;
+  float total = 0;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float x = logits[i] - sums.largest;
-    const float e = exponential<Element>(x);
-    exponentials += e;
-    products += product(x, e);
-    total += logits[i];
-  }
-  sums.exponentials += exponentials;
-  sums.products += products;
-  sums.logits += total;
+  for (int i = 0; i < kCount; ++i) total += exponential<Element>(logits[i] - sums.largest);
+  sums.exponentials += total;
 }
 
 // The sums of what this thread reads of the row.
@@ -224,14 +207,12 @@ __device__ float reduce(float value, float neutral, Combine combine, float (&of_
 
 template <typename Element>
 __device__ Sums row_sums(const Span<Element>& span) {
-  __shared__ float of_warps[4][kWarp];
+  __shared__ float of_warps[2][kWarp];
   const auto larger = [](float a, float b) { return fmaxf(a, b); };
   const auto plus = [](float a, float b) { return a + b; };
   Sums sums = thread_sums(span);
   rescale<Element>(sums, reduce(sums.largest, -FLT_MAX, larger, of_warps[0]));
   sums.exponentials = reduce(sums.exponentials, 0, plus, of_warps[1]);
-  sums.products = reduce(sums.products, 0, plus, of_warps[2]);
-  sums.logits = reduce(sums.logits, 0, plus, of_warps[3]);
   return sums;
 }
 
@@ -242,15 +223,15 @@ __device__ void zero(const Span<Element>& span) {
   if (thread < span.edges) store(span.edge(thread), 0);
 }
 
-// scale exp(d) - shift in place of z, with d = z - largest - log_sum, from the end to the begin.
+// factor exp(d) in place of z, with d = z - largest - log_sum, from the end to the begin.
 template <typename Element>
-__device__ void write_gradient(const Span<Element>& span, float largest, float log_sum, float scale,
-                               float shift) {
+__device__ void write_gradient(const Span<Element>& span, float largest, float log_sum,
+                               float factor) {
   constexpr int kLanes = Span<Element>::kLanes;
   const int thread = threadIdx.x, threads = blockDim.x;
   uint4* const body = span.body();
   const auto gradient = [=](float z) {
-    return scale * exponential<Element>(z - largest - log_sum) - shift;
+    return factor * exponential<Element>(z - largest - log_sum);
   };
   if (thread < span.edges) {
     Element* const edge = span.edge(thread);
@@ -297,27 +278,22 @@ __global__ void __launch_bounds__(most_threads(kKind)) pass(const __grid_constan
       float* const statistics = job.statistics + r * kStatistics;
       statistics[0] = sums.largest;
       statistics[1] = sums.exponentials;
-      statistics[2] = sums.products;
-      statistics[3] = sums.logits;
-      statistics[4] = of_label;
+      statistics[2] = of_label;
     }
     largest = sums.largest;
     log_sum = logf(sums.exponentials);
   }
 
   if constexpr (kKind != Kind::kStatistics) {
-    const float weight = job.weights[r];
-    if (weight == 0) {  // whatever the logits hold
+    const float factor = job.factors[r];
+    if (factor == 0) {  // whatever the logits hold
       zero(Span<Element>(row, job.stride));
       return;
     }
-    const float pull = job.twice_z_loss * (largest + log_sum);
-    write_gradient(span, largest, log_sum, weight * (1 + pull), weight * job.share);
+    write_gradient(span, largest, log_sum, factor);
     zero(Span<Element>(row + job.width, job.stride - job.width));
-    if (owner && here) {  // exp(d) - 1 before any rounding: most labels of a trained model have p near 1
-      const float d = of_label - largest - log_sum;
-      store(row + column, weight * (expm1f(d) + pull * expf(d) + job.smoothing - job.share));
-    }
+    // exp(d) - 1 before any rounding: most labels of a trained model have p near 1
+    if (owner && here) store(row + column, factor * expm1f(of_label - largest - log_sum));
   }
 }
 
@@ -383,12 +359,6 @@ Job job_of(const Tensor& logits, const Tensor& labels, int64_t first, int64_t wi
   return job;
 }
 
-void add_loss(Job& job, int64_t vocab_size, double z_loss, double smoothing) {
-  job.twice_z_loss = static_cast<float>(2 * z_loss);
-  job.smoothing = static_cast<float>(smoothing);
-  job.share = static_cast<float>(smoothing / static_cast<double>(vocab_size));
-}
-
 Tensor cross_entropy_statistics(Tensor logits, Tensor labels, int64_t first, int64_t width) {
   Job job = job_of(logits, labels, first, width);
   Tensor statistics =
@@ -399,21 +369,17 @@ Tensor cross_entropy_statistics(Tensor logits, Tensor labels, int64_t first, int
 }
 
 void cross_entropy_gradient_(Tensor logits, Tensor labels, Tensor largest, Tensor log_sum,
-                             Tensor weights, int64_t first, int64_t width, int64_t vocab_size,
-                             double z_loss, double smoothing) {
+                             Tensor factors, int64_t first, int64_t width) {
   Job job = job_of(logits, labels, first, width);
   job.largest = check_values(largest, "largest", logits);
   job.log_sum = check_values(log_sum, "log_sum", logits);
-  job.weights = check_values(weights, "weights", logits);
-  add_loss(job, vocab_size, z_loss, smoothing);
+  job.factors = check_values(factors, "factors", logits);
   run<Kind::kGradient>(logits, job);
 }
 
-Tensor cross_entropy_(Tensor logits, Tensor labels, Tensor weights, int64_t width, double z_loss,
-                      double smoothing) {
+Tensor cross_entropy_(Tensor logits, Tensor labels, Tensor factors, int64_t width) {
   Job job = job_of(logits, labels, 0, width);
-  job.weights = check_values(weights, "weights", logits);
-  add_loss(job, width, z_loss, smoothing);
+  job.factors = check_values(factors, "factors", logits);
   Tensor statistics =
       torch::stable::new_empty(logits, {logits.size(0), kStatistics}, ScalarType::Float);
   job.statistics = static_cast<float*>(statistics.mutable_data_ptr());

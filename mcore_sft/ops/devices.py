@@ -69,12 +69,12 @@ def _scale_cuda(values: Tensor, factor: Tensor) -> None:
 
 
 def _head(machine: Machine) -> Callable[..., tuple[Tensor, ...]]:
-    """linear_cross_entropy; its arguments are Inputs, Options, for_hidden, for_weight."""
+    """linear_cross_entropy; its arguments are Inputs, upstream, Options, for_hidden, for_weight."""
 
     def compute(*arguments: Any) -> tuple[Tensor, ...]:
-        *options, for_hidden, for_weight = arguments[5:]
-        inputs = Inputs(*arguments[:5])
-        return Head(machine, inputs, Options(*options), for_hidden, for_weight).run()
+        upstream, *options, for_hidden, for_weight = arguments[4:]
+        inputs = Inputs(*arguments[:4])
+        return Head(machine, inputs, Options(*options), for_hidden, for_weight, upstream).run()
 
     return compute
 
@@ -83,9 +83,10 @@ def _head_into_main_grad(machine: Machine) -> Callable[..., tuple[Tensor, ...]]:
     """linear_cross_entropy_main_grad_; the arguments are Inputs, main_grad, Options, for_hidden."""
 
     def compute(*arguments: Any) -> tuple[Tensor, ...]:
-        main_grad, *options, for_hidden = arguments[5:]
-        inputs = Inputs(*arguments[:5])
-        return Head(machine, inputs, Options(*options), for_hidden, True, main_grad).run()[:-1]
+        main_grad, *options, for_hidden = arguments[4:]
+        inputs = Inputs(*arguments[:4])
+        head = Head(machine, inputs, Options(*options), for_hidden, True, main_grad=main_grad)
+        return head.run()
 
     return compute
 
@@ -102,12 +103,11 @@ for _device, _machine, _scale in (
 @torch.library.register_fake(_HEAD)  # type: ignore[untyped-decorator]
 def _fake_head(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, labels = arguments[:3]
-    figure = labels.new_empty(labels.shape, dtype=arithmetic(hidden.dtype))
     for_hidden, for_weight = arguments[-2:]
+    token_loss = labels.new_empty(labels.shape, dtype=arithmetic(hidden.dtype))
     return (
-        figure.new_empty(()),
-        *(torch.empty_like(figure) for _ in range(3)),
-        torch.empty_like(figure, dtype=torch.bool),
+        token_loss.new_empty(()),
+        token_loss,
         hidden.new_empty(hidden.shape if for_hidden else 0),
         torch.empty_like(weight) if for_weight else weight.new_empty(0),
     )
@@ -115,5 +115,5 @@ def _fake_head(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake(_HEAD + "_main_grad_")  # type: ignore[untyped-decorator]
 def _fake_head_into_main_grad(*arguments: Any) -> tuple[Tensor, ...]:
-    figures_and_gradients: tuple[Tensor, ...] = _fake_head(*arguments[:5], arguments[-1], False)
-    return figures_and_gradients[:-1]
+    losses_and_gradients: tuple[Tensor, ...] = _fake_head(*arguments[:3], arguments[-1], False)
+    return losses_and_gradients[:-1]

@@ -30,7 +30,6 @@ class Inputs(NamedTuple):
     weight: Tensor
     labels: Tensor
     rows: Tensor | None
-    weights: Tensor
 
 
 class Options(NamedTuple):
@@ -41,9 +40,6 @@ class Options(NamedTuple):
     group: str
     """Name of the process group that shares the vocabulary; empty where one rank has all of it."""
     sequence_parallel: bool
-    ignore_index: int
-    z_loss: float
-    label_smoothing: float
 
 
 @dataclass(frozen=True)
@@ -58,13 +54,8 @@ class Machine:
     """The same with products in the sum's precision too, for a sum that is to be rounded again."""
 
 
-class Figures(NamedTuple):
-    """What is known of each row [R], in the precision of the softmax; hit is bool."""
-
-    token_loss: Tensor
-    log_normalizer: Tensor
-    entropy: Tensor
-    hit: Tensor
+IGNORE = -100
+"""The label of a row that counts for nothing."""
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -179,7 +170,7 @@ class Chunk(NamedTuple):
     logits: Tensor
     """[C, V], and later their gradient."""
     statistics: Tensor
-    """[ranks, C, 5], as csrc/cpu/cross_entropy_rows.h lists them."""
+    """[ranks, C, 3], as csrc/cpu/cross_entropy_rows.h lists them."""
     arrival: dist.Work | None
 
 
@@ -193,18 +184,21 @@ class Head:
         options: Options,
         for_hidden: bool,
         for_weight: bool,
+        upstream: Tensor | None = None,
         main_grad: Tensor | None = None,
     ) -> None:
-        hidden, weight, labels, rows, weights = inputs
+        hidden, weight, labels, rows = inputs
         self.machine, self.options = machine, options
         self.weight, self.labels = weight, labels
         self.for_hidden, self.for_weight = for_hidden, for_weight
         self.shard = Shard.of(options.group, len(weight), options.vocab_size)
         self.compaction = Compaction(rows, hidden, self.shard, split=options.sequence_parallel)
         self.x = self.compaction.gather(hidden)
-        self.valid = labels != options.ignore_index
-        self._check(weights, main_grad)
-        self.weights = torch.where(self.valid, weights.to(arithmetic(weight.dtype)), 0)
+        self.valid = labels != IGNORE
+        self._check(main_grad)
+        self.factors = self.valid.to(arithmetic(weight.dtype))
+        if upstream is not None:
+            self.factors = torch.where(self.valid, upstream, self.factors)
         limit = machine.chunk_rows(weight)
         if for_weight and main_grad is None and weight.element_size() == 2:
             # Several chunks would need a sum in fp32: as many bytes hold 2 D rows of logits.
@@ -215,21 +209,17 @@ class Head:
         self.grad_weight = self._new_grad_weight() if main_grad is None else main_grad
 
     def run(self) -> tuple[Tensor, ...]:
-        """Loss, the figures, and the gradients of hidden and weight (empty where not asked for).
+        """Sum of the losses, each row's, and the gradients of hidden and weight where asked for.
 
         The weight's gradient is added to `main_grad` where there is one, and then not returned.
         """
-        parts = [self._finish(chunk) for chunk in self._started()]
-        if not parts:
-            empty = self.weights
-            parts = [Figures(empty, empty.clone(), empty.clone(), self.valid)]
-        figures = Figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        losses = weighted(self.weights, figures.token_loss)
-        loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+        losses = [self._finish(chunk) for chunk in self._started()]
+        token_loss = torch.cat(losses) if losses else torch.empty_like(self.factors)
+        loss = token_loss.sum(dtype=torch.float64).to(token_loss.dtype)
         grad_hidden = self.compaction.finish_return() if self.for_hidden else self.grad_x
         if self.main_grad is None:
-            return loss, *figures, grad_hidden, self.grad_weight.to(self.weight.dtype)
-        return loss, *figures, grad_hidden, self.weight.new_empty(0)
+            return loss, token_loss, grad_hidden, self.grad_weight.to(self.weight.dtype)
+        return loss, token_loss, grad_hidden
 
     def _started(self) -> Iterator[Chunk]:
         """The chunks; over several ranks each one's statistics travel beside the next's logits."""
@@ -250,15 +240,10 @@ class Head:
     def _start(self, rows: slice, buffer: Tensor) -> Chunk:
         logits = buffer[: rows.stop - rows.start]
         torch.mm(self.x[rows], self.weight.t(), out=logits)
-        labels, options = self.labels[rows], self.options
+        labels = self.labels[rows]
         if self.shard.size == 1 and (self.for_hidden or self.for_weight):
             statistics = torch.ops.mcore_sft.cross_entropy_(
-                logits,
-                labels,
-                self.weights[rows],
-                self.shard.width,
-                options.z_loss,
-                options.label_smoothing,
+                logits, labels, self.factors[rows], self.shard.width
             )
         else:
             statistics = torch.ops.mcore_sft.cross_entropy_statistics(
@@ -266,22 +251,20 @@ class Head:
             )
         return Chunk(rows, logits, *self.shard.all_gather(statistics))
 
-    def _finish(self, chunk: Chunk) -> Figures:
-        rows, logits, options = chunk.rows, chunk.logits, self.options
+    def _finish(self, chunk: Chunk) -> Tensor:
+        rows, logits = chunk.rows, chunk.logits
         wait(chunk.arrival)
-        largest, log_sum, figures = combine(chunk.statistics, self.valid[rows], options)
+        largest, log_sum, of_label = combine(chunk.statistics)
+        token_loss = torch.where(self.valid[rows], log_sum - (of_label - largest), 0)
         if self.shard.size > 1 and (self.for_hidden or self.for_weight):
             torch.ops.mcore_sft.cross_entropy_gradient_(
                 logits,
                 self.labels[rows],
                 largest,
                 log_sum,
-                self.weights[rows],
+                self.factors[rows],
                 self.shard.first,
                 self.shard.width,
-                options.vocab_size,
-                options.z_loss,
-                options.label_smoothing,
             )
         if self.for_hidden:
             torch.mm(logits, self.weight, out=self.grad_x[rows])
@@ -293,7 +276,7 @@ class Head:
             machine = self.machine
             add = machine.add_product_exactly if rounded_again else machine.add_product
             add(self.grad_weight, logits.t(), self.x[rows], fresh)
-        return figures
+        return token_loss
 
     def _new_grad_weight(self) -> Tensor:
         """Where the chunks' gradients of the weight are added up, in fp32 if there are several."""
@@ -305,16 +288,15 @@ class Head:
         dtype = arithmetic(self.weight.dtype) if several else self.weight.dtype
         return torch.empty_like(self.weight, dtype=dtype)
 
-    def _check(self, weights: Tensor, main_grad: Tensor | None) -> None:
+    def _check(self, main_grad: Tensor | None) -> None:
         x, weight, labels = self.x, self.weight, self.labels
         if x.dtype != weight.dtype or x.shape[1:] != weight.shape[1:]:
             raise ValueError(
                 f"hidden is {x.dtype} {list(x.shape)}, weight {weight.dtype} {list(weight.shape)}: "
                 "expected one dtype and one width"
             )
-        for name, values in (("labels", labels), ("weights", weights)):
-            if values.shape != x.shape[:1]:
-                raise ValueError(f"{name} are {list(values.shape)}, expected [{len(x)}]: one a row")
+        if labels.shape != x.shape[:1]:
+            raise ValueError(f"labels are {list(labels.shape)}, expected [{len(x)}]: one a row")
         if main_grad is not None and (
             main_grad.shape != weight.shape or main_grad.dtype != arithmetic(weight.dtype)
         ):
@@ -326,44 +308,20 @@ class Head:
         torch._assert_async(
             (known | ~self.valid).all(),
             f"a label is neither below the vocabulary's size ({self.options.vocab_size}) nor "
-            f"ignore_index ({self.options.ignore_index})",
+            f"{IGNORE}",
         )
 
 
-def combine(statistics: Tensor, valid: Tensor, options: Options) -> tuple[Tensor, Tensor, Figures]:
-    """Statistics of every shard [ranks, C, 5] -> largest logit and log sum exp(z - largest) [C].
+def combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of every shard [ranks, C, 3] -> those of the whole rows [C].
 
-    The ranks are summed up in their order, so that every rank finds the same bits.
+    They are the largest logit, log sum exp(z - largest) and the label's logit. The ranks are summed
+    up in their order, so that every rank finds the same bits.
     """
-    most, exponentials, products, logits, of_label = statistics.unbind(-1)
+    most, exponentials, of_label = statistics.unbind(-1)
     largest = most.amax(0)
-    lower = most - largest
-    scale = lower.exp()
-    exponential_sum = (scale * exponentials).sum(0)
-    product_sum = (scale * (products + lower * exponentials)).sum(0)
-    log_sum = exponential_sum.log()
-    label_logit = of_label.sum(0)
-    token_loss = log_sum - (label_logit - largest)
-    if options.label_smoothing:
-        mean = logits.sum(0) / options.vocab_size
-        token_loss = token_loss + options.label_smoothing * (label_logit - mean)
-    if options.z_loss:
-        token_loss = token_loss + options.z_loss * (largest + log_sum).square()
-    return (
-        largest,
-        log_sum,
-        Figures(
-            token_loss=torch.where(valid, token_loss, 0),
-            log_normalizer=largest + log_sum,
-            entropy=log_sum - product_sum / exponential_sum,
-            hit=valid & (label_logit >= largest),
-        ),
-    )
-
-
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """weights * values, and 0 where the weight is, whatever the value."""
-    return torch.where(weights == 0, 0, weights * values)
+    log_sum = ((most - largest).exp() * exponentials).sum(0).log()
+    return largest, log_sum, of_label.sum(0)
 
 
 def split(rows: int, limit: int) -> list[slice]:

@@ -9,7 +9,7 @@ rows, D = model width, V = vocabulary rows of this rank (padding included).
 loss, in the forward pass, so that nothing is computed twice and no more logits exist at a time than
 those of a chunk of rows; csrc/ turns the logits of a chunk into their gradient in place, in fp32
 arithmetic. Only supervised rows enter the head. Over a tensor-parallel group each rank holds its
-own vocabulary rows; five numbers a row are exchanged, and combined in the order of the ranks.
+own vocabulary rows; three numbers a row are exchanged, and combined in the order of the ranks.
 """
 
 from typing import Any, NamedTuple
@@ -21,24 +21,16 @@ from torch.nn import functional
 
 from mcore_sft.ops import devices  # noqa: F401 (registers what the operators compute)
 from mcore_sft.ops.forward_mode import AUTOGRAD, refuse_forward_mode
-from mcore_sft.ops.head import Options, arithmetic, weighted
-
-IGNORE = -100
+from mcore_sft.ops.head import IGNORE, Options, arithmetic
 
 
 class LinearCrossEntropy(NamedTuple):
-    """What the operator says of R supervised rows; all but `loss` is free of gradients."""
+    """What the operator says of R supervised rows."""
 
     loss: Tensor
-    """Scalar, the sum of weights * token_loss; with reduction "none" [R], without the sum."""
+    """Scalar, the sum of token_loss; with reduction "none" [R], without the sum."""
     token_loss: Tensor
-    """[R], in nats, smoothing and z-loss included, without weights; 0 for an ignored row."""
-    log_normalizer: Tensor
-    """[R], log of the sum of exp(logits)."""
-    entropy: Tensor
-    """[R], of the distribution over the vocabulary, in nats."""
-    hit: Tensor
-    """bool [R], whether no logit is larger than the label's."""
+    """[R], in nats, free of gradients; 0 for an ignored row."""
 
 
 def linear_cross_entropy(
@@ -47,13 +39,9 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     rows: Tensor | None = None,
-    weights: Tensor | None = None,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    ignore_index: int = IGNORE,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     reduction: str = "sum",
     main_grad: Tensor | None = None,
 ) -> LinearCrossEntropy:
@@ -61,27 +49,24 @@ def linear_cross_entropy(
 
     hidden: [T, D], fp32 or bf16 (fp64 on the CPU); with `sequence_parallel` this rank's share.
     weight: [V, D], this rank's vocabulary rows [rank * V, rank * V + V) of the padded vocabulary.
-    labels: int64 [R], token ids below `vocab_size`, or `ignore_index`: that row counts for nothing.
+    labels: int64 [R], token ids below `vocab_size`, or `IGNORE`: that row counts for nothing.
     rows: int64 [R], increasing, ON THE CPU: numbers among all T rows. None means all of them.
-    weights: fp32 [R] factors of each row's loss; None means 1.
     vocab_size: columns that are no padding; None means all.
     group: the tensor-parallel ranks that share the vocabulary; None is one rank with all of it.
-    z_loss: adds z_loss * log_normalizer^2 (PaLM, arXiv 2204.02311, section 5).
-    label_smoothing: share of the target spread evenly over the vocabulary (arXiv 1512.00567).
     reduction: "sum", whose gradients are made in the forward pass; "none", for an upstream gradient
         that differs from row to row, computes the logits once more in the backward pass.
     main_grad: fp32 [V, D]. The weight's gradient is added to it, in the forward pass (not under
         no_grad), and what autograd is given for the weight is to be thrown away: Megatron-core does
         so where `weight.grad_added_to_main_grad`. A detached weight is given nothing. The upstream
-        gradient must be 1: put factors into `weights`. A weight that has another use must be
-        detached; and what runs the forward pass twice (checkpointing) adds twice.
+        gradient must be 1. A weight that has another use must be detached; and what runs the
+        forward pass twice (checkpointing) adds twice.
 
     Gradients flow to `hidden` and `weight`; there are no second derivatives and no forward-mode
     ones: asking for them is a RuntimeError. All ranks of `group` must agree in everything but their
     part of hidden and weight. ValueError and RuntimeError say what does not fit.
     """
-    refuse_forward_mode("linear_cross_entropy", hidden, weight, weights)
-    _check_options(reduction, label_smoothing, main_grad)
+    refuse_forward_mode("linear_cross_entropy", hidden, weight)
+    _check_reduction(reduction, main_grad)
     _check_tensors(hidden, weight, labels)
     ranks = dist.get_world_size(group) if group is not None else 1
     sharded = group is not None and ranks > 1
@@ -96,21 +81,8 @@ def linear_cross_entropy(
         vocab_size=vocab_size,
         group=group.group_name if group is not None and sharded else "",
         sequence_parallel=sequence_parallel and sharded,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
     )
-    precision = arithmetic(hidden.dtype)
-    if weights is None:
-        weights = torch.ones(labels.shape, dtype=precision, device=labels.device)
-    if weights.shape != labels.shape or weights.requires_grad:
-        raise ValueError(
-            f"weights are {list(weights.shape)}, requires_grad={weights.requires_grad}; expected "
-            f"{list(labels.shape)}, one a row, and detached: no gradient flows to them"
-        )
-    labels = labels.contiguous()
-    weights = torch.where(labels == ignore_index, 0, weights.to(precision))
-    tensors = (hidden, weight, labels, rows, weights)
+    tensors = (hidden, weight, labels.contiguous(), rows)
     for_hidden = torch.is_grad_enabled() and hidden.requires_grad
     for_weight = torch.is_grad_enabled() and weight.requires_grad
     if reduction == "none" and (for_hidden or for_weight):
@@ -119,19 +91,15 @@ def linear_cross_entropy(
     if main_grad is not None and torch.is_grad_enabled():
         into: Any = _IntoMainGrad
         return LinearCrossEntropy(*into.apply(*tensors, main_grad, options))
-    loss, *figures, _, _ = _operator(*tensors, *options, for_hidden, for_weight)
-    if reduction == "none":
-        loss = weighted(weights, figures[0])
-    return LinearCrossEntropy(loss, *figures)
+    loss, token_loss, _, _ = _operator(*tensors, None, *options, for_hidden, for_weight)
+    return LinearCrossEntropy(token_loss if reduction == "none" else loss, token_loss)
 
 
-def _check_options(reduction: str, label_smoothing: float, main_grad: Tensor | None) -> None:
+def _check_reduction(reduction: str, main_grad: Tensor | None) -> None:
     if reduction not in ("sum", "none"):
         raise ValueError(f'reduction is {reduction!r}, expected "sum" or "none"')
     if main_grad is not None and reduction == "none":
         raise ValueError('main_grad needs reduction "sum"')
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -156,34 +124,14 @@ def reference(
     labels: Tensor,
     *,
     rows: Tensor | None = None,
-    weights: Tensor | None = None,
     vocab_size: int | None = None,
-    ignore_index: int = IGNORE,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
 ) -> LinearCrossEntropy:
     """What `linear_cross_entropy` computes on one rank, by the book: R x V logits and autograd."""
     if rows is not None:
         hidden = hidden.index_select(0, rows.to(hidden.device))
-    logits = (hidden @ weight.t())[:, :vocab_size]
-    logits = logits.to(arithmetic(hidden.dtype))
-    log_normalizer = logits.logsumexp(1)
-    nll = functional.cross_entropy(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
-    counts = labels != ignore_index
-    token_loss = nll + z_loss * log_normalizer.square() * counts
-    with torch.no_grad():
-        log_p = logits.log_softmax(1)
-        entropy = -(log_p.exp() * log_p).sum(1)
-        of_label = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        hit = counts & (of_label >= logits.amax(1))
-    loss = (token_loss if weights is None else weights * token_loss).sum()
-    return LinearCrossEntropy(loss, token_loss.detach(), log_normalizer.detach(), entropy, hit)
+    logits = (hidden @ weight.t())[:, :vocab_size].to(arithmetic(hidden.dtype))
+    token_loss = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return LinearCrossEntropy(token_loss.sum(), token_loss.detach())
 
 
 _operator = torch.ops.mcore_sft.linear_cross_entropy
@@ -243,17 +191,16 @@ class _IntoMainGrad(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         rows: Tensor | None,
-        weights: Tensor,
         main_grad: Tensor,
         options: Options,
     ) -> tuple[Tensor, ...]:
         for_hidden = ctx.needs_input_grad[0]
-        loss, *figures, grad_hidden = _mutating_operator(
-            hidden, weight, labels, rows, weights, main_grad, *options, for_hidden
+        loss, token_loss, grad_hidden = _mutating_operator(
+            hidden, weight, labels, rows, main_grad, *options, for_hidden
         )
-        ctx.mark_non_differentiable(*figures)
+        ctx.mark_non_differentiable(token_loss)
         ctx.save_for_backward(grad_hidden, weight)
-        return loss, *figures
+        return loss, token_loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,13 +208,13 @@ class _IntoMainGrad(torch.autograd.Function):
         torch._assert_async(
             grad == 1,
             "the upstream gradient is not 1, but main_grad has the weight's gradient already: "
-            "put the factor into `weights`",
+            "scale the gradients after the backward pass",
         )
         grad_hidden, weight = ctx.saved_tensors
         return (
             grad_hidden if ctx.needs_input_grad[0] else None,
             torch.empty_like(weight) if ctx.needs_input_grad[1] else None,
-            *[None] * 5,
+            *[None] * 4,
         )
 
 
@@ -281,26 +228,23 @@ class _PerRow(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         rows: Tensor | None,
-        weights: Tensor,
         options: Options,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden, weight, labels, rows, weights)
+        ctx.save_for_backward(hidden, weight, labels, rows)
         ctx.options = options
-        _, *figures, _, _ = _operator(hidden, weight, labels, rows, weights, *options, False, False)
-        ctx.mark_non_differentiable(*figures)
-        return weighted(weights, figures[0]), *figures
+        _, token_loss, _, _ = _operator(hidden, weight, labels, rows, None, *options, False, False)
+        ctx.mark_non_differentiable(token_loss)
+        return token_loss.clone(), token_loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives(grad)
-        hidden, weight, labels, rows, weights = ctx.saved_tensors
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        upstream = weighted(weights, grad)
         *_, grad_hidden, grad_weight = _operator(
-            hidden, weight, labels, rows, upstream, *ctx.options, for_hidden, for_weight
+            *ctx.saved_tensors, grad, *ctx.options, for_hidden, for_weight
         )
         return (
             grad_hidden if for_hidden else None,
             grad_weight if for_weight else None,
-            *[None] * 4,
+            *[None] * 3,
         )

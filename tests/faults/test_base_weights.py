@@ -59,7 +59,7 @@ def changed(operator: Any, *arguments: Any) -> Callable[[Tensor], Tensor]:
     return function
 
 
-OPTIONS = (None, ONES, 101, "", False, -100, 0.0, 0.0)
+OPTIONS = (101, "", False)
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "sum": (lambda h, w: linear_cross_entropy(h, w, LABELS).loss, (HIDDEN, WEIGHT)),
     "none": (
@@ -67,21 +67,20 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         (HIDDEN, WEIGHT),
     ),
     "main_grad": (into_main_grad, (HIDDEN, WEIGHT)),
-    "weights": (lambda x: linear_cross_entropy(HIDDEN, WEIGHT, LABELS, weights=x).loss, (ONES,)),
     "operator": (
-        lambda h, w: OPS.linear_cross_entropy(h, w, LABELS, *OPTIONS, False, False)[0],
+        lambda h, w: OPS.linear_cross_entropy(h, w, LABELS, None, None, *OPTIONS, False, False)[0],
         (HIDDEN, WEIGHT),
     ),
     "main_grad operator": (
         lambda h, w: OPS.linear_cross_entropy_main_grad_(
-            h, w, LABELS, None, ONES, torch.zeros(104, 12), *OPTIONS[2:], False
+            h, w, LABELS, None, torch.zeros(104, 12), *OPTIONS, False
         )[0],
         (HIDDEN, WEIGHT),
     ),
     "statistics": (lambda x: OPS.cross_entropy_statistics(x, LABELS, 0, 101), (LOGITS,)),
-    "rows": (changed(OPS.cross_entropy_, LABELS, ONES, 101, 0.0, 0.0), (LOGITS,)),
+    "rows": (changed(OPS.cross_entropy_, LABELS, ONES, 101), (LOGITS,)),
     "rows' gradient": (
-        changed(OPS.cross_entropy_gradient_, LABELS, *[ONES] * 3, 0, 101, 101, 0.0, 0.0),
+        changed(OPS.cross_entropy_gradient_, LABELS, *[ONES] * 3, 0, 101),
         (LOGITS,),
     ),
     "scale": (changed(OPS.scale_, torch.tensor(2.0)), (LOGITS,)),

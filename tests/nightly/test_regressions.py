@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mcore_sft.config import RunConfig
 from mcore_sft.data import batch as batches
@@ -20,7 +19,7 @@ from mcore_sft.nightly.judge import judge
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
 from tests import runs
-from tests.test_planted import as_one_document, plant
+from tests.test_planted import as_one_document, plant, scaled
 
 STEPS = 4
 SHORT = tier.named("cpu").benchmark("short_dp2").gates
@@ -90,8 +89,7 @@ def mean_of_means(patch: pytest.MonkeyPatch) -> None:
 
     def wrap_head(head: Any) -> Any:
         def mean(*args: Any, **kwargs: Any) -> Any:
-            rows = len(args[2])
-            return head(*args, weights=torch.full((rows,), share[0] / rows), **kwargs)
+            return scaled(head, share[0] / len(args[2]), *args, **kwargs)
 
         return mean
 

@@ -42,10 +42,9 @@ class Rows:
 
     logits: Tensor
     labels: Tensor
-    weights: Tensor
+    factors: Tensor
+    """Of each row's gradient; a row of factor 0 counts for nothing."""
     width: int
-    z_loss: float = 0.0
-    smoothing: float = 0.0
 
 
 class Result(NamedTuple):
@@ -70,9 +69,7 @@ def by_autograd(rows: Rows, dtype: torch.dtype) -> Result:
     here = (rows.labels >= 0) & (rows.labels < rows.width)
     labels = rows.labels.where(here, 0)[:, None]
     log_p = z.log_softmax(1)
-    loss = -(1 - rows.smoothing) * log_p.gather(1, labels)[:, 0]
-    loss = loss - rows.smoothing / rows.width * log_p.sum(1) + rows.z_loss * z.logsumexp(1) ** 2
-    (rows.weights * loss).sum().backward()
+    (rows.factors * -log_p.gather(1, labels)[:, 0]).sum().backward()
     assert z.grad is not None
     gradient = torch.zeros(rows.logits.shape, dtype=dtype)
     gradient[:, : rows.width] = z.grad
@@ -80,7 +77,7 @@ def by_autograd(rows: Rows, dtype: torch.dtype) -> Result:
     largest = z.amax(1)
     x = z - largest[:, None]
     of_label = z.gather(1, labels)[:, 0] * here
-    statistics = [largest, x.exp().sum(1), (x.exp() * x).sum(1), z.sum(1), of_label]
+    statistics = [largest, x.exp().sum(1), of_label]
     rounded = gradient if dtype == FP64 else gradient.to(rows.logits.dtype)
     return Result(torch.stack(statistics, dim=1), rounded)
 
@@ -91,10 +88,8 @@ def in_one(rows: Rows, device: str) -> Result:
     statistics = torch.ops.mcore_sft.cross_entropy_(
         logits,
         rows.labels.to(device),
-        values(rows.weights, logits),
+        values(rows.factors, logits),
         rows.width,
-        rows.z_loss,
-        rows.smoothing,
     )
     assert statistics.dtype == (FP64 if rows.logits.dtype == FP64 else FP32)
     return Result(statistics.cpu(), logits.cpu())
@@ -120,24 +115,19 @@ def in_shards(rows: Rows, device: str, size: int) -> Result:
             labels,
             values(statistics[:, 0], shard),
             values(statistics[:, 1].log(), shard),
-            values(rows.weights, shard),
+            values(rows.factors, shard),
             first,
             width,
-            rows.width,
-            rows.z_loss,
-            rows.smoothing,
         )
     return Result(statistics, torch.cat(shards, dim=1).cpu())
 
 
 def combine(of_shards: Tensor) -> Tensor:
-    """The statistics of whole rows from those of their shards [S, C, 5], in fp64."""
-    largest, exponentials, products, logits, of_label = of_shards.double().unbind(2)
+    """The statistics of whole rows from those of their shards [S, C, 3], in fp64."""
+    largest, exponentials, of_label = of_shards.double().unbind(2)
     most = largest.amax(0)
-    x = (largest - most).clamp(min=-1e30)
-    products = (x.exp() * (products + x * exponentials)).sum(0)
-    exponentials = (x.exp() * exponentials).sum(0)
-    return torch.stack([most, exponentials, products, logits.sum(0), of_label.sum(0)], dim=1)
+    exponentials = ((largest - most).clamp(min=-1e30).exp() * exponentials).sum(0)
+    return torch.stack([most, exponentials, of_label.sum(0)], dim=1)
 
 
 def values(of_rows: Tensor, logits: Tensor) -> Tensor:
@@ -150,21 +140,18 @@ def check(found: Result, rows: Rows) -> None:
     exact, plain = by_autograd(rows, FP64), by_autograd(rows, FP32)
     precise = rows.logits.dtype == FP64
     rounding = 1e-11 if precise else 4 * torch.finfo(FP32).eps  # autograd itself is no better
-    z = rows.logits[:, : rows.width].double()
-    sizes = exact.statistics.abs()
-    sizes[:, 3] = z.abs().sum(1)
     error = (found.statistics - exact.statistics).abs()
     allowed = 0 if precise else (plain.statistics - exact.statistics).abs()
-    assert (error <= allowed + rounding * sizes).all(), error
-    assert torch.equal(found.statistics[:, [0, 4]].double(), exact.statistics[:, [0, 4]])
+    assert (error <= allowed + rounding * exact.statistics.abs()).all(), error
+    assert torch.equal(found.statistics[:, [0, 2]].double(), exact.statistics[:, [0, 2]])
 
     assert found.gradient.dtype == rows.logits.dtype
     error = (found.gradient.double() - exact.gradient).abs().amax(1)
     allowed = 0 if precise else (plain.gradient.double() - exact.gradient).abs().amax(1)
-    sizes = exact.gradient.abs().amax(1) + rows.weights * rows.smoothing
-    assert (error <= allowed + rounding * sizes + 1e-14 * rows.weights).all(), error
+    sizes = exact.gradient.abs().amax(1)
+    assert (error <= allowed + rounding * sizes + 1e-14 * rows.factors).all(), error
     assert not found.gradient[:, rows.width :].any()
-    assert not found.gradient[rows.weights == 0].any()
+    assert not found.gradient[rows.factors == 0].any()
 
 
 # Fewer columns than a vector holds, rows that start anywhere, more than the threads read at once,
@@ -174,15 +161,13 @@ def check(found: Result, rows: Rows) -> None:
 def test_one_shard(where: Where, vocab_size: int, padding: int) -> None:
     rows = draw(where.dtype, vocab_size, padding)
     check(in_one(rows, where.device), rows)
-    rows = replace(rows, z_loss=1e-3, smoothing=0.1)
-    check(in_one(rows, where.device), rows)
 
 
 @pytest.mark.parametrize(("vocab_size", "padding"), [(7, 1), (701, 899), (9001, 1234)])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards(where: Where, vocab_size: int, padding: int, size: int) -> None:
     """Of four shards of 400 columns the third and fourth hold little or nothing but padding."""
-    rows = replace(draw(where.dtype, vocab_size, padding), z_loss=1e-3, smoothing=0.1)
+    rows = draw(where.dtype, vocab_size, padding)
     check(in_shards(rows, where.device, size), rows)
 
 
@@ -196,13 +181,13 @@ def test_small_and_large_logits(where: Where, scale: float, shift: float) -> Non
 
 def test_no_row_and_no_column(where: Where) -> None:
     rows = draw(where.dtype, 40)
-    none = replace(rows, logits=rows.logits[:0], labels=rows.labels[:0], weights=rows.weights[:0])
+    none = replace(rows, logits=rows.logits[:0], labels=rows.labels[:0], factors=rows.factors[:0])
     for found in (in_one(none, where.device), in_shards(none, where.device, 2)):
-        assert found.statistics.shape == (0, 5)
+        assert found.statistics.shape == (0, 3)
     padding = replace(rows, width=0)
     found = in_one(padding, where.device)
     lowest = torch.finfo(found.statistics.dtype).min
-    assert found.statistics.tolist() == [[lowest, 0, 0, 0, 0]] * 4
+    assert found.statistics.tolist() == [[lowest, 0, 0]] * 4
     assert not found.gradient.any()
 
 
@@ -211,7 +196,7 @@ def test_no_row_and_no_column(where: Where) -> None:
 def test_nan_and_inf_reach_their_row_and_no_other(where: Where, poison: float, column: int) -> None:
     clean = draw(where.dtype, 701)
     logits = clean.logits.clone()
-    logits[0, column] = logits[2, column] = poison  # row 2 has weight 0
+    logits[0, column] = logits[2, column] = poison  # row 2 has factor 0
     poisoned = replace(clean, logits=logits)
     for found, untouched in (
         (in_one(poisoned, where.device), in_one(clean, where.device)),
@@ -229,19 +214,18 @@ def test_a_column_at_minus_infinity_has_no_share(where: Where) -> None:
     rows.labels[0] = 3
     rows.logits[0, 350:] = -torch.inf
     alone = replace(rows, logits=rows.logits[:1, :350], labels=rows.labels[:1], width=350)
-    alone = replace(alone, logits=alone.logits.contiguous(), weights=rows.weights[:1])
+    alone = replace(alone, logits=alone.logits.contiguous(), factors=rows.factors[:1])
     for run in (in_one, lambda rows, device: in_shards(rows, device, 3)):
         found, expected = run(rows, where.device), run(alone, where.device)
-        assert torch.allclose(found.statistics[0, :3], expected.statistics[0, :3], rtol=1e-6)
-        assert found.statistics[0, 3] == -torch.inf
+        assert torch.allclose(found.statistics[0], expected.statistics[0], rtol=1e-6)
         assert not found.gradient[0, 350:].any()
 
 
 @pytest.mark.parametrize("vocab_size", [704, 40000])
 def test_the_same_bits_again_and_in_other_company(where: Where, vocab_size: int) -> None:
-    rows = replace(draw(where.dtype, vocab_size, padding=8), z_loss=1e-3)
+    rows = draw(where.dtype, vocab_size, padding=8)
     first = in_one(rows, where.device)
-    last = replace(rows, logits=rows.logits[3:], labels=rows.labels[3:], weights=rows.weights[3:])
+    last = replace(rows, logits=rows.logits[3:], labels=rows.labels[3:], factors=rows.factors[3:])
     for again, alone, whole in zip(
         in_one(rows, where.device), in_one(last, where.device), first, strict=True
     ):
@@ -263,8 +247,8 @@ def test_wrong_inputs_are_named(where: Where) -> None:
         run(labels=rows.labels.int())
     with pytest.raises(RuntimeError, match="labels"):
         run(labels=rows.labels[:3])
-    with pytest.raises(RuntimeError, match="weights"):
-        run(weights=rows.weights[:3])
+    with pytest.raises(RuntimeError, match="factors"):
+        run(factors=rows.factors[:3])
     with pytest.raises(RuntimeError, match="width is 41, expected 0 to 40"):
         run(width=41)
 
@@ -276,7 +260,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         rows,
         logits=rows.logits.repeat(16, 1),
         labels=rows.labels.repeat(16),
-        weights=rows.weights.repeat(16),
+        factors=rows.factors.repeat(16),
     )
     before = torch.get_num_threads()
     try:
