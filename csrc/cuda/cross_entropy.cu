@@ -1,11 +1,16 @@
-// The passes over rows of logits on NVIDIA GPUs: one block of threads a row, so that no sum crosses
-// blocks and every run gives the same bits.
+// The passes over rows of logits on NVIDIA GPUs. A row belongs to one block of threads or to one
+// cluster of blocks, and its parts are added up in their order: every run gives the same bits.
 //
-// All are bound by memory. What needs both the sums and the gradient reads its row twice in one
-// kernel, the second time backwards, from where the first ended: with one block of 1024 threads on
-// each multiprocessor the rows under way (128,256 columns in bf16: 132 x 251 KB = 33 MB on an H100,
-// 108 x 251 KB = 27 MB on an A100) stay in the L2 cache of 50 or 40 MB, and their newest parts in
-// L1. Memory is read once and written once.
+// All are bound by memory. What needs both the sums and the gradient takes one of two ways:
+//
+// From compute capability 9.0 on, a cluster of four blocks reads the row once and keeps it, each
+// block its part, in shared memory (128,256 columns in bf16: four times 63 KB, three such blocks on
+// a multiprocessor). Two numbers a block are exchanged.
+//
+// Elsewhere, and where a row is too short or too long for that, one block reads it twice, the second
+// time backwards, from where the first ended: with one block of 1024 threads on each multiprocessor
+// the rows under way (128,256 columns in bf16 on an A100: 108 x 251 KB = 27 MB) stay in the L2 cache
+// of 40 MB, and their newest parts in L1. Memory is read once and written once.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -19,6 +24,8 @@
 #include <cfloat>
 #include <climits>
 #include <cstdint>
+
+#include "device.h"
 
 namespace {
 
@@ -39,10 +46,21 @@ struct Job {
 
 constexpr int kStatistics = 3;
 constexpr int kWarp = 32;
-constexpr int kLoads = 4;  // vectors that a thread asks for before it uses the first
+constexpr int kLoads = 4;    // vectors that a thread asks for before it uses the first
+constexpr int kCluster = 4;  // blocks
+constexpr int kFewestThreads = 4 * kWarp;
 
-// A block for both passes has a multiprocessor to itself: 1024 threads of more than 32 registers.
-constexpr int most_threads(Kind kind) { return kind == Kind::kBoth ? 1024 : 512; }
+// A block that makes both passes alone has a multiprocessor to itself: 1024 threads of more than 32
+// registers.
+constexpr int most_threads(Kind kind, int blocks) {
+  return kind == Kind::kBoth && blocks == 1 ? 1024 : 512;
+}
+
+// For which a multiprocessor has registers: as many as it has shared memory for; 0 is any number.
+template <typename Element>
+constexpr int fewest_blocks(int blocks) {
+  return blocks > 1 && sizeof(Element) < sizeof(float) ? 3 : 0;
+}
 
 __device__ float value(float element) { return element; }
 __device__ float value(__nv_bfloat16 element) { return __bfloat162float(element); }
@@ -54,10 +72,7 @@ __device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_r
 // hardware's own, whose error of 2^-22 + |x| 2^-24 is far below a rounding to bf16.
 template <typename Element>
 __device__ float exponential(float x) {
-  if constexpr (sizeof(Element) == sizeof(float)) return expf(x);
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
-  return result;
+  return sizeof(Element) == sizeof(float) ? expf(x) : power_of_two(x * 1.44269504f);
 }
 
 // 16 bytes of a row.
@@ -106,11 +121,12 @@ struct Span {
   static constexpr int kLanes = Vector<Element>::kLanes;
 
   Element* begin;
+  int count;
   int head;     // elements before the first vector
   int vectors;
   int edges;    // elements in no vector, before and after
 
-  __device__ Span(Element* begin, int count) : begin(begin) {
+  __device__ Span(Element* begin, int count) : begin(begin), count(count) {
     const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % sizeof(uint4));
     head = past == 0 ? 0 : min(count, static_cast<int>((sizeof(uint4) - past) / sizeof(Element)));
     vectors = (count - head) / kLanes;
@@ -121,6 +137,12 @@ struct Span {
 
   __device__ Element* edge(int i) const {
     return begin + (i < head ? i : vectors * kLanes + i);
+  }
+
+  // Where part i of so many begins: before a whole vector, but for the first part and the end.
+  __device__ int cut(int i, int parts) const {
+    if (i == parts) return count;
+    return i == 0 ? 0 : head + min(i * ((vectors + parts - 1) / parts), vectors) * kLanes;
   }
 
   // The thread that reads and writes this column.
@@ -153,9 +175,9 @@ __device__ void add(Sums& sums, const float (&logits)[kCount]) {
   sums.exponentials += total;
 }
 
-// The sums of what this thread reads of the row.
+// The sums of what this thread reads; its vectors stay in `kept` where there is such.
 template <typename Element>
-__device__ Sums thread_sums(const Span<Element>& span) {
+__device__ Sums thread_sums(const Span<Element>& span, uint4* kept) {
   constexpr int kLanes = Span<Element>::kLanes;
   const int thread = threadIdx.x, threads = blockDim.x;
   const uint4* const body = span.body();
@@ -170,6 +192,7 @@ __device__ Sums thread_sums(const Span<Element>& span) {
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       if (start + k * threads >= span.vectors) break;
+      if (kept) kept[start + k * threads] = raw[k];
       Vector<Element>::unpack(raw[k], z);
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) largest = fmaxf(largest, z[i]);  // fmaxf leaves NaN out
@@ -205,12 +228,30 @@ __device__ float reduce(float value, float neutral, Combine combine, float (&of_
   return value;
 }
 
+// The sums of a row from those of its parts, one in each block of the cluster.
 template <typename Element>
-__device__ Sums row_sums(const Span<Element>& span) {
-  __shared__ float of_warps[2][kWarp];
+__device__ Sums exchange(const Sums& own) {
+  auto& of_blocks = shared<float2[kCluster]>();
+  const int thread = threadIdx.x;
+  wait_for_cluster();  // since its begin: the others are there
+  if (thread < kCluster)
+    *in_block(&of_blocks[rank_in_cluster()], thread) = {own.largest, own.exponentials};
+  arrive_at_cluster();
+  wait_for_cluster();
+  Sums sums;
+  for (const float2& part : of_blocks) sums.largest = fmaxf(sums.largest, part.x);
+  for (const float2& part : of_blocks)
+    sums.exponentials += part.y * exponential<Element>(part.x - sums.largest);
+  return sums;
+}
+
+// Those of what the block reads.
+template <typename Element>
+__device__ Sums block_sums(const Span<Element>& span, uint4* kept) {
+  auto& of_warps = shared<float[2][kWarp]>();
   const auto larger = [](float a, float b) { return fmaxf(a, b); };
   const auto plus = [](float a, float b) { return a + b; };
-  Sums sums = thread_sums(span);
+  Sums sums = thread_sums(span, kept);
   rescale<Element>(sums, reduce(sums.largest, -FLT_MAX, larger, of_warps[0]));
   sums.exponentials = reduce(sums.exponentials, 0, plus, of_warps[1]);
   return sums;
@@ -223,10 +264,11 @@ __device__ void zero(const Span<Element>& span) {
   if (thread < span.edges) store(span.edge(thread), 0);
 }
 
-// factor exp(d) in place of z, with d = z - largest - log_sum, from the end to the begin.
+// factor exp(d) in place of z, with d = z - largest - log_sum, from the end to the begin; the
+// vectors of z are those at `kept`.
 template <typename Element>
-__device__ void write_gradient(const Span<Element>& span, float largest, float log_sum,
-                               float factor) {
+__device__ void write_gradient(const Span<Element>& span, const uint4* kept, float largest,
+                               float log_sum, float factor) {
   constexpr int kLanes = Span<Element>::kLanes;
   const int thread = threadIdx.x, threads = blockDim.x;
   uint4* const body = span.body();
@@ -242,7 +284,7 @@ __device__ void write_gradient(const Span<Element>& span, float largest, float l
     uint4 raw[kLoads] = {};
 #pragma unroll
     for (int k = kLoads - 1; k >= 0; --k)
-      if (start + k * threads < span.vectors) raw[k] = body[start + k * threads];
+      if (start + k * threads < span.vectors) raw[k] = kept[start + k * threads];
 #pragma unroll
     for (int k = kLoads - 1; k >= 0; --k) {
       if (start + k * threads >= span.vectors) continue;
@@ -256,24 +298,35 @@ __device__ void write_gradient(const Span<Element>& span, float largest, float l
   }
 }
 
-template <typename Element, Kind kKind>
-__global__ void __launch_bounds__(most_threads(kKind)) pass(const __grid_constant__ Job job) {
-  const int64_t r = blockIdx.x;
+template <typename Element, Kind kKind, int kBlocks>
+__global__ void __launch_bounds__(most_threads(kKind, kBlocks), fewest_blocks<Element>(kBlocks))
+    pass(const __grid_constant__ Job job) {
+  constexpr bool kAlone = kBlocks == 1;
+  if constexpr (!kAlone) arrive_at_cluster();
+  const int64_t r = blockIdx.x / kBlocks;
+  const int part = kAlone ? 0 : rank_in_cluster();
   Element* const row = static_cast<Element*>(job.logits) + r * job.stride;
-  const Span<Element> span(row, job.width);
+  const Span<Element> whole(row, job.width);
+  const int begin = whole.cut(part, kBlocks), end = whole.cut(part + 1, kBlocks);
+  const Span<Element> span(row + begin, end - begin);
   const int64_t label = job.labels[r];
-  const bool here = job.first <= label && label - job.first < job.width;
-  const int column = here ? static_cast<int>(label - job.first) : 0;
+  const float factor = kKind == Kind::kStatistics ? 0 : job.factors[r];
+  const bool in_row = job.first <= label && label - job.first < job.width;
+  const int column = in_row ? static_cast<int>(label - job.first) : 0;
   // One thread alone reads, overwrites and then mends the label's element: no barrier is needed.
-  const bool owner = static_cast<int>(threadIdx.x) == (here ? span.owner(column) : 0);
-  const float of_label = owner && here ? value(row[column]) : 0;
+  const bool in_part = kAlone || (begin <= column && column < end);
+  const int of_column = in_row ? span.owner(column - begin) : 0;
+  const bool owner = in_part && static_cast<int>(threadIdx.x) == of_column;
+  const float of_label = owner && in_row ? value(row[column]) : 0;
 
+  uint4* const kept = kAlone ? nullptr : shared_of_launch();
   float largest, log_sum;
   if constexpr (kKind == Kind::kGradient) {
     largest = job.largest[r];
     log_sum = job.log_sum[r];
   } else {
-    const Sums sums = row_sums(span);
+    Sums sums = block_sums(span, kept);
+    if constexpr (!kAlone) sums = exchange<Element>(sums);
     if (owner) {
       float* const statistics = job.statistics + r * kStatistics;
       statistics[0] = sums.largest;
@@ -285,26 +338,71 @@ __global__ void __launch_bounds__(most_threads(kKind)) pass(const __grid_constan
   }
 
   if constexpr (kKind != Kind::kStatistics) {
-    const float factor = job.factors[r];
     if (factor == 0) {  // whatever the logits hold
-      zero(Span<Element>(row, job.stride));
-      return;
+      zero(span);
+    } else {
+      write_gradient(span, kAlone ? span.body() : kept, largest, log_sum, factor);
+      // exp(d) - 1 before any rounding: most labels of a trained model have p near 1
+      if (owner && in_row) store(row + column, factor * expm1f(of_label - largest - log_sum));
     }
-    write_gradient(span, largest, log_sum, factor);
-    zero(Span<Element>(row + job.width, job.stride - job.width));
-    // exp(d) - 1 before any rounding: most labels of a trained model have p near 1
-    if (owner && here) store(row + column, factor * expm1f(of_label - largest - log_sum));
+    if (part == kBlocks - 1) zero(Span<Element>(row + job.width, job.stride - job.width));
   }
 }
 
-template <typename Element, Kind kKind>
-void launch(const Job& job, int64_t rows, cudaStream_t stream) {
+template <typename Element, Kind kKind, int kBlocks>
+void launch(const Job& job, int64_t rows, size_t shared_bytes, cudaStream_t stream) {
   // A row that fits is read at once; a longer one by as many threads as may be.
-  const int vectors = job.stride / Vector<Element>::kLanes;
-  const int threads = std::clamp(static_cast<int>(std::bit_ceil(vectors / kLoads + 1u)), 4 * kWarp,
-                                 most_threads(kKind));
-  pass<Element, kKind><<<static_cast<unsigned>(rows), threads, 0, stream>>>(job);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const int vectors = job.stride / Vector<Element>::kLanes / kBlocks;
+  const int threads = std::clamp(static_cast<int>(std::bit_ceil(vectors / kLoads + 1u)),
+                                 kFewestThreads, most_threads(kKind, kBlocks));
+  const auto kernel = &pass<Element, kKind, kBlocks>;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(rows * kBlocks);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  if constexpr (kBlocks > 1) {
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+  }
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, job));
+}
+
+int ask(cudaDeviceAttr attribute, int32_t device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// Shared memory in which each block of a cluster keeps its part of a row; 0 where one block is better
+// or has to do.
+template <typename Element>
+size_t cluster_bytes(const Job& job, int32_t device) {
+  const int vectors = job.width / Vector<Element>::kLanes;
+  if (vectors < kCluster * kFewestThreads * kLoads) return 0;  // such a row stays in the L1 cache
+  if (ask(cudaDevAttrComputeCapabilityMajor, device) < 9) return 0;
+  const size_t bytes = (vectors / kCluster + 1) * sizeof(uint4);
+  const size_t beside = 1024;  // of the kernel itself, at most
+  const int room = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes + beside <= static_cast<size_t>(room) ? bytes : 0;
+}
+
+template <typename Element, Kind kKind>
+void launch_best(const Job& job, int64_t rows, int32_t device, cudaStream_t stream) {
+  if constexpr (kKind == Kind::kBoth) {
+    if (const size_t bytes = cluster_bytes<Element>(job, device)) {
+      launch<Element, kKind, kCluster>(job, rows, bytes, stream);
+      return;
+    }
+  }
+  launch<Element, kKind, 1>(job, rows, 0, stream);
 }
 
 template <Kind kKind>
@@ -315,9 +413,9 @@ void run(const Tensor& logits, const Job& job) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const auto launch_typed = logits.scalar_type() == ScalarType::Float
-                                ? &launch<float, kKind>
-                                : &launch<__nv_bfloat16, kKind>;
-  launch_typed(job, logits.size(0), static_cast<cudaStream_t>(stream));
+                                ? &launch_best<float, kKind>
+                                : &launch_best<__nv_bfloat16, kKind>;
+  launch_typed(job, logits.size(0), device, static_cast<cudaStream_t>(stream));
 }
 
 void check_rows(const Tensor& values, const char* name, ScalarType type, const Tensor& logits) {
@@ -327,9 +425,8 @@ void check_rows(const Tensor& values, const char* name, ScalarType type, const T
   STD_TORCH_CHECK(values.size(0) == logits.size(0), "cross_entropy: ", name, " has ",
                   values.size(0), " elements, expected one for each of the ", logits.size(0),
                   " rows of logits");
-  STD_TORCH_CHECK(values.is_cuda() && values.get_device_index() == logits.get_device_index(),
-                  "cross_entropy: ", name, " is on another device than logits (cuda:",
-                  logits.get_device_index(), ")");
+  STD_TORCH_CHECK(values.device() == logits.device(), "cross_entropy: ", name,
+                  " is on another device than logits (", logits.get_device_index(), ")");
 }
 
 const float* check_values(const Tensor& values, const char* name, const Tensor& logits) {
@@ -343,9 +440,9 @@ Job job_of(const Tensor& logits, const Tensor& labels, int64_t first, int64_t wi
                   "cross_entropy: logits are ", toString(type), ", expected Float or BFloat16");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "cross_entropy: logits have ",
                   logits.dim(), " dimensions, expected contiguous [C, V]");
-  STD_TORCH_CHECK(logits.size(0) <= INT_MAX && logits.size(1) <= INT_MAX / 2,
+  STD_TORCH_CHECK(logits.size(0) <= INT_MAX / kCluster && logits.size(1) <= INT_MAX / 2,
                   "cross_entropy: logits are [", logits.size(0), ", ", logits.size(1),
-                  "], expected at most ", INT_MAX, " rows and ", INT_MAX / 2, " columns");
+                  "], expected at most ", INT_MAX / kCluster, " rows and ", INT_MAX / 2, " columns");
   STD_TORCH_CHECK(0 <= width && width <= logits.size(1), "cross_entropy: width is ", width,
                   ", expected 0 to ", logits.size(1));
   STD_TORCH_CHECK(first >= 0, "cross_entropy: first is ", first, ", expected at least 0");
