@@ -92,8 +92,8 @@ def _head_into_main_grad(machine: Machine) -> Callable[..., tuple[Tensor, ...]]:
 
 
 for _device, _machine, _scale in (
-    ("cpu", Machine(_chunk_rows_cpu, _add_product_cpu, _add_product_exactly_cpu), _scale_cpu),
-    ("cuda", Machine(_chunk_rows_cuda, _add_product_cuda, _add_product_cuda), _scale_cuda),
+    ("cpu", Machine(_chunk_rows_cpu, 16, _add_product_cpu, _add_product_exactly_cpu), _scale_cpu),
+    ("cuda", Machine(_chunk_rows_cuda, 128, _add_product_cuda, _add_product_cuda), _scale_cuda),
 ):
     torch.library.impl(_HEAD, _device, _head(_machine))
     torch.library.impl(_HEAD + "_main_grad_", _device, _head_into_main_grad(_machine))

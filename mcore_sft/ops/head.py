@@ -48,6 +48,8 @@ class Machine:
 
     chunk_rows: Callable[[Tensor], int]
     """Weight -> how many rows of logits are held at a time, at most."""
+    tile: int
+    """Rows that a matrix product computes together."""
     add_product: Callable[[Tensor, Tensor, Tensor, bool], None]
     """(sum, left, right, fresh): sum += left @ right, = where fresh, in the sum's precision."""
     add_product_exactly: Callable[[Tensor, Tensor, Tensor, bool], None]
@@ -203,7 +205,7 @@ class Head:
         if for_weight and main_grad is None and weight.element_size() == 2:
             # Several chunks would need a sum in fp32: as many bytes hold 2 D rows of logits.
             limit = 2 * max(limit, weight.shape[1])
-        self.chunks = split(len(labels), limit)
+        self.chunks = split(len(labels), limit, machine.tile)
         self.grad_x = torch.empty_like(self.x) if for_hidden else self.x.new_empty(0)
         self.main_grad = main_grad
         self.grad_weight = self._new_grad_weight() if main_grad is None else main_grad
@@ -213,8 +215,7 @@ class Head:
 
         The weight's gradient is added to `main_grad` where there is one, and then not returned.
         """
-        losses = [self._finish(chunk) for chunk in self._started()]
-        token_loss = torch.cat(losses) if losses else torch.empty_like(self.factors)
+        token_loss = self._losses([self._finish(chunk) for chunk in self._started()])
         loss = token_loss.sum(dtype=torch.float64).to(token_loss.dtype)
         grad_hidden = self.compaction.finish_return() if self.for_hidden else self.grad_x
         if self.main_grad is None:
@@ -254,9 +255,8 @@ class Head:
     def _finish(self, chunk: Chunk) -> Tensor:
         rows, logits = chunk.rows, chunk.logits
         wait(chunk.arrival)
-        largest, log_sum, of_label = combine(chunk.statistics)
-        token_loss = torch.where(self.valid[rows], log_sum - (of_label - largest), 0)
         if self.shard.size > 1 and (self.for_hidden or self.for_weight):
+            largest, log_sum, _ = combine(chunk.statistics)
             torch.ops.mcore_sft.cross_entropy_gradient_(
                 logits,
                 self.labels[rows],
@@ -276,7 +276,14 @@ class Head:
             machine = self.machine
             add = machine.add_product_exactly if rounded_again else machine.add_product
             add(self.grad_weight, logits.t(), self.x[rows], fresh)
-        return token_loss
+        return chunk.statistics
+
+    def _losses(self, statistics: list[Tensor]) -> Tensor:
+        """Each row's, once for all chunks: many small steps, which no product waits for."""
+        if not statistics:
+            return torch.empty_like(self.factors)
+        largest, log_sum, of_label = combine(torch.cat(statistics, dim=1))
+        return torch.where(self.valid, log_sum - (of_label - largest), 0)
 
     def _new_grad_weight(self) -> Tensor:
         """Where the chunks' gradients of the weight are added up, in fp32 if there are several."""
@@ -324,13 +331,15 @@ def combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return largest, log_sum, of_label.sum(0)
 
 
-def split(rows: int, limit: int) -> list[slice]:
-    """As few chunks of at most `limit` rows as will do, all (but the last) of one length."""
+def split(rows: int, limit: int, tile: int) -> list[slice]:
+    """As few chunks of at most `limit` rows as will do, even but for a tile, the longest first."""
     if rows == 0:
         return []
-    number = -(-rows // limit)
-    length = min(limit, -(-rows // (number * 16)) * 16)
-    return [slice(begin, min(begin + length, rows)) for begin in range(0, rows, length)]
+    tiles = -(-rows // tile)
+    number = -(-tiles // max(1, limit // tile))
+    even, longer = divmod(tiles, number)
+    bounds = [min((i * even + min(i, longer)) * tile, rows) for i in range(number + 1)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def wait(work: dist.Work | None) -> None:

@@ -56,10 +56,10 @@ def linear_cross_entropy(
     reduction: "sum", whose gradients are made in the forward pass; "none", for an upstream gradient
         that differs from row to row, computes the logits once more in the backward pass.
     main_grad: fp32 [V, D]. The weight's gradient is added to it, in the forward pass (not under
-        no_grad), and what autograd is given for the weight is to be thrown away: Megatron-core does
-        so where `weight.grad_added_to_main_grad`. A detached weight is given nothing. The upstream
-        gradient must be 1. A weight that has another use must be detached; and what runs the
-        forward pass twice (checkpointing) adds twice.
+        no_grad), and autograd is given an empty one for it, which Megatron-core throws away where
+        `weight.grad_added_to_main_grad`. A detached weight is given nothing. The upstream gradient
+        must be 1. A weight that has another use must be detached; and what runs the forward pass
+        twice (checkpointing) adds twice.
 
     Gradients flow to `hidden` and `weight`; there are no second derivatives and no forward-mode
     ones: asking for them is a RuntimeError. All ranks of `group` must agree in everything but their
@@ -213,9 +213,18 @@ class _IntoMainGrad(torch.autograd.Function):
         grad_hidden, weight = ctx.saved_tensors
         return (
             grad_hidden if ctx.needs_input_grad[0] else None,
-            torch.empty_like(weight) if ctx.needs_input_grad[1] else None,
+            _empty_gradient(weight) if ctx.needs_input_grad[1] else None,
             *[None] * 4,
         )
+
+
+def _empty_gradient(weight: Tensor) -> Tensor:
+    """One without entries, so that hooks run and nothing is added.
+
+    It is sparse: torch copies a dense one of stride 0 to its full size before it keeps it.
+    """
+    traced = torch.compiler.is_compiling()  # where sparse tensors are unknown
+    return torch.zeros_like(weight, layout=torch.strided if traced else torch.sparse_coo)
 
 
 class _PerRow(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from mcore_sft.ops import library
+from mcore_sft.ops import head, library
 from mcore_sft.ops.linear_cross_entropy import (
     IGNORE,
     LinearCrossEntropy,
@@ -178,6 +178,7 @@ def test_the_gradient_of_the_weight_is_added_to_main_grad(dtype: torch.dtype, de
     plain = compute(reference, case(), dtype, device=device)
     main_grad = torch.full((PADDED, D), 3.0, device=device)
     ours = compute(linear_cross_entropy, case(), dtype, device=device, main_grad=main_grad)
+    assert not ours.weight.to_dense().any()  # what autograd is given
     assert_no_worse_than_plain(replace(ours, weight=main_grad.cpu() - 3), plain, exact)
 
 
@@ -484,7 +485,22 @@ def test_compiles_into_one_graph(form: str) -> None:
         assert torch.allclose(eager, compiled, rtol=1e-6, atol=1e-7)
 
 
-# --- memory ---
+# --- chunks and memory ---
+
+
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 129, 4096, 4097, 5325, 8192, 31337])
+@pytest.mark.parametrize(("limit", "tile"), [(4096, 128), (448, 16), (100, 128)])
+def test_chunks_are_few_and_even_but_for_a_tile(rows: int, limit: int, tile: int) -> None:
+    chunks = head.split(rows, limit, tile)
+    assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
+    lengths = [chunk.stop - chunk.start for chunk in chunks]
+    largest = max(limit // tile, 1)
+    assert len(chunks) == math.ceil(math.ceil(rows / tile) / largest)
+    assert all(0 < length <= largest * tile for length in lengths)
+    assert all(length % tile == 0 for length in lengths[:-1])
+    tiles = [math.ceil(length / tile) for length in lengths]
+    assert tiles == sorted(tiles, reverse=True)
+    assert not tiles or tiles[0] - tiles[-1] <= 1
 
 
 def peak(function: Callable[[], Any], folder: Path) -> int:
@@ -525,6 +541,12 @@ def test_memory_is_one_chunk_of_logits_beyond_the_gradients(
 
     beside = max(weight_gradient, product)
     assert peak(train, tmp_path) <= chunk + 2 * gradient + beside + 64 * rows
+
+    def finish() -> None:
+        loss.backward()
+
+    loss = linear_cross_entropy(hidden, weight, labels, main_grad=main_grad).loss
+    assert peak(finish, tmp_path) <= 64 * rows
 
     def validate() -> None:
         with torch.no_grad():
