@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
 from mcore_sft.model.architecture import Architecture, rope_frequencies
-from mcore_sft.model.layers import PackedAttention, RMSNorm
+from mcore_sft.model.layers import ApexRMSNorm, PackedAttention, RMSNorm
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
 from mcore_sft.runtime.hardware import layer_implementation
 from mcore_sft.runtime.megatron_core import GPTModel
@@ -88,7 +88,9 @@ def build(
 ) -> Chunks:
     """This rank's part of the model, its weights not yet loaded, in DDP."""
     config = transformer_config(architecture, train, mesh)
-    spec = block_spec(layer_implementation(settings, train, mesh.device), architecture, mesh)
+    layers = layer_implementation(settings, train, mesh.device)
+    config.gradient_accumulation_fusion = layers == "apex"
+    spec = block_spec(layers, architecture, mesh)
     parallel = mesh.parallel
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -136,7 +138,7 @@ def _add_gradients_in_place(model: Gpt) -> None:
     """Let Transformer Engine's products add the weights' gradients to fp32 main_grad as they go.
 
     Megatron-core's gradient_accumulation_fusion would do so too, but its output layer, in whose
-    place ours computes, cannot be made with it where Apex is absent.
+    place ours computes, cannot be made with it where Apex is absent. It is on for Apex alone.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -282,13 +284,14 @@ def block_spec(layers: str, architecture: Architecture, mesh: Mesh) -> Transform
             TENorm,
         )
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
-        layer.submodules.input_layernorm = RMSNorm
-        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        norm = ApexRMSNorm if layers == "apex" else RMSNorm
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         if architecture.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            attention.q_layernorm = attention.k_layernorm = norm
     chunk_layers = architecture.layers // (mesh.pipeline.size * mesh.parallel.virtual)
     return TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=norm)
 
