@@ -68,8 +68,9 @@ class ModelConfig(Section):
     """Hugging Face folder (config.json, safetensors) that training starts from."""
     tokenizer: Place | None = None
     """Folder, tokenizer.json or sentencepiece .model; without it, the model's own."""
-    layers: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation: `auto` is local on CPU and Transformer Engine on CUDA."""
+    layers: Literal["auto", "local", "apex", "transformer_engine"] = "auto"
+    """Layer implementation: `auto` is local on CPU and Transformer Engine on CUDA; `apex` is local
+    with the norms and the weight gradients of NVIDIA's Apex, on CUDA alone."""
 
     @property
     def tokenizer_path(self) -> Path:

@@ -114,8 +114,7 @@ def packages() -> Iterator[Finding]:
     for extra in ("track", "plot"):
         for one in installed.requirements("mcore-sft", extra):
             yield package(one, NOTE)
-    for name in ("triton", "apex"):
-        yield package(Requirement(name), NOTE)
+    yield package(Requirement("triton"), NOTE)
 
 
 def package(wanted: Requirement, otherwise: str) -> Finding:
@@ -124,12 +123,11 @@ def package(wanted: Requirement, otherwise: str) -> Finding:
     needed = f", needed {wanted.specifier}" if wanted.specifier else ""
     mend = f"pip install '{name}{wanted.specifier}'"
     if found is None:
-        unneeded = {"apex": "nothing needs it", "triton": "torch brings it with CUDA"}
         return Finding(
             what=name,
             state=otherwise,
             found=f"not installed{needed}",
-            mend=unneeded.get(name, mend),
+            mend="torch brings it with CUDA" if name == "triton" else mend,
         )
     if not wanted.specifier.contains(found, prereleases=True):
         return Finding(what=name, state=otherwise, found=found + needed, mend=mend)
@@ -152,7 +150,7 @@ def machine() -> Iterator[Finding]:
 
 
 def built(left: str | None) -> Iterator[Finding]:
-    """Whether torch, the compiled operators and Transformer Engine fit each other and the GPUs.
+    """Whether torch and what is compiled for it fit each other and the GPUs.
 
     `left` is the folder that pip left of Transformer Engine, if it did.
     """
@@ -170,6 +168,7 @@ def built(left: str | None) -> Iterator[Finding]:
         )
     else:
         yield attempt("Transformer Engine", _transformer_engine, NOTE)
+    yield attempt("Apex", _apex, NOTE)
 
 
 def experiment(file: str, overrides: Sequence[str], gpus: int | None) -> Iterator[Finding]:
@@ -304,6 +303,13 @@ def _transformer_engine() -> str:
     check_transformer_engine()
     wanted = installed.transformer_engine().specifier
     return f"{installed.version('transformer-engine')}, needed {wanted}"
+
+
+def _apex() -> str:
+    from mcore_sft.runtime.hardware import check_apex
+
+    check_apex()
+    return f"{installed.version('apex')}, with its CUDA extensions"
 
 
 def _model(config: "RunConfig") -> str:

@@ -53,7 +53,7 @@ def stage_memory(
             sequence_length=config.data.sequence_length,
             supervised=load.supervised / config.data.sequence_length,
             micro_batches=filling.micro_batches,
-            layers="local" if config.model.layers == "local" else "transformer_engine",
+            layers="local" if config.model.layers in ("local", "apex") else "transformer_engine",
         )
         for stage in range(layout.pipeline)
     ]

@@ -1,9 +1,11 @@
 """What this device can do, and what is in use of it: layers, peak speed, memory, its work."""
 
 import contextlib
+import importlib.util
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,12 @@ _FP8_OLDEST = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 """Least compute capability, as Transformer Engine 2.9 to 2.11 asks itself; on Blackwell (10.0) and
 newer it computes blockwise products as MXFP8."""
 _BLOCKWISE_CUDA = (12, 9)
+_APEX = ("fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda", "apex.normalization")
+"""What the layers call. pip installs Apex without the first two unless the environment asks."""
+_INSTALL_APEX = (
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-cache-dir --no-build-isolation "
+    "git+https://github.com/NVIDIA/apex"
+)
 _TELLS_MORE = "`python tools/doctor.py --config FILE` tells more"
 
 
@@ -55,12 +63,12 @@ def layer_implementation(settings: ModelConfig, train: TrainConfig, device: torc
     chosen = settings.layers
     if chosen == "auto":
         chosen = "transformer_engine" if cuda else "local"
+    if chosen in ("apex", "transformer_engine") and not cuda:
+        raise ConfigError(
+            f"model.layers: {chosen} needs an NVIDIA GPU, but this process runs on CPU; use "
+            "model.layers=local"
+        )
     if chosen == "transformer_engine":
-        if not cuda:
-            raise ConfigError(
-                "model.layers: transformer_engine needs an NVIDIA GPU, but this process runs on "
-                "CPU; use model.layers=local"
-            )
         check_transformer_engine()
         check_fp8(train.fp8, device)
     elif train.fp8 != "none":
@@ -68,6 +76,8 @@ def layer_implementation(settings: ModelConfig, train: TrainConfig, device: torc
             f"train.fp8: {train.fp8} needs Transformer Engine's layers, which take an NVIDIA GPU, "
             f"but model.layers is {chosen} here; use train.fp8=none"
         )
+    if chosen == "apex":
+        check_apex()
     return chosen
 
 
@@ -94,6 +104,25 @@ def check_transformer_engine() -> None:
             f"{install} 'transformer-engine[pytorch]{wanted}'` (needs nvcc), or use "
             f"model.layers=local and train.fp8=none; {_TELLS_MORE}"
         )
+
+
+def check_apex() -> None:
+    """Raise `ConfigError` unless NVIDIA's Apex is there with the extensions that layers call."""
+    found = importlib.util.find_spec("apex")  # PyPI's does not have to be imported to be known
+    folders = (found and found.submodule_search_locations) or []
+    if found is None:
+        trouble = "is not installed"
+    elif not any(Path(folder, "normalization").is_dir() for folder in folders):
+        trouble = "is not what is installed: PyPI's package apex is for websites"
+    elif error := next(filter(None, map(installed.import_error, _APEX)), None):
+        trouble = f"is installed without CUDA extensions that fit torch ({error})"
+    else:
+        return
+    remove = "pip uninstall -y apex && " if found else ""
+    raise ConfigError(
+        f"model.layers: apex: NVIDIA's Apex {trouble}; run `{remove}{_INSTALL_APEX}` (needs git "
+        f"and the nvcc of torch's CUDA), or use model.layers=local; {_TELLS_MORE}"
+    )
 
 
 def check_fp8(fp8: str, device: torch.device) -> None:

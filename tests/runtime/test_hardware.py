@@ -1,4 +1,6 @@
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -96,6 +98,52 @@ def test_the_transformer_engine_fits_or_is_refused(
         assert command in str(refused.value)
     local = ModelConfig(path=Path(), layers="local")
     assert hardware.layer_implementation(local, train, GPU) == "local"
+
+
+def apex(folder: Path, *modules: str) -> None:
+    """An Apex that holds so much; what compiled code is in its wheel lies beside the package."""
+    for module in modules:
+        file = folder / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+
+
+NVIDIAS = ("apex/__init__", "apex/normalization/__init__")
+EXTENSIONS = ("fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
+
+
+@pytest.mark.parametrize(
+    ("modules", "refusal"),
+    [
+        ((*NVIDIAS, *EXTENSIONS), None),
+        ((), "NVIDIA's Apex is not installed; run `APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install"),
+        (NVIDIAS, r"without CUDA extensions .*No module named 'fused_layer_norm_cuda'"),
+        ((*NVIDIAS, EXTENSIONS[0]), "No module named 'fused_weight_gradient_mlp_cuda'"),
+        (("apex/__init__", "apex/lib/libapex"), "PyPI's package apex is for websites; run `pip un"),
+    ],
+)
+def test_apex_is_nvidias_and_whole_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...], refusal: str | None
+) -> None:
+    apex(tmp_path, *modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked, train = ModelConfig(path=Path(), layers="apex"), TrainConfig()
+    with mock.patch.dict(sys.modules):
+        if refusal is None:
+            assert hardware.layer_implementation(asked, train, GPU) == "apex"
+            return
+        with pytest.raises(ConfigError, match=refusal) as refused:
+            hardware.layer_implementation(asked, train, GPU)
+    for command in ("git+https://github.com/NVIDIA/apex`", "model.layers=local", "doctor.py"):
+        assert command in str(refused.value)
+
+
+def test_apex_takes_a_gpu_and_no_eight_bits() -> None:
+    asked = ModelConfig(path=Path(), layers="apex")
+    with pytest.raises(ConfigError, match="apex needs an NVIDIA GPU, but this process runs on CPU"):
+        hardware.layer_implementation(asked, TrainConfig(), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="needs Transformer Engine's layers"):
+        hardware.layer_implementation(asked, TrainConfig(fp8="delayed"), GPU)
 
 
 def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import doctor
 import pytest
@@ -144,6 +145,24 @@ def test_a_transformer_engine_that_was_uninstalled(tmp_path):
     assert ran.returncode == 0
     assert f"note   Transformer Engine        not installed, but pip left {left}" in ran.stdout
     assert f"-> rm -r {left}" in ran.stdout
+
+
+def test_an_apex_is_a_note_until_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    about = tmp_path / "apex-26.9.dist-info"
+    for folder in (about, tmp_path / "apex" / "normalization"):
+        folder.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 26.9\n")
+    (tmp_path / "apex" / "normalization" / "__init__.py").touch()
+    with mock.patch.dict(sys.modules):
+        found = {one.what: one for one in doctor.built(None)}["Apex"]
+        assert found.state == doctor.NOTE
+        assert "without CUDA extensions that fit torch (ModuleNotFoundError" in found.found
+        assert "run `pip uninstall -y apex && APEX_CPP_EXT=1" in found.found
+        for extension in ("fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda"):
+            (tmp_path / f"{extension}.py").touch()
+        found = doctor.attempt("Apex", doctor._apex, doctor.NOTE)
+        assert (found.state, found.found) == (doctor.OK, "26.9, with its CUDA extensions")
 
 
 def test_megatron_core_where_triton_is_absent(tmp_path):
