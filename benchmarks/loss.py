@@ -1,6 +1,6 @@
 """The output layer and its loss against their peers: one table of time and memory.
 
-    python benchmarks/loss.py [--device cuda] [--quick] [--json FILE]
+    python benchmarks/loss.py [--device cuda] [--quick] [--only NAME ...] [--json FILE]
 
 Every contestant is first compared with an fp64 reference: its gradients may be as far off as those
 of eager torch in the same precision, and no more. What is wrong is shown as wrong and not timed.
@@ -21,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -517,10 +517,16 @@ Best = dict[tuple[str, Case], str]
 """The fastest correct variant of a contestant, found once for all shares of masked rows."""
 
 
-def measure(case: Case, seconds: float, processes: ProcessPoolExecutor, best: Best) -> list[Result]:
+def measure(
+    case: Case,
+    contestants: Sequence[Contestant],
+    seconds: float,
+    processes: ProcessPoolExecutor,
+    best: Best,
+) -> list[Result]:
     """All contestants on one case, taking turns for about so many seconds."""
     problem = Problem(case)
-    results = examine(problem, best)
+    results = examine(problem, contestants, best)
     running = [result for result in results if not result.reason]
     take_turns(running, problem, seconds)
     for result in running:
@@ -537,12 +543,12 @@ def measure(case: Case, seconds: float, processes: ProcessPoolExecutor, best: Be
     return results
 
 
-def examine(problem: Problem, best: Best) -> list[Result]:
+def examine(problem: Problem, contestants: Sequence[Contestant], best: Best) -> list[Result]:
     """Each contestant's fastest correct variant, or what is wrong with it."""
     case, exact = problem.case, reference(problem)
     eager_errors = errors_of(eager, problem, exact, into_main_grad=False)
     results = []
-    for contestant in CONTESTANTS:
+    for contestant in contestants:
         validates_alike = contestant.into_main_grad and not case.backward
         if case.device not in contestant.devices or validates_alike:
             continue
@@ -663,12 +669,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, about a minute")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="whose names begin so, and eager")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("torch finds no CUDA device")
         library.load_cuda()
+    asked = ("eager", *options.only) if options.only else ("",)
+    contestants = [one for one in CONTESTANTS if one.name.startswith(asked)]
     device = torch.cuda.get_device_name() if options.device == "cuda" else None
     where = machine("torch", device=device) | {"threads": torch.get_num_threads()}
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
@@ -678,7 +687,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = cases_of(options.device, quick=options.quick)
     with fresh_processes() as processes:
         for _, group in groupby(cases, key=lambda case: replace(case, masked=0)):
-            of_shape = [measure(case, seconds, processes, best) for case in group]
+            of_shape = [measure(case, contestants, seconds, processes, best) for case in group]
             results += chain.from_iterable(of_shape)
             show([*chain.from_iterable(of_shape)])
     verdicts = [goal.met(result) for result in results for goal in result.goals]

@@ -1,6 +1,7 @@
 """The training step of Llama-3.1-8B's layers against transformers and Megatron-core's own loss.
 
-    python benchmarks/train_step.py [--device cuda|cpu] [--quick] [--layers N] [--json FILE]
+    python benchmarks/train_step.py [--device cuda|cpu] [--quick] [--layers N] [--only NAME ...]
+                                    [--json FILE]
 
 As many layers as fit, random weights, synthetic packs; on the CPU a tiny shape, whose figures say
 nothing. Every turn of a contestant is a process of its own (train_step_turn.py), since only one
@@ -13,7 +14,8 @@ Documents are log-normal in length, with a mean of 512 tokens as OpenMathInstruc
 GPUs has of 512 examples. All contestants keep fp32 gradients, main weights and moments, update by
 torch's fused AdamW and compute the gradient norm. FLOP/s are those of mcore_sft/training/flops.py,
 MFU is their share of the dense bf16 peak, under FP8 too. `layers` is forward and backward between
-the embedding's output and the last norm's.
+the embedding's output and the last norm's. One more step of a turn is taken under torch's profiler,
+for its kernels.
 """
 
 import json
@@ -23,11 +25,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import kernels
 import numpy as np
 import torch
 from machine import machine
@@ -102,6 +106,7 @@ CONTESTANTS = (
     ),
     Contestant(name="Megatron-core's own loss, bf16", kind="megatron"),
     Contestant(name="transformers, bf16", kind="transformers"),
+    Contestant(name="transformers with Liger, bf16", kind="liger"),
 )
 
 
@@ -136,6 +141,8 @@ class Result:
     seconds: list[list[float]] = field(default_factory=list)
     layer_seconds: list[list[float]] = field(default_factory=list)
     peak_bytes: int = 0
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """Of one step."""
 
     def add(self, told: dict[str, Any]) -> None:
         """Take up what one turn told."""
@@ -145,6 +152,7 @@ class Result:
             self.seconds.append(told["seconds"])
             self.layer_seconds.append(told["layer_seconds"])
             self.peak_bytes = max(self.peak_bytes, told["peak_bytes"])
+            self.kernels = told["kernels"]
 
 
 # ---- what is computed
@@ -278,12 +286,15 @@ def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def measure(case: Case, rounds: int, reference: dict[str, float]) -> list[Result]:
+def measure(
+    case: Case, contestants: Sequence[Contestant], rounds: int, reference: dict[str, float]
+) -> list[Result]:
     """All contestants, taking turns; who fails once has no further turn."""
-    results = [Result(contestant, case.length) for contestant in CONTESTANTS]
+    results = [Result(contestant, case.length) for contestant in contestants]
     for result in results:
-        if case.device == "cpu" and result.contestant.fp8 != "none":
-            result.reason = "not run: FP8 takes an NVIDIA GPU"
+        of_a_gpu = result.contestant.fp8 != "none" or result.contestant.kind == "liger"
+        if case.device == "cpu" and of_a_gpu:
+            result.reason = "not run: it takes an NVIDIA GPU"
     order = random.Random(0)
     for number in range(rounds):
         for result in order.sample(results, len(results)):
@@ -320,7 +331,7 @@ def row_of(
 
 
 def rows_of(case: Case, results: list[Result], peak: float | None) -> list[dict[str, Any]]:
-    """A row for each contestant, with its speed-up over ours in bf16."""
+    """A row for each contestant, with its speed-up over the first, which is ours in bf16."""
     work = workload(case)
     flops = step_flops(
         architecture(case.shape),
@@ -329,7 +340,7 @@ def rows_of(case: Case, results: list[Result], peak: float | None) -> list[dict[
         squares=work["squares"],
     )
     rows = [row_of(result, work, flops, peak) for result in results]
-    base = next(row for row in rows if row["contestant"] == OURS)
+    base = rows[0]
     for row in rows:
         if not row["reason"] and not base["reason"]:
             row["step_speedup"] = base["step_ms"] / row["step_ms"]
@@ -410,6 +421,10 @@ def show(report: dict[str, Any]) -> None:
     ]
     for note in dict.fromkeys(notes):
         console.print(note, soft_wrap=True)
+    for row in report["rows"]:
+        if row["kernels"]:
+            console.print(f"\n{row['contestant']}, {row['length']} tokens, one step:")
+            console.print("\n".join(kernels.lines(row["kernels"])), soft_wrap=True)
     for goal in report["goals"]:
         reached = "not measured" if goal["met"] is None else f"{goal['reached']:.2f}"
         verdict = {None: "", True: ": met", False: ": MISSED"}[goal["met"]]
@@ -434,6 +449,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the shorter packs, one turn each")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"whose names begin so, and {OURS}"
+    )
     parser.add_argument("--layers", type=int, help="default: as many as fit; 2 on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
@@ -441,6 +459,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--layers: expected at least 1, given {options.layers}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; use --device cpu")
+    asked = (OURS, *options.only) if options.only else ("",)
+    contestants = [one for one in CONTESTANTS if one.name.startswith(asked)]
     packages = ("torch", "transformers", "megatron-core", "transformer-engine", "flash-attn")
     device = torch.cuda.get_device_name() if options.device == "cuda" else None
     where = machine(*packages, device=device) | {"cuda": torch.version.cuda}
@@ -455,7 +475,7 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"{case.length} tokens: the reference was {reference['reason']}")
             reference = {"loss": float("nan"), "grad_norm": float("nan")}
         console.print(describe(work, reference))
-        results = measure(case, 1 if options.quick else 3, reference)
+        results = measure(case, contestants, 1 if options.quick else 3, reference)
         report["cases"].append(asdict(case) | {"workload": work, "reference": reference})
         report["rows"] += rows_of(case, results, peak)
     report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []

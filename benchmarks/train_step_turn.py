@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import kernels
 import torch
 from torch import Tensor
 from train_step import Case, architecture, batches
@@ -201,11 +202,15 @@ def hugging_face(case: Case, dtype: torch.dtype, attention: str) -> Any:
 
 
 @contextlib.contextmanager
-def transformers(case: Case) -> Iterator[tuple[Step, LayersClock, str]]:
+def transformers(case: Case, *, liger: bool) -> Iterator[tuple[Step, LayersClock, str]]:
     """bf16 weights whose gradients are added up in fp32 as they come, for main weights in fp32."""
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     if case.device == "cpu":
         attention = "sdpa"
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()  # rotary embedding, norms, SwiGLU, and head with its loss
     mask = "documents from position_ids" if attention != "sdpa" else "block-diagonal mask"
     model = hugging_face(case, torch.bfloat16, attention)
     params = list(model.parameters())
@@ -315,7 +320,8 @@ def measure(case: Case, take: Step, clock: LayersClock, job: dict[str, Any]) -> 
             told |= first
             if reason := wrong(first, job["reference"], job["tolerance"]):
                 return first | {"reason": reason}
-    return told | {"peak_bytes": peak_memory(device)}
+    told["peak_bytes"] = peak_memory(device)
+    return told | {"kernels": kernels.kernels(take, case.device)}
 
 
 def _wait(device: torch.device) -> None:
@@ -329,8 +335,8 @@ def take_turn(job: dict[str, Any]) -> dict[str, Any]:
     try:
         if contestant["kind"] == "reference":
             return reference(case)
-        if contestant["kind"] == "transformers":
-            contest = transformers(case)
+        if contestant["kind"] in ("transformers", "liger"):
+            contest = transformers(case, liger=contestant["kind"] == "liger")
         else:
             own_loss = contestant["kind"] == "megatron"
             contest = megatron(case, contestant["fp8"], own_loss=own_loss)
