@@ -5,6 +5,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,10 +39,12 @@ def _steps(
     parallel: ParallelConfig = ALONE,
 ) -> list[StepResult]:
     """Three steps on one rank of a device."""
-    if device == "cpu":
-        mesh.this_device = lambda: torch.device("cpu")
     packs = [tiny.make_pack([20, 31, 50], seed=1), tiny.make_pack([60, 64], seed=2)]
-    with loaded(model, parallel, layers=layers, **train) as here:
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    with (
+        mock.patch.object(mesh, "this_device", return_value=place),
+        loaded(model, parallel, layers=layers, **train) as here,
+    ):
         assert here.mesh.device.type == device
         batches = [collate([pack], 128, pad_id=0) for pack in packs]
         settings = OptimizerConfig(clip_grad=1.0)
