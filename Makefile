@@ -102,8 +102,9 @@ test-gpu: setup ## the tests that need a GPU (docs/gpu.md)
 	@failed=; for tests in 'tests/ops' 'tests --ignore=tests/ops'; do \
 		$(BIN)/python -m pytest -q -m gpu $$tests || failed=1; done; [ -z "$$failed" ]
 
-gpu-report: ## with a GPU: tests and benchmarks into benchmarks/results; WHEELS=DIR needs no network
-	@$(PYTHON) tools/gpu_report.py $(if $(WHEELS),--wheels '$(WHEELS)') $(if $(PARTS),--parts $(PARTS))
+gpu-report: ## with a GPU: all that is to be shown there; KIT=DIR needs no network, QUICK=1 minutes
+	@$(PYTHON) tools/gpu_report.py $(if $(KIT),--kit '$(KIT)') $(if $(OUT),--out '$(OUT)') \
+		$(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(if $(PARTS),--parts $(PARTS))
 
 lock: setup ## pin again what pyproject.toml asks for, for each Python; UPGRADE=1 takes the newest
 	@for python in 3.11 3.12 3.13; do \

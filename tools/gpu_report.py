@@ -1,12 +1,14 @@
 """A machine with one GPU in, what this project does there out.
 
-    make gpu-report [WHEELS=DIR] [PARTS="tests loss"]
+    make gpu-report [KIT=DIR] [OUT=DIR] [QUICK=1] [PARTS="ops layers"] [DEVICE=cpu]
 
-Writes benchmarks/results/<device>.json and .md. DIR is what tools/carry_wheels.py made: with it
-nothing is asked of a network, and the torch of `python3` is used as it is. Each part runs by itself
-within its own time; one that fails, crashes or hangs is told with its last lines, and the next
-begins. With PARTS the others keep what an earlier run on this device wrote of them. This file needs
-nothing but Python: what it installs may fail.
+Writes <device>.json, .md and .log into OUT (benchmarks/results), anew after each part: whoever ends
+it early keeps what was done. KIT is what tools/carry_wheels.py made: with it nothing is built and
+no network is asked, and the torch of `python3` is used as it is. Each part runs by itself within
+its own time; one that fails, crashes or hangs is told with its last lines, and the next begins.
+They come in the order of what is needed most; QUICK is a visit of some minutes. With PARTS the
+others keep what an earlier run on this device wrote of them. DEVICE=cpu is a rehearsal: all but the
+kernels. This file needs nothing but Python: what it installs may fail.
 """
 
 import argparse
@@ -16,10 +18,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import threading
 import time
@@ -38,10 +42,12 @@ VENV = ROOT / ".venv"
 PYTHON = str(VENV / "bin" / "python")
 RESULTS = ROOT / "benchmarks" / "results"
 SUMS = "SHA256SUMS"
+KIT = "kit.tar.xz"
+"""`site`: packages; `operators`: the compiled csrc; `kit.json`: what they were made for and of."""
 LAST_LINES = 60
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "transformer-engine-cu13"),
-    *("transformer-engine-torch", "transformers", "triton", "liger-kernel", "numpy"),
+    *("transformer-engine-torch", "transformers", "triton", "liger-kernel", "apex", "numpy"),
 )
 
 
@@ -71,84 +77,128 @@ class Outcome:
         return self.ended == "passed"
 
 
-def parts(wheels: Path | None, scratch: Path) -> list[Part]:
-    """All parts in their order; without `wheels` the set-up is make's own."""
-    this = (sys.executable, str(Path(__file__).resolve()))
+def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool) -> list[Part]:
+    """All parts in their order; without `kit` the set-up is make's own."""
 
-    def setup(name: str, minutes: float) -> Part:
-        return Part(name=name, command=(*this, "--install", name, str(wheels)), minutes=minutes)
+    def tests(name: str, *places: str, quickly: float, minutes: float) -> Part:
+        words = ("-q", "-p", "no:cacheprovider", "--durations=10", "-m", "gpu", *places)
+        command = (PYTHON, "-m", "pytest", *words)
+        return Part(name=name, command=command, minutes=quickly if quick else minutes)
 
-    def benchmark(name: str, minutes: float) -> Part:
+    def writing(name: str, script: str, *words: str, quickly: float, minutes: float) -> Part:
         file = scratch / f"{name}.json"
-        command = (PYTHON, f"benchmarks/{name}.py", "--device", "cuda", "--json", str(file))
-        return Part(name=name, command=command, minutes=minutes, writes=file)
+        command = (PYTHON, script, *words, "--json", str(file))
+        return Part(name=name, command=command, minutes=quickly if quick else minutes, writes=file)
 
-    doctor = scratch / "doctor.json"
-    installation = (
-        [
-            setup("packages", 10),
-            setup("operators", 15),
-            setup("transformer_engine", 30),
-        ]
-        if wheels
-        else [Part(name="setup", command=("make", "setup"), minutes=60)]
-    )
+    def benchmark(
+        name: str, script: str, *words: str, quickly: float, minutes: float, short: str = ""
+    ) -> Part:
+        script = f"benchmarks/{script}.py"
+        words = ("--device", device, *words, *(short.split() if quick else ()))
+        return writing(name, script, *words, quickly=quickly, minutes=minutes)
+
+    this = (sys.executable, str(Path(__file__).resolve()))
+    engine = "tests/test_gpu_engine.py"
+    peers = ("torch native", "Megatron-core", "QuACK")
     return [
-        *installation,
-        Part(
-            name="doctor",
-            command=(PYTHON, "tools/doctor.py", "--json", str(doctor)),
-            minutes=5,
-            writes=doctor,
+        Part(name="kit", command=(*this, "--install", str(kit)), minutes=3)
+        if kit
+        else Part(name="setup", command=("make", "setup"), minutes=60),
+        writing("doctor", "tools/doctor.py", quickly=0.75, minutes=5),
+        tests("engine", engine, quickly=1.5, minutes=10),
+        tests("ops", "tests/ops", quickly=1.5, minutes=15),
+        tests(
+            "test_gpu",
+            *("tests", "--ignore=tests/ops", f"--ignore={engine}"),
+            quickly=2.5,
+            minutes=30,
         ),
-        Part(name="tests", command=("make", "test-gpu"), minutes=30),
-        benchmark("loss", 30),
-        benchmark("train_step", 60),
+        benchmark("head", "head", quickly=1, minutes=10),
+        benchmark(
+            "loss",
+            *("loss", "--only", "ours", "Liger"),
+            quickly=1.5,
+            minutes=30,
+            short="--quick",
+        ),
+        benchmark(
+            "layers",
+            *("train_step", "--only", "ours"),
+            quickly=3,
+            minutes=60,
+            short="--quick --layers 8",
+        ),
+        benchmark("train", "converge", quickly=2, minutes=30, short="--fp8 blockwise"),
+        benchmark(
+            "loss_peers",
+            *("loss", "--only", "ours, main_grad", *peers),
+            quickly=1.5,
+            minutes=30,
+            short="--quick",
+        ),
+        benchmark(
+            "step_peers",
+            *("train_step", "--only", "Megatron-core", "transformers"),
+            quickly=2.5,
+            minutes=60,
+            short="--quick --layers 8",
+        ),
     ]
 
 
-def run(part: Part) -> Outcome:
-    """Run one part in a process group of its own, showing what it prints."""
+def run(part: Part, log: Path | None = None) -> Outcome:
+    """Run one part in a process group of its own; what it prints is shown and added to `log`."""
     command = without_places(shlex.join(part.command))
-    print(f"\n== {part.name}: {command}", flush=True)
     begun = time.monotonic()
     if part.writes:
         part.writes.unlink(missing_ok=True)
     lines: list[str] = []
-    process = subprocess.Popen(
-        part.command,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
-    )
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
 
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(without_places(line.rstrip("\n")))
+        def tell(line: str) -> None:
+            print(line, flush=True)
+            if kept:
+                print(line, file=kept, flush=True)
 
-    # In a thread: a process that has left the group may hold the output open.
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        code = process.wait(60 * part.minutes)
-        ended = f"exit code {code}" if code > 0 else f"signal {-code}" if code else "passed"
-    except subprocess.TimeoutExpired:
-        ended = f"no end within {part.minutes:g} min"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
-        process.wait()
-    reader.join(5)
+        tell(f"\n== {part.name}: {command}")
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
+        )
+
+        def read() -> None:
+            assert process.stdout is not None
+            with contextlib.suppress(ValueError):  # the log is closed: it was given up on
+                for line in process.stdout:
+                    lines.append(without_places(line.rstrip("\n")))
+                    tell(lines[-1])
+
+        # In a thread: a process that has left the group may hold the output open.
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            code = process.wait(60 * part.minutes)
+            ended = f"exit code {code}" if code > 0 else f"signal {-code}" if code else "passed"
+        except subprocess.TimeoutExpired:
+            ended = f"no end within {part.minutes:g} min"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
+            process.wait()
+        reader.join(5)
+        seconds = round(time.monotonic() - begun, 1)
+        tell(f"== {part.name}: {ended}, {seconds:.0f} s")
     return Outcome(
         ended=ended,
-        seconds=round(time.monotonic() - begun, 1),
+        seconds=seconds,
         command=command,
         last_lines=lines[-LAST_LINES:],
         result=_read(part.writes),
@@ -171,7 +221,7 @@ def _read(file: Path | None) -> Any:
         return None  # it was cut off while it was written; how the part ended says the rest
 
 
-def device() -> dict[str, str]:
+def gpu() -> dict[str, str]:
     """Name, memory and driver of the first GPU; an error in one sentence where there is none."""
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
@@ -180,7 +230,7 @@ def device() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
         raise SystemExit(
             f"error: nvidia-smi names no GPU ({type(error).__name__}: {error}); run this on a "
-            "machine with an NVIDIA GPU and its driver"
+            "machine with an NVIDIA GPU and its driver, or rehearse with --device cpu"
         ) from None
     return {"device": name, "memory": memory, "driver": driver}
 
@@ -255,12 +305,12 @@ def earlier(where: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
 
 def make_report(wanted: Sequence[Part], where: dict[str, str], folder: Path) -> int:
     """Run the parts, write the report after each, and say what failed; the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
     outcomes = earlier(where, folder)
     file = folder
     failed = []
     for part in wanted:
-        outcome = run(part)
-        print(f"== {part.name}: {outcome.ended}, {outcome.seconds:.0f} s", flush=True)
+        outcome = run(part, folder / f"{file_name(where)}.log")
         outcomes[part.name] = {
             **asdict(outcome),
             "date": datetime.now(UTC).date().isoformat(),
@@ -275,6 +325,16 @@ def make_report(wanted: Sequence[Part], where: dict[str, str], folder: Path) -> 
 
 
 # ---- installing what was carried
+
+
+def sources() -> str:
+    """SHA-256 of all that the operators are built of."""
+    found = hashlib.sha256()
+    for file in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*")]):
+        if file.is_file():
+            found.update(f"{file.relative_to(ROOT)} {file.stat().st_size}\n".encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager
@@ -310,100 +370,84 @@ def join(carried: Path, folder: Path) -> list[Path]:
     return made
 
 
-def install(what: str, carried: Path) -> None:
-    """One part of the set-up: `packages`, `operators` or `transformer_engine`."""
-    pip = (PYTHON, "-m", "pip", "--isolated", "--disable-pip-version-check")
-    add = (*pip, "install", "--no-index", "--no-deps")
-    stamps = VENV / ".stamps"  # make's: it finds its own set-up done
-    if what == "packages":
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-        # The torch of this Python, which may be of a virtual environment itself.
-        site = Path(sysconfig.get_path("purelib", vars={"base": str(VENV)}))
-        outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-        (site / "machine.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
-        with carried_files(carried) as files:
-            wheels = [str(f) for f in files if not f.name.startswith("transformer_engine")]
-            bad = []
-            if subprocess.run([*add, "--quiet", *wheels], check=False).returncode:
-                # One that cannot be installed costs no other.
-                ran = [subprocess.run([*add, "--quiet", one], check=False) for one in wheels]
-                bad = [f"{Path(one.args[-1]).name}" for one in ran if one.returncode]
-        program = "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
-        subprocess.run([PYTHON, "-c", program], check=True)
-        stamps.mkdir(exist_ok=True)
-        identity = f"{VENV.resolve()} {'.'.join(map(str, sys.version_info[:2]))}\n"
-        (stamps / "venv").write_text(identity, encoding="utf-8")
-        for stamp in ("torch", "pins"):
-            (stamps / stamp).touch()
-        if bad:
-            raise SystemExit(f"error: not installed: {', '.join(bad)}")
-    elif what == "operators":
-        subprocess.run([*add, "--no-build-isolation", "-e", "."], check=True, cwd=ROOT)
-        (stamps / "package").touch()
-        program = "from mcore_sft.ops import library as l; l.load(); l.load_cuda(); print('built')"
-        subprocess.run([PYTHON, "-c", program], check=True)
+def install(carried: Path) -> None:
+    """Make .venv of a kit and of what this Python holds: torch and its libraries among it."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", VENV], check=True)
+    unpacked = VENV / "kit"
+    with carried_files(carried) as (archive,), tarfile.open(archive) as tar:
+        tar.extractall(unpacked, filter="data")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(VENV)}))
+    # The torch of this Python, which may be of a virtual environment itself.
+    outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    places = [str(unpacked / "site"), *outer, str(ROOT)]
+    (site / "machine.pth").write_text("\n".join(places) + "\n", encoding="utf-8")
+    for place in outer:
+        # Transformer Engine looks for the libraries that torch brings beside the packages of .venv.
+        if Path(place, "nvidia").is_dir() and not (site / "nvidia").exists():
+            (site / "nvidia").symlink_to(Path(place, "nvidia"), target_is_directory=True)
+    made_for = json.loads((unpacked / "kit.json").read_text(encoding="utf-8"))
+    check_fit(made_for)
+    if made_for["sources"] == sources():
+        for operators in (unpacked / "operators").iterdir():
+            shutil.copy2(operators, ROOT / "mcore_sft")
     else:
-        try:
-            with carried_files(carried) as files:
-                engine = [str(f) for f in files if f.name.startswith("transformer_engine")]
-                build = ("--no-build-isolation", "--no-cache-dir", "-v")
-                subprocess.run([*add, *build, *engine], check=True, env=os.environ | building())
-            program = "import transformer_engine.pytorch as te; print('imported', te.__name__)"
-            subprocess.run([PYTHON, "-c", program], check=True)
-        except subprocess.CalledProcessError:
-            # Megatron-core imports what is half there, and nothing else would run.
-            names = [f"transformer-engine{part}" for part in ("", "-torch", "-cu13")]
-            subprocess.run([*pip, "uninstall", "--yes", *names], check=False)
-            raise
+        print("csrc/ is not what the kit was made of; building the operators here", flush=True)
+        subprocess.run([PYTHON, "setup.py", "-q", "build_ext", "--inplace"], check=True, cwd=ROOT)
+    stamps = VENV / ".stamps"  # make's: it finds its own set-up done
+    stamps.mkdir()
+    identity = f"{VENV.resolve()} {'.'.join(map(str, sys.version_info[:2]))}\n"
+    (stamps / "venv").write_text(identity, encoding="utf-8")
+    for stamp in ("torch", "pins", "package"):
+        (stamps / stamp).touch()
+    program = "from mcore_sft.ops import library as l; l.load(); l.load_cuda(); print('loaded')"
+    subprocess.run([PYTHON, "-c", program], check=True, cwd=ROOT)
 
 
-def building() -> dict[str, str]:
-    """The variables by which Transformer Engine's extension builds here, asking no network.
-
-    Its headers of cuDNN and NCCL come with torch, in packages that no compiler knows of.
-    """
-    program = "import json, nvidia; print(json.dumps(list(nvidia.__path__)))"
+def check_fit(made_for: dict[str, Any]) -> None:
+    """End with an error unless the kit was made for this Python and the torch that it holds."""
+    program = "import torch; print(torch.__version__.partition('+')[0], torch.version.cuda)"
     told = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, check=False)
-    roots = [Path(path) for path in json.loads(told.stdout)] if told.returncode == 0 else []
-    headers = [
-        str(folder)
-        for root in roots
-        for part in ("cudnn", "nccl", "cu13")
-        if (folder := root / part / "include").is_dir()
-    ]
-    cudnn = [str(root / "cudnn") for root in roots if (root / "cudnn").is_dir()]
-    return {
-        "NVTE_FRAMEWORK": "pytorch",
-        "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
-        "MAX_JOBS": str(min(16, len(os.sched_getaffinity(0)))),
-        "CPATH": os.pathsep.join([*headers, *filter(None, [os.environ.get("CPATH")])]),
-        **({"CUDNN_PATH": cudnn[0]} if cudnn else {}),
-    }
+    if told.returncode:
+        raise SystemExit(f"error: python3 has no torch that can be imported:\n{told.stderr}")
+    torch, cuda = told.stdout.split()
+    found = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}", "torch": torch, "cuda": cuda}
+    wanted = {name: made_for[name] for name in found}
+    print(f"kit of {made_for['commit']}: {wanted}, architectures {made_for['architectures']}")
+    if found != wanted:
+        raise SystemExit(
+            f"error: the kit was made for {wanted}, and this machine has {found}; make one for it "
+            "with tools/carry_wheels.py"
+        )
 
 
 def main() -> int:
     """Run what the command line names; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="made by tools/carry_wheels.py")
+    parser.add_argument("--kit", type=Path, metavar="DIR", help="made by tools/carry_wheels.py")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="a visit of some minutes")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="these and no others")
-    parser.add_argument("--install", nargs=2, metavar=("PART", "DIR"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--install", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.install:
         try:
-            install(options.install[0], Path(options.install[1]))
+            install(options.install)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"error: {error}") from None
         return 0
-    where = device()
+    where = gpu() if options.device == "cuda" else {"device": "cpu"}
     scratch = ROOT / "results" / "gpu_report"
     scratch.mkdir(parents=True, exist_ok=True)
     # Seen from the root, where the parts run.
-    known = parts(options.wheels and Path(os.path.relpath(options.wheels, ROOT)), scratch)
+    kit = options.kit and Path(os.path.relpath(options.kit, ROOT))
+    known = parts(kit, scratch, device=options.device, quick=options.quick)
     names = [part.name for part in known]
     wanted = options.parts or names
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"--parts {' '.join(unknown)}: expected some of {', '.join(names)}")
-    return make_report([part for part in known if part.name in wanted], where, RESULTS)
+    folder = options.out or (RESULTS if options.device == "cuda" else scratch)
+    return make_report([part for part in known if part.name in wanted], where, folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import carry_wheels
@@ -12,6 +13,7 @@ import gpu_report
 import pytest
 from gpu_report import Part
 
+ROOT = Path(__file__).parents[2]
 WHERE = {"device": "NVIDIA H100 80GB HBM3", "driver": "580.1"}
 
 
@@ -80,13 +82,53 @@ def test_parts_that_are_not_asked_for_keep_their_outcome(tmp_path: Path) -> None
     }
 
 
-def test_all_parts_are_known_and_run_without_a_network(tmp_path: Path) -> None:
-    names = [one.name for one in gpu_report.parts(tmp_path, tmp_path)]
-    assert names[:3] == ["packages", "operators", "transformer_engine"]
-    assert names[3:] == ["doctor", "tests", "loss", "train_step"]
-    assert gpu_report.parts(None, tmp_path)[0].command == ("make", "setup")
-    for one in gpu_report.parts(None, tmp_path):
-        assert one.command[0] == "make" or (gpu_report.ROOT / one.command[1]).exists()
+def test_all_parts_are_known_and_nothing_is_asked_of_a_network(tmp_path: Path) -> None:
+    whole = gpu_report.parts(tmp_path, tmp_path, quick=False)
+    names = [one.name for one in whole]
+    assert names[:5] == ["kit", "doctor", "engine", "ops", "test_gpu"]
+    assert names[5:] == ["head", "loss", "layers", "train", "loss_peers", "step_peers"]
+    assert gpu_report.parts(None, tmp_path, quick=False)[0].command == ("make", "setup")
+    for one in whole[1:]:
+        rooms = ("tests", "tools/", "benchmarks/")
+        places = [word for word in one.command if word.startswith(rooms)]
+        assert places
+        assert all((gpu_report.ROOT / place).exists() for place in places)
+        assert one.writes is None or one.command[-1] == str(one.writes)
+
+
+def test_a_quick_visit_is_shorter_part_by_part(tmp_path: Path) -> None:
+    whole = gpu_report.parts(tmp_path, tmp_path, quick=False)
+    quick = gpu_report.parts(tmp_path, tmp_path, quick=True)
+    assert [one.name for one in quick] == [one.name for one in whole]
+    for ours, theirs in zip(quick[1:], whole[1:], strict=True):
+        assert ours.minutes < theirs.minutes
+    # What is asked first has had its time before the peers begin.
+    first = quick[: [one.name for one in quick].index("loss_peers")]
+    assert sum(one.minutes for one in first) < 18
+    assert all(one.minutes <= 3 for one in quick)
+
+
+@pytest.mark.parametrize(("device", "of"), [("cuda", "cuda"), ("cpu", "cpu")])
+def test_a_rehearsal_measures_on_the_cpu(tmp_path: Path, device: str, of: str) -> None:
+    for one in gpu_report.parts(None, tmp_path, device=device, quick=True):
+        if "--device" in one.command:
+            assert one.command[one.command.index("--device") + 1] == of
+
+
+def test_what_a_part_prints_is_kept_as_it_comes(tmp_path: Path) -> None:
+    """So that a visit that is cut short keeps the lines of the part that it was in."""
+    log = tmp_path / "log"
+    program = (
+        "import time; from pathlib import Path; print('first', flush=True)\n"
+        f"while 'first' not in Path({str(log)!r}).read_text(): time.sleep(0.01)\n"
+        f"print({str(gpu_report.ROOT / 'tools')!r})"
+    )
+    assert gpu_report.run(part("told", program), log).passed
+    assert gpu_report.run(part("next", "print('second')"), log).passed
+    told = log.read_text()
+    assert told.index("first") < told.index("tools") < told.index("== told: passed")
+    assert told.index("== told: passed") < told.index("second")
+    assert str(gpu_report.ROOT) not in told
 
 
 def run(*words: str, path: str) -> subprocess.CompletedProcess[str]:
@@ -110,7 +152,7 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     fake.chmod(0o755)
     done = run("--parts", "losses", path=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 2
-    assert "--parts losses: expected some of setup, doctor, tests, loss" in done.stderr
+    assert "--parts losses: expected some of setup, doctor, engine, ops" in done.stderr
 
 
 # ---- what is carried
@@ -161,15 +203,184 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_torch_stays_the_machine_s_own() -> None:
-    for python, core in (("3.11", "megatron-core==0.16.1"), ("3.13", "megatron-core==0.19.2")):
-        wheels, sources = carry_wheels.wanted(python)
-        assert not [
-            pin for pin in wheels if pin.startswith(("torch==", "nvidia", "triton", "mypy"))
-        ]
-        assert {core, "pytest-timeout==2.4.0", "einops==0.8.2"} <= set(wheels)
-        assert [pin.partition("==")[0] for pin in sources] == ["transformer-engine-torch"]
-    with pytest.raises(carry_wheels.CarryError, match=r"--python 3\.10: nothing pins"):
-        carry_wheels.wanted("3.10")
+    for python, core, engine in (("3.11", "0.16.1", "2.11.0"), ("3.13", "0.19.2", "2.20.2")):
+        pins = carry_wheels.pinned(python)
+        assert not [name for name in pins if name.startswith(("torch", "nvidia", "triton", "mypy"))]
+        assert (pins["megatron-core"], pins["pytest-timeout"]) == (core, "2.4.0")
+        for part_of_it in ("", "-cu13", "-torch"):
+            assert pins[f"transformer-engine{part_of_it}"] == engine
+    with pytest.raises(carry_wheels.CarryError, match=r"Python 3\.10: nothing pins"):
+        carry_wheels.pinned("3.10")
+
+
+def test_what_the_machine_has_is_left_out_where_we_run_with_it(tmp_path: Path) -> None:
+    freeze = tmp_path / "freeze"
+    freeze.write_text("transformers==4.57.1\nNumPy==2.5.2\nrich # no version\nregex==1\n\n")
+    there = carry_wheels.read_freeze(freeze)
+    assert there == {"transformers": "4.57.1", "numpy": "2.5.2", "rich": None, "regex": "1"}
+    pins = carry_wheels.pinned("3.12")
+    assert pins.keys() - carry_wheels.lacking(pins, there, "3.12").keys() == {
+        *("numpy", "rich"),
+        "regex",  # nobody but the machine's own packages asks for a version
+    }
+    megatron = {"megatron-core": "0.16.1"}
+    assert "megatron-core" in carry_wheels.lacking(pins, megatron, "3.12")
+    assert "megatron-core" not in carry_wheels.lacking(pins, megatron, "3.11")
+
+
+def test_a_library_that_cannot_be_cut_is_named(tmp_path: Path) -> None:
+    library = tmp_path / carry_wheels.CORE
+    library.write_bytes(b"\x7fELF\x02\x01" + bytes(90))
+    with pytest.raises(carry_wheels.CarryError, match=r"to architecture 90: .*--architecture 0"):
+        carry_wheels.cut_library(library, 90)
+
+
+@pytest.mark.parametrize(
+    ("environment", "trouble"),
+    [
+        ("", "does not run"),
+        ("exit 1", "has no torch"),
+        ('echo \'{"torch": "2.11.0", "cuda": null}\'', "is a CPU build"),
+    ],
+)
+def test_an_environment_without_the_machine_s_torch_is_refused(
+    tmp_path: Path, environment: str, trouble: str
+) -> None:
+    python = tmp_path / "python"
+    if environment:
+        python.write_text(f"#!/bin/sh\necho 'no torch' >&2\n{environment}\n")
+        python.chmod(0o755)
+    with pytest.raises(carry_wheels.CarryError, match=f"{trouble}.*torch==VERSION"):
+        carry_wheels.ask(python)
+
+
+# ---- what is made of it there
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A clone on a machine whose Python has a torch of its own, and a kit that was carried."""
+
+    clone: Path
+    kit: Path
+    machine: Path
+
+    def install(self) -> subprocess.CompletedProcess[str]:
+        """As the first part of the report does, by this Python."""
+        program = f"""
+import sys
+from pathlib import Path
+sys.path = [place for place in sys.path if "site-packages" not in place]
+sys.path += [{str(self.machine)!r}, {str(ROOT / "tools")!r}, {str(ROOT)!r}]
+import gpu_report
+gpu_report.ROOT = Path({str(self.clone)!r})
+gpu_report.VENV = gpu_report.ROOT / ".venv"
+gpu_report.PYTHON = str(gpu_report.VENV / "bin" / "python")
+gpu_report.install(Path({str(self.kit)!r}))
+"""
+        command = [sys.executable, "-c", program]
+        return subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=False
+        )
+
+    def python(self, program: str) -> str:
+        """What a program prints in the environment that was made."""
+        command = [self.clone / ".venv" / "bin" / "python", "-P", "-c", program]
+        ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+        return ran.stdout.strip()
+
+
+def environment() -> dict[str, str]:
+    """Ours, from which no package comes."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def write(folder: Path, contents: dict[str, str]) -> None:
+    for name, content in contents.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+
+LOADER = "from pathlib import Path\n" + "".join(
+    f"def {name}(): assert Path(__file__).parents[1].joinpath('{file}').exists(), '{file}'\n"
+    for name, file in (("load", "_C.abi3.so"), ("load_cuda", "_C_cuda.abi3.so"))
+)
+SETUP = (
+    "from pathlib import Path\n"
+    "for name in ('_C', '_C_cuda'): Path('mcore_sft', name + '.abi3.so').write_text('built')\n"
+)
+
+
+@pytest.fixture
+def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visit:
+    clone, machine = tmp_path / "clone", tmp_path / "machine" / "site-packages"
+    write(clone, {"setup.py": SETUP, "csrc/cuda/kernel.cu": "of this commit"})
+    write(clone / "mcore_sft", {"__init__.py": "", "ops/__init__.py": "", "ops/library.py": LOADER})
+    write(
+        machine,
+        {
+            "torch.py": "class version: cuda = '13.0'\n__version__ = '2.11.0+cu130'",
+            "both.py": "of = 'machine'",
+            "nvidia/cudnn/lib/libcudnn.so.9": "",
+        },
+    )
+    monkeypatch.setattr(gpu_report, "ROOT", clone)
+    made, kit = tmp_path / "made", tmp_path / "kit"
+    kit.mkdir()
+    about = {
+        "python": "{}.{}".format(*sys.version_info[:2]),
+        **{"torch": "2.11.0", "cuda": "13.0", "architectures": [90], "commit": "abc"},
+        "sources": gpu_report.sources(),
+    }
+    write(made / "site", {"both.py": "of = 'kit'", "a-1.dist-info/METADATA": "Name: a\nVersion: 1"})
+    write(made, {"kit.json": json.dumps(about)})
+    write(made / "operators", {"_C.abi3.so": "carried", "_C_cuda.abi3.so": "carried"})
+    whole = carry_wheels.pack(made)
+    (kit / gpu_report.SUMS).write_text(carry_wheels.checksums([whole]))
+    carry_wheels.cut([whole], kit, None)
+    return Visit(clone, kit, machine)
+
+
+def test_a_kit_becomes_the_environment_that_make_takes(visit: Visit) -> None:
+    done = visit.install()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("loaded\n")
+    told = visit.python(
+        "import both, torch, mcore_sft, sysconfig; from importlib.metadata import version\n"
+        "print(both.of, torch.__version__, version('a'), mcore_sft.__file__)"
+    )
+    file = visit.clone / "mcore_sft" / "__init__.py"
+    assert told == f"kit 2.11.0+cu130 1 {file}"
+    assert (visit.clone / "mcore_sft" / "_C_cuda.abi3.so").read_text() == "carried"
+    stamps = visit.clone / ".venv" / ".stamps"
+    assert {stamp.name for stamp in stamps.iterdir()} == {"venv", "torch", "pins", "package"}
+
+
+def test_the_libraries_of_torch_lie_where_transformer_engine_looks(visit: Visit) -> None:
+    assert visit.install().returncode == 0
+    program = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    beside = Path(visit.python(program), "nvidia", "cudnn", "lib", "libcudnn.so.9")
+    assert beside.exists()
+
+
+def test_operators_of_other_sources_are_built_there(visit: Visit) -> None:
+    (visit.clone / "csrc" / "cuda" / "kernel.cu").write_text("of a later commit")
+    done = visit.install()
+    assert done.returncode == 0, done.stderr
+    assert "building the operators here" in done.stdout
+    assert (visit.clone / "mcore_sft" / "_C_cuda.abi3.so").read_text() == "built"
+
+
+def test_a_kit_for_another_torch_is_refused(visit: Visit) -> None:
+    (visit.machine / "torch.py").write_text(
+        "class version: cuda = '13.0'\n__version__ = '2.14.1+cu130'"
+    )
+    done = visit.install()
+    assert done.returncode == 1
+    assert "'torch': '2.11.0'" in done.stderr
+    assert "this machine has" in done.stderr
+    assert "'torch': '2.14.1'" in done.stderr
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
