@@ -54,13 +54,21 @@ class Batch:
         return self.rows.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`, but for `rows`: the host lays out the loss by them."""
+        """The same batch on `device`, but for `rows`: the host lays out the loss by them.
+
+        What a GPU is sent is pinned: only then does the host go on meanwhile.
+        """
+        to_gpu = torch.device(device).type == "cuda"
+
+        def pinned(x: Tensor) -> Tensor:
+            return x.pin_memory() if to_gpu else x
+
         return Batch(
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            starts=self.starts.to(device, non_blocking=True),
-            rows=self.rows,
+            tokens=pinned(self.tokens).to(device, non_blocking=True),
+            labels=pinned(self.labels).to(device, non_blocking=True),
+            positions=pinned(self.positions).to(device, non_blocking=True),
+            starts=pinned(self.starts).to(device, non_blocking=True),
+            rows=pinned(self.rows),
             longest=self.longest,
             useful=self.useful,
             squares=self.squares,

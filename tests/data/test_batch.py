@@ -1,5 +1,9 @@
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from mcore_sft.data.batch import IGNORE, collate
 from mcore_sft.data.pack import Pack
@@ -110,3 +114,32 @@ def test_context_ranks_have_together_what_one_has(context):
     ]
     assert pairs[0] == pairs[1]
     assert {batch.length for batch in ranks} == {len(packs) * length // context}
+
+
+class PinnedAlone(TorchFunctionMode):
+    """A GPU that takes what is pinned, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.pin_memory:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        if func is torch.Tensor.to:
+            assert any(args[0] is x for x in self.pinned)
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_gpu_is_sent_is_pinned():
+    batch = collate([PACK], 8, pad_id=9)
+    with PinnedAlone() as gpu:
+        sent = batch.to("cuda")
+    assert any(sent.rows is x for x in gpu.pinned)  # the loss sends them on
+    assert len(gpu.pinned) == 5
+    assert sent.tokens.tolist() == batch.tokens.tolist()
+    assert batch.to("cpu").rows is batch.rows
