@@ -69,8 +69,8 @@ class ModelConfig(Section):
     tokenizer: Place | None = None
     """Folder, tokenizer.json or sentencepiece .model; without it, the model's own."""
     layers: Literal["auto", "local", "apex", "transformer_engine"] = "auto"
-    """Layer implementation: `auto` is local on CPU and Transformer Engine on CUDA; `apex` is local
-    with the norms and the weight gradients of NVIDIA's Apex, on CUDA alone."""
+    """Layer implementation: `auto` is Transformer Engine for bf16 on CUDA, else local; `apex` is
+    local with the norms and the weight gradients of NVIDIA's Apex, on CUDA alone."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -335,7 +335,8 @@ class TrainConfig(Section):
     """Layers at either end of the model that stay in bf16 all the same."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them: those of
-    attention (`selective`), or of whole layers but for their inputs (`full`)."""
+    attention (`selective`, in local layers alone), or of whole layers but for their inputs
+    (`full`)."""
     seed: Seed = 42
     """Seed of the order in which packs are visited."""
     last_step: Literal["drop", "pad"] = "drop"
@@ -394,6 +395,12 @@ class TrainConfig(Section):
             )
         if self.fp8 != "none" and self.precision != "bf16":
             raise ValueError(f"fp8: {self.fp8} needs precision: bf16, given {self.precision}")
+        if self.fp8 == "delayed" and self.recompute == "full":
+            raise ValueError(
+                "recompute: full with fp8: delayed takes new scales for each layer that it "
+                "computes again (got both, expected one of them). Fix: train.fp8=blockwise or "
+                "train.recompute=none"
+            )
         if self.fp8_bf16_ends and self.fp8 in ("none", "delayed"):
             raise ValueError(
                 f"fp8_bf16_ends: {self.fp8_bf16_ends} needs fp8: tensorwise or blockwise, given "

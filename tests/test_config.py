@@ -32,6 +32,10 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("parallel.sequence=true", "sequence: true needs tensor of at least 2, given 1"),
         ("parallel.virtual=2", "virtual: 2 needs pipeline of at least 2, given 1"),
         ("train.fp8_bf16_ends=1", "needs fp8: tensorwise or blockwise, given none"),
+        (
+            "train={fp8: delayed, recompute: full}",
+            "takes new scales for each layer that it computes again (got both, expected one",
+        ),
         ("data.seed=-1", "data.seed: input should be greater than or equal to 0, given -1"),
         (f"data.holdout.seed={2**63}", "data.holdout.seed: input should be less than 92233"),
         ("data.filters.random_seed=-1", "data.filters.random_seed: input should be greater"),
