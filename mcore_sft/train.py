@@ -60,8 +60,9 @@ def prepare() -> RunConfig | None:
         parser.error("--gpus goes with --dry-run; a run takes the processes that torchrun starts")
     # Imported late: torch and Megatron-core take seconds, and a typo should cost none of them.
     from mcore_sft.runtime.device import device
-    from mcore_sft.runtime.hardware import layer_implementation
+    from mcore_sft.runtime.hardware import layer_implementation, order_kernels
 
+    order_kernels(config.parallel)  # before anything asks for a GPU
     # Megatron-core imports Transformer Engine, and a broken one would end it with a traceback.
     layer_implementation(config.model, config.train, device())
     return config

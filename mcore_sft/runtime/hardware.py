@@ -1,16 +1,18 @@
 """What this device can do, and what is in use of it: layers, peak speed, memory, its work."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mcore_sft import installed
-from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
+from mcore_sft.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -36,6 +38,10 @@ _INSTALL_APEX = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-cache-dir --no-build-isolation "
     "git+https://github.com/NVIDIA/apex"
 )
+FUSED_ATTENTION_OLDEST = (9, 0)
+"""Least compute capability where Transformer Engine itself has an attention within documents that
+keeps no scores; below it takes flash-attn's, and without that one whose scores are of the size
+[documents, heads, longest ^ 2]."""
 _TELLS_MORE = "`python tools/doctor.py --config FILE` tells more"
 
 
@@ -57,12 +63,33 @@ def check_architecture(device: torch.device) -> None:
         )
 
 
+def chosen_layers(settings: ModelConfig, train: TrainConfig, *, gpu: bool) -> str:
+    """`local`, `apex` or `transformer_engine`, which `auto` is for bf16 on a GPU.
+
+    Raises `ConfigError` for what Transformer Engine's layers do not compute as it is asked.
+    """
+    if settings.layers in ("local", "apex"):
+        return settings.layers
+    if settings.layers == "auto" and not (gpu and train.precision == "bf16"):
+        return "local"
+    if train.precision == "fp32":
+        raise ConfigError(
+            "model.layers: transformer_engine multiplies fp32 numbers as TF32 (got train.precision "
+            "fp32, expected bf16). Fix: model.layers=local"
+        )
+    if train.recompute == "selective":
+        raise ConfigError(
+            "train.recompute: selective saves nothing with Transformer Engine's layers, whose "
+            "attention keeps no scores (got selective, expected none or full). Fix: "
+            "train.recompute=none"
+        )
+    return "transformer_engine"
+
+
 def layer_implementation(settings: ModelConfig, train: TrainConfig, device: torch.device) -> str:
     """`local` or `transformer_engine`; an error that names the mend where it cannot be had."""
     cuda = device.type == "cuda"
-    chosen = settings.layers
-    if chosen == "auto":
-        chosen = "transformer_engine" if cuda else "local"
+    chosen = chosen_layers(settings, train, gpu=cuda)
     if chosen in ("apex", "transformer_engine") and not cuda:
         raise ConfigError(
             f"model.layers: {chosen} needs an NVIDIA GPU, but this process runs on CPU; use "
@@ -71,6 +98,7 @@ def layer_implementation(settings: ModelConfig, train: TrainConfig, device: torc
     if chosen == "transformer_engine":
         check_transformer_engine()
         check_fp8(train.fp8, device)
+        check_attention(device)
     elif train.fp8 != "none":
         raise ConfigError(
             f"train.fp8: {train.fp8} needs Transformer Engine's layers, which take an NVIDIA GPU, "
@@ -142,6 +170,56 @@ def check_fp8(fp8: str, device: torch.device) -> None:
             f"{torch.__version__} is built for {torch.version.cuda}; install a build of torch for "
             f"CUDA 13, or use train.fp8=tensorwise; {_TELLS_MORE}"
         )
+
+
+def attention_backend(device: torch.device) -> str:
+    """The attention that Transformer Engine is to take, in Megatron-core's words, and no other."""
+    newer = torch.cuda.get_device_capability(device) >= FUSED_ATTENTION_OLDEST
+    return "fused" if newer else "flash"
+
+
+def check_attention(device: torch.device) -> None:
+    """Raise `ConfigError` where attention within documents needs flash-attn, and it is absent."""
+    if attention_backend(device) == "fused":
+        return
+    flash = _flash_attention()
+    if not (flash.is_installed and flash.v2_4_1_plus):  # which is deterministic where it must be
+        found = installed.version("flash-attn") or "none"
+        raise ConfigError(
+            f"model.layers: transformer_engine: below compute capability "
+            f"{_dotted(FUSED_ATTENTION_OLDEST)}, attention within the documents of a pack is "
+            f"flash-attn's, and {_named(device)} (got flash-attn {found}, expected 2.4.1 to "
+            f"{flash.max_version}). Fix: pip install --no-build-isolation "
+            f"'flash-attn>=2.4.1,<={flash.max_version}', or model.layers=local; {_TELLS_MORE}"
+        )
+
+
+def _flash_attention() -> Any:
+    """What Transformer Engine knows of flash-attn: whether it takes what is installed."""
+    name = "transformer_engine.pytorch.attention.dot_product_attention.utils"
+    return importlib.import_module(name).FlashAttentionUtils
+
+
+def name_cuda_headers() -> None:
+    """Tell Transformer Engine, which compiles kernels as it runs, where pip's CUDA has its headers.
+
+    By itself it looks under CUDA_HOME and in /usr/local/cuda.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for headers in ("cu13/include", "cuda_runtime/include"):
+            if Path(folder, headers, "cuda_runtime.h").exists():
+                os.environ.setdefault("NVTE_CUDA_INCLUDE_DIR", str(Path(folder, headers)))
+                return
+
+
+def order_kernels(parallel: ParallelConfig) -> None:
+    """Let exchanges within a layer start before the products beside them, as Megatron expects.
+
+    CUDA reads it once, when this process first uses a GPU.
+    """
+    if parallel.tensor > 1 or parallel.context > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _named(device: torch.device) -> str:

@@ -1,11 +1,14 @@
+import importlib.util
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
-from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
+from mcore_sft.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from mcore_sft.runtime import hardware
 from tests import runs
 
@@ -57,6 +60,7 @@ def test_eight_bits_take_a_gpu_that_has_them(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(hardware, "check_transformer_engine", lambda: None)
+    monkeypatch.setattr(hardware, "check_attention", lambda device: None)
     settings, train = ModelConfig(path=Path()), TrainConfig(fp8=fp8)
     if refusal is None:
         assert hardware.layer_implementation(settings, train, GPU) == "transformer_engine"
@@ -86,6 +90,7 @@ def test_the_transformer_engine_fits_or_is_refused(
     monkeypatch.setattr(hardware.installed, "version", found.get)
     monkeypatch.setattr(hardware.installed, "import_error", lambda package: broken)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(hardware, "check_attention", lambda device: None)
     settings, train = ModelConfig(path=Path()), TrainConfig()
     if refusal is None:
         assert hardware.layer_implementation(settings, train, GPU) == "transformer_engine"
@@ -144,6 +149,102 @@ def test_apex_takes_a_gpu_and_no_eight_bits() -> None:
         hardware.layer_implementation(asked, TrainConfig(), torch.device("cpu"))
     with pytest.raises(ConfigError, match="needs Transformer Engine's layers"):
         hardware.layer_implementation(asked, TrainConfig(fp8="delayed"), GPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "refused"),
+    [
+        ((8, 0), {"is_installed": False, "v2_4_1_plus": False}, True),
+        ((8, 9), {"is_installed": True, "v2_4_1_plus": False}, True),
+        ((8, 9), {"is_installed": True, "v2_4_1_plus": True}, False),
+        ((9, 0), {"is_installed": False, "v2_4_1_plus": False}, False),
+        ((10, 0), {"is_installed": False, "v2_4_1_plus": False}, False),
+    ],
+)
+def test_documents_on_an_older_gpu_take_flash_attn(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    installed: dict[str, bool],
+    refused: bool,
+) -> None:
+    flash = SimpleNamespace(max_version="2.8.3", **installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU")
+    monkeypatch.setattr(hardware, "check_transformer_engine", lambda: None)
+    monkeypatch.setattr(hardware, "_flash_attention", lambda: flash)
+    assert hardware.attention_backend(GPU) == ("fused" if capability >= (9, 0) else "flash")
+    settings, train = ModelConfig(path=Path()), TrainConfig()
+    if not refused:
+        assert hardware.layer_implementation(settings, train, GPU) == "transformer_engine"
+        return
+    with pytest.raises(
+        ConfigError, match=r"got flash-attn none, expected 2\.4\.1 to 2\.8\.3"
+    ) as error:
+        hardware.layer_implementation(settings, train, GPU)
+    assert "flash-attn>=2.4.1,<=2.8.3" in str(error.value)
+    assert "model.layers=local" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "train", "chosen"),
+    [
+        ("auto", {}, "transformer_engine"),
+        ("auto", {"precision": "fp32"}, "local"),
+        ("auto", {"precision": "fp32", "recompute": "selective"}, "local"),
+        ("local", {"recompute": "selective"}, "local"),
+        ("auto", {"recompute": "selective"}, "expected none or full"),
+        ("transformer_engine", {"precision": "fp32"}, "multiplies fp32 numbers as TF32"),
+    ],
+)
+def test_layers_compute_what_is_asked(layers: str, train: dict[str, str], chosen: str) -> None:
+    settings = ModelConfig.model_validate({"path": Path(), "layers": layers})
+    asked = TrainConfig.model_validate(train)
+    if chosen in ("local", "transformer_engine"):
+        assert hardware.chosen_layers(settings, asked, gpu=True) == chosen
+        return
+    with pytest.raises(ConfigError, match=chosen):
+        hardware.chosen_layers(settings, asked, gpu=True)
+
+
+@pytest.mark.parametrize("folder", ["cu13/include", "cuda_runtime/include"])
+def test_headers_of_pips_cuda_are_named_unless_others_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
+) -> None:
+    variable = "NVTE_CUDA_INCLUDE_DIR"
+    monkeypatch.setenv(variable, "to be put back")
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    hardware.name_cuda_headers()
+    assert variable not in os.environ
+    headers = tmp_path / folder
+    headers.mkdir(parents=True)
+    packages = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", {"nvidia": packages}.get)
+    hardware.name_cuda_headers()
+    assert variable not in os.environ
+    (headers / "cuda_runtime.h").touch()
+    hardware.name_cuda_headers()
+    assert os.environ[variable] == str(headers)
+    monkeypatch.setenv(variable, "mine")
+    hardware.name_cuda_headers()
+    assert os.environ[variable] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "set_to"),
+    [({}, None), ({"pipeline": 2}, None), ({"tensor": 2}, "1"), ({"context": 2}, "1")],
+)
+def test_kernels_keep_their_order_where_exchanges_run_beside_products(
+    monkeypatch: pytest.MonkeyPatch, parallel: dict[str, int], set_to: str | None
+) -> None:
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(variable, "to be put back")
+    monkeypatch.delenv(variable)
+    hardware.order_kernels(ParallelConfig.model_validate(parallel))
+    assert os.environ.get(variable) == set_to
+    monkeypatch.setenv(variable, "8")
+    hardware.order_kernels(ParallelConfig.model_validate(parallel))
+    assert os.environ[variable] == "8"
 
 
 def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
