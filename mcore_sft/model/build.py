@@ -12,9 +12,13 @@ from torch import Tensor
 
 from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
 from mcore_sft.model.architecture import Architecture, rope_frequencies
-from mcore_sft.model.layers import ApexRMSNorm, PackedAttention, RMSNorm
+from mcore_sft.model.layers import ApexRMSNorm, FusedSwiGLU, PackedAttention, RMSNorm
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
-from mcore_sft.runtime.hardware import layer_implementation
+from mcore_sft.runtime.hardware import (
+    attention_backend,
+    layer_implementation,
+    name_cuda_headers,
+)
 from mcore_sft.runtime.megatron_core import GPTModel
 from mcore_sft.runtime.mesh import Mesh
 
@@ -27,6 +31,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -87,8 +93,10 @@ def build(
     architecture: Architecture, settings: ModelConfig, train: TrainConfig, mesh: Mesh
 ) -> Chunks:
     """This rank's part of the model, its weights not yet loaded, in DDP."""
-    config = transformer_config(architecture, train, mesh)
     layers = layer_implementation(settings, train, mesh.device)
+    if layers == "transformer_engine":
+        name_cuda_headers()
+    config = transformer_config(architecture, train, mesh, layers)
     config.gradient_accumulation_fusion = layers == "apex"
     spec = block_spec(layers, architecture, mesh)
     parallel = mesh.parallel
@@ -118,6 +126,8 @@ def build(
         model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
         model.to(mesh.device)
         _add_gradients_in_place(model)
+        if layers == "transformer_engine":
+            _fuse_swiglu(model)
         chunks.append(
             DistributedDataParallel(
                 config,
@@ -143,6 +153,16 @@ def _add_gradients_in_place(model: Gpt) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+
+
+def _fuse_swiglu(model: Gpt) -> None:
+    """Let one kernel of Transformer Engine compute each SwiGLU.
+
+    Megatron-core would put the operation itself there, which its checkpoints do not know.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.activation_func = FusedSwiGLU()
 
 
 @contextlib.contextmanager
@@ -185,9 +205,10 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(
-    architecture: Architecture, train: TrainConfig, mesh: Mesh
+    architecture: Architecture, train: TrainConfig, mesh: Mesh, layers: str
 ) -> TransformerConfig:
-    """Megatron-core's configuration of `architecture`, split as `mesh` is."""
+    """Megatron-core's configuration of `architecture` in such `layers`, split as `mesh` is."""
+    fused = layers == "transformer_engine"
     stage_layers = architecture.layers // mesh.pipeline.size
     if train.fp8_bf16_ends > stage_layers:
         raise ConfigError(
@@ -239,6 +260,9 @@ def transformer_config(
         first_last_layers_bf16=train.fp8_bf16_ends > 0,
         num_layers_at_start_in_bf16=train.fp8_bf16_ends,
         num_layers_at_end_in_bf16=train.fp8_bf16_ends,
+        attention_backend=AttnBackend[attention_backend(mesh.device) if fused else "auto"],
+        apply_rope_fusion=fused,
+        use_te_activation_func=fused,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,

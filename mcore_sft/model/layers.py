@@ -1,4 +1,5 @@
-"""The pieces that Megatron-core's local layers lack on CPU: packed attention and RMSNorm.
+"""Pieces of layers: packed attention and RMSNorm, which Megatron-core's local layers lack on CPU,
+and Transformer Engine's SwiGLU.
 
 T = rows of the pack on this rank, H = query heads of this rank, G = key-value heads of this rank,
 D = head width
@@ -48,6 +49,25 @@ class ApexRMSNorm(RMSNorm):
 
         normal: Tensor = fused_rms_norm_affine(x, self.weight, (x.shape[-1],), self.eps)
         return normal
+
+
+class FusedSwiGLU(torch.nn.Module):
+    """silu(a) b of [..., a b] as one kernel of Transformer Engine, of which no checkpoint knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformer_engine.pytorch.ops import SwiGLU
+
+        self._operation = (SwiGLU(),)  # a module too, with an empty state of its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, half as wide."""
+        product: Tensor = self._operation[0](x)
+        return product
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 class PackedAttention(torch.nn.Module):

@@ -82,7 +82,7 @@ def _eight_bits(
     settings, fp8 = TrainConfig(**train), None
     with connect(parallel) as mesh:
         try:
-            config = build.transformer_config(read(model), settings, mesh)
+            config = build.transformer_config(read(model), settings, mesh, "local")
             fp8 = config.fp8
             assert config.first_last_layers_bf16 == bool(settings.fp8_bf16_ends)
             layer_implementation(ModelConfig(path=model), settings, mesh.device)
