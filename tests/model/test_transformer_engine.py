@@ -81,7 +81,8 @@ def _steps(
         groups = [
             (group["wd_mult"], sorted(names[id(weight)] for weight in group["params"]))
             for group in own.optimizer.param_groups
-            if not parallel.distributed_optimizer  # each rank has runs of weights, cut elsewhere
+            # Each rank has runs of weights, cut elsewhere, or copies in fp32.
+            if not parallel.distributed_optimizer and "precision" not in train
         ]
         assert loss == pytest.approx(results[0].loss, rel=1e-6)
         return found, results, groups
@@ -129,6 +130,12 @@ def test_every_layout_trains_as_with_local_layers(model: Path, layout: str, reco
     _is_local(model, layout, recompute=recompute)
 
 
+@contextmanager
+def _with_engine(*args: Any, **kwargs: Any) -> Iterator[Loaded]:
+    with loaded(*args, **kwargs, layers=ENGINE) as here:
+        yield here
+
+
 @pytest.mark.parametrize(
     "fp8",
     ["blockwise", *(pytest.param(x, marks=SLOW) for x in ("none", "delayed", "tensorwise"))],
@@ -136,12 +143,7 @@ def test_every_layout_trains_as_with_local_layers(model: Path, layout: str, reco
 def test_documents_of_a_pack_do_not_touch(
     model: Path, fp8: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @contextmanager
-    def engine(*args: Any, **kwargs: Any) -> Iterator[Loaded]:
-        with loaded(*args, **kwargs, layers=ENGINE) as here:
-            yield here
-
-    monkeypatch.setattr(equalities, "loaded", engine)
+    monkeypatch.setattr(equalities, "loaded", _with_engine)
     equalities.check_1(model, "one", "bf16", fp8=fp8)
 
 
@@ -262,3 +264,31 @@ def _resumed(
         assert _checkpoints(folder, here).restore_latest({}) is not None
         third = _step(here)
         return third.loss, third.grad_norm
+
+
+@pytest.mark.parametrize(
+    "layout", ["cp2", *(pytest.param(name, marks=SLOW) for name in ("tp2_sp_cp2", "pp2_cp2"))]
+)
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=SLOW)])
+def test_ranks_that_share_documents_train_as_with_local_layers(
+    model: Path, layout: str, recompute: str
+) -> None:
+    train = {"precision": "bf16", "recompute": recompute}
+    ours = on_layout(layout, _steps, model, ENGINE, train)
+    theirs = on_layout(layout, _steps, model, "local", train)
+    (alone,) = on_layout("one", _steps, model, ENGINE, train)
+    for (found, steps, _), (reference, known, _) in zip(ours, theirs, strict=True):
+        renamed = {_local_name(name): value for name, value in found.items()}
+        assert relative_norm(renamed, reference) < 3e-2
+        for step, *others in zip(steps, known, alone[1], strict=True):
+            for other in others:
+                assert step.loss == pytest.approx(other.loss, rel=2e-3)
+                assert step.grad_norm == pytest.approx(other.grad_norm, rel=2e-2)
+
+
+@pytest.mark.parametrize("fp8", ["none", pytest.param("blockwise", marks=SLOW)])
+def test_documents_do_not_touch_where_ranks_share_them(
+    model: Path, fp8: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equalities, "loaded", _with_engine)
+    equalities.check_1(model, "cp2", "bf16", fp8=fp8)

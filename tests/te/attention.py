@@ -107,7 +107,7 @@ def _check(asked: dict[str, Any]) -> None:
         assert tensor.dim() == 3, tensor.shape
         assert tensor.is_contiguous(), "q, k and v are contiguous"
         assert tensor.dtype in (torch.bfloat16, torch.float16), tensor.dtype
-    assert q.shape[1] % k.shape[1] == 0
+    assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads of {k.shape[1]} groups"
     assert q.shape[2] % 8 == 0, f"head width {q.shape[2]}, no multiple of 8"
     for name in ("q", "kv"):
         for starts in (asked[f"cu_seqlens_{name}"], asked[f"cu_seqlens_{name}_padded"]):
