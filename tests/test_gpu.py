@@ -1,8 +1,10 @@
 """What must hold on one GPU, link by link: CPU local = GPU local = GPU Transformer Engine.
 
-`make test-gpu` runs it, with the operators' own tests of tests/ops. None of it has run yet.
+`make test-gpu` runs it, with the operators' own tests of tests/ops. None of it has run yet. `make
+test-te` runs it on the CPU, where tests/te stands for the kernels of Transformer Engine.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +14,9 @@ import torch
 
 from mcore_sft.config import OptimizerConfig, ParallelConfig
 from mcore_sft.data.batch import collate
+from mcore_sft.model import build
 from mcore_sft.runtime import mesh
+from mcore_sft.runtime.hardware import chosen_layers
 from mcore_sft.training.step import StepResult, train_step
 from tests import distributed, tiny
 from tests import test_equalities as equalities
@@ -21,11 +25,19 @@ from tests.runs import loaded, relative
 
 pytestmark = pytest.mark.gpu
 ALONE = ParallelConfig()
+EMULATED = "tests.te.plugin" in sys.modules
+GPU = "cpu" if EMULATED else "cuda"
 
 
 @pytest.fixture(autouse=True)
 def _ranks_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "METHOD", "spawn")
+    if EMULATED:
+        monkeypatch.setattr(
+            build, "layer_implementation", lambda *asked: chosen_layers(*asked[:2], gpu=True)
+        )
+        monkeypatch.setattr(build, "attention_backend", lambda device: "fused")
+    else:
+        monkeypatch.setattr(distributed, "METHOD", "spawn")
     # What `be_deterministic` asks of the libraries: bits are compared.
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -64,19 +76,20 @@ def compare(
         assert relative(ours.grad_norm, theirs.grad_norm) < 10 * share
 
 
+@pytest.mark.skipif(EMULATED, reason="the two are one")
 def test_local_layers_on_a_gpu_are_those_of_the_cpu(model: Path) -> None:
-    compare(model, [("cuda", "local"), ("cpu", "local")], {"precision": "fp32"}, 1e-5)
+    compare(model, [(GPU, "local"), ("cpu", "local")], {"precision": "fp32"}, 1e-5)
 
 
 def test_transformer_engine_is_the_local_layers_on_the_same_gpu(model: Path) -> None:
-    places = [("cuda", "transformer_engine"), ("cuda", "local")]
+    places = [(GPU, "transformer_engine"), (GPU, "local")]
     compare(model, places, {"precision": "bf16"}, 2e-3)
 
 
 @pytest.mark.parametrize("fp8", ["delayed", "tensorwise", "blockwise"])
 def test_eight_bits_are_near_sixteen(model: Path, fp8: str) -> None:
     precision = {"precision": "bf16"}
-    engine = ("cuda", "transformer_engine", model)
+    engine = (GPU, "transformer_engine", model)
     (eight,) = run_ranks(1, _steps, *engine, precision | {"fp8": fp8})
     (sixteen,) = run_ranks(1, _steps, *engine, precision)
     for ours, theirs in zip(eight, sixteen, strict=True):
@@ -101,8 +114,8 @@ def test_resume_is_bitwise(model: Path, tmp_path: Path, fp8: str) -> None:
 def test_the_distributed_optimizer_of_one_rank_is_the_plain_one(model: Path) -> None:
     train = {"precision": "bf16"}
     parallel = ParallelConfig(distributed_optimizer=True, overlap=True)
-    (shared,) = run_ranks(1, _steps, "cuda", "transformer_engine", model, train, parallel)
-    (plain,) = run_ranks(1, _steps, "cuda", "transformer_engine", model, train)
+    (shared,) = run_ranks(1, _steps, GPU, "transformer_engine", model, train, parallel)
+    (plain,) = run_ranks(1, _steps, GPU, "transformer_engine", model, train)
     for ours, theirs in zip(shared, plain, strict=True):
         assert relative(ours.loss, theirs.loss) < 1e-5
 
