@@ -61,7 +61,9 @@ def prepare() -> RunConfig | None:
     # Imported late: torch and Megatron-core take seconds, and a typo should cost none of them.
     from mcore_sft.runtime.device import device
     from mcore_sft.runtime.hardware import layer_implementation, order_kernels
+    from mcore_sft.runtime.launch import Launch
 
+    Launch.read().check_restarts()
     order_kernels(config.parallel)  # before anything asks for a GPU
     # Megatron-core imports Transformer Engine, and a broken one would end it with a traceback.
     layer_implementation(config.model, config.train, device())

@@ -349,7 +349,10 @@ class Checkpoints:
             return None
 
     def restore_latest(
-        self, fixed: dict[str, Any], formerly: Mapping[str, Any] = MappingProxyType({})
+        self,
+        fixed: dict[str, Any],
+        formerly: Mapping[str, Any] = MappingProxyType({}),
+        beat: Callable[[], None] = lambda: None,
     ) -> Progress | None:
         """Load the newest step that is whole; None if the run has no checkpoint yet.
 
@@ -357,7 +360,7 @@ class Checkpoints:
         `CheckpointError` if all are, or if one cannot be read. `fixed` is compared with what the
         checkpoint says before anything is loaded; see `Progress.check`.
         """
-        found = self._newest_whole()
+        found = self._newest_whole(beat)
         if found is None:
             return None
         path, manifest = found
@@ -369,13 +372,13 @@ class Checkpoints:
         self.restored = path
         return progress
 
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_whole(self, beat: Callable[[], None]) -> tuple[Path, dict[str, Any]] | None:
         unfit: dict[Path, CheckpointError] = {}
         for path in self.mesh.from_main(lambda: steps(self.folder)):
             try:
-                manifest = verify(path, self.mesh)
+                manifest = verify(path, self.mesh, lambda _: beat())
             except Gone:
-                return self._newest_whole()  # it was there when they were listed
+                return self._newest_whole(beat)  # it was there when they were listed
             except (Damaged, Misnamed) as error:
                 unfit[path] = error
             else:

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mcore_sft.base import files
+from mcore_sft.checkpoint.sharded import agree
 from mcore_sft.runtime.mesh import Mesh
 
 Sum = tuple[int, int, str]
@@ -44,12 +45,12 @@ class Sums:
     def wait(self, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
         """All sums, once every rank has its part, but for files that cannot be read: that is said.
 
-        Collective. `beat` is called while this rank is at its part.
+        Collective. `beat` is called while a rank is at its part.
         """
         if self._all is None:
-            while self._thread.is_alive():
-                self._thread.join(1.0)
+            while any(agree(self._mesh, int(self._thread.is_alive()))):
                 beat()
+                self._thread.join(0.2)
             shares: list[Any] = [None] * self._mesh.world.size
             dist.all_gather_object(shares, self._own, group=self._mesh.world.group)
             found = {name: one for share in shares for name, one in share.items()}

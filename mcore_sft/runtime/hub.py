@@ -29,6 +29,7 @@ TOGETHER_SECONDS = 1.0
 """What goes wrong so soon after the first is part of it."""
 _SEND_SECONDS = 5.0
 _LINE_BYTES = 64 * 2**20
+_HELLO_BYTES = 4096
 
 Message = dict[str, Any]
 
@@ -53,17 +54,20 @@ class Lines:
     """Messages out of the bytes of a connection."""
 
     rest: bytearray = field(default_factory=bytearray)
+    most_bytes: int = _LINE_BYTES
 
     def feed(self, more: bytes) -> Iterator[Message]:
         """The messages that are whole now; ValueError for what is none."""
         self.rest += more
+        if self.rest.find(b"\n") > self.most_bytes:
+            raise ValueError("a message is too long")
         while (end := self.rest.find(b"\n")) >= 0:
             message = json.loads(self.rest[:end])
             del self.rest[: end + 1]
             if not isinstance(message, dict):
                 raise ValueError("a message is an object")
             yield message
-        if len(self.rest) > _LINE_BYTES:
+        if len(self.rest) > self.most_bytes:
             raise ValueError("a message is too long")
 
 
@@ -123,6 +127,7 @@ class Hub:
         self._errors: dict[int, str] = {}
         self._lost: list[int] = []
         self._ended: set[int] = set()
+        self._are_all_here = False
         self._since: float | None = None
         """When the first thing went wrong."""
         self._failure: str | None = None
@@ -145,17 +150,19 @@ class Hub:
         self._thread.join(seconds)
 
     def _serve(self) -> None:
-        while not self._is_over():
-            for key, _ in self._selector.select(0.1):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._read(key.data)
-            self._look()
-        for line in list(self._lines):
-            self._drop(line)
-        self._server.close()
-        self._selector.close()
+        try:
+            while not self._is_over():
+                for key, _ in self._selector.select(0.1):
+                    if key.data is None:
+                        self._accept()
+                    else:
+                        self._read(key.data)
+                self._look()
+        finally:  # a defect here must not leave ranks that wait
+            for line in list(self._lines):
+                self._drop(line)
+            self._server.close()
+            self._selector.close()
 
     def _is_over(self) -> bool:
         if self._failure is not None:
@@ -189,7 +196,7 @@ class Hub:
             socket=connection,
             address=address_of(name),
             here=address_of(connection.getsockname()),
-            reader=Lines(),
+            reader=Lines(most_bytes=_HELLO_BYTES),
         )
         self._lines.append(line)
         self._selector.register(connection, selectors.EVENT_READ, line)
@@ -201,7 +208,7 @@ class Hub:
                 self._hear(line, message)
         except TimeoutError:
             return
-        except (OSError, ValueError, KeyError, TypeError):
+        except Exception:  # whatever it is, it is no message of a rank
             more = b""
         if not more and line in self._lines:
             self._drop(line)
@@ -245,6 +252,9 @@ class Hub:
 
     def _let_go(self, line: _Line, message: Message) -> None:
         """A rank has said bye."""
+        if not self._are_all_here:  # the others wait for it
+            self._lost.append(line.rank)
+            self._wrong()
         self._ended.add(line.rank)
         if len(self._ended) == self._size:
             self._pass_on(line, {"is": "bye"})
@@ -254,6 +264,14 @@ class Hub:
             self._drop(line)
             return
         rank, size = int(message["rank"]), int(message["size"])
+        if self._are_all_here:
+            text = (
+                f"rank {rank} ({message['host']}): all ranks of that run have come already. Fix: "
+            )
+            text += "end it, or start this one with another --master-port"
+            self._send(line, {"is": "failure", "text": text, "say": True, "here": False})
+            self._drop(line)
+            return
         line.rank, line.host, line.machine = rank, str(message["host"]), str(message["machine"])
         if rank in self._known:
             self._errors[rank] = (
@@ -268,6 +286,7 @@ class Hub:
                 "with the same --nnodes and --nproc-per-node"
             )
             self._wrong()
+        line.reader.most_bytes = _LINE_BYTES
         self._known.setdefault(rank, line)
         if self._failure is not None:
             self._tell(line)
@@ -276,6 +295,7 @@ class Hub:
 
     def _welcome(self) -> None:
         """Tell all that all have come, and by which address others reach this machine."""
+        self._are_all_here = True
         lines = [self._known[rank] for rank in range(self._size)]
         remote = [line.here for line in lines if line.machine != lines[0].machine]
         message = {

@@ -42,7 +42,10 @@ class Launch:
             raise UserError(
                 f"RANK is {rank}, expected less than WORLD_SIZE {size}. Fix: {_BY_HAND}"
             )
-        address = os.environ.get("MASTER_ADDR", "")
+        address = os.environ.get("MASTER_ADDR", "").strip("[]")  # of an IPv6 literal
+        port = _number("MASTER_PORT", 29500)
+        if not 0 < port < 2**16:
+            raise UserError(f"MASTER_PORT is {port}, expected 1 to 65535. Fix: {_BY_HAND}")
         if not address:
             raise UserError(f"WORLD_SIZE is {size}, and MASTER_ADDR is not set. Fix: {_BY_HAND}")
         return cls(
@@ -50,7 +53,7 @@ class Launch:
             size=size,
             local_rank=local_rank,
             address=address,
-            port=_number("MASTER_PORT", 29500),
+            port=port,
         )
 
     @property
@@ -64,17 +67,15 @@ class Launch:
         return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
     def check_restarts(self) -> None:
-        """Raise `UserError` where torchrun would start ranks that fail anew; one says it."""
+        """Raise `UserError` where torchrun would start ranks that fail anew."""
         restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
         if restarts:
-            error = UserError(
+            raise UserError(
                 f"torchrun --max-restarts {restarts}: ranks of a second try do not find each other "
                 "(torch keeps the keys of the first). Fix: start without it, and start the whole "
                 "command again when it fails, as a loop or a Slurm requeue does; it goes on from "
                 "the newest checkpoint"
             )
-            error.quiet = self.local_rank != 0
-            raise error
 
     def check(self, nodes: int | None, machines: int) -> None:
         """Raise `UserError` where not as many machines have come as were started, or more may come.

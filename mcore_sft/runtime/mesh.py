@@ -151,6 +151,7 @@ def join(
             library.load_cuda()
             torch.cuda.set_device(device)
         _choose_interface(peers)
+        peers.store.set_timeout(timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("process group", peers.store),

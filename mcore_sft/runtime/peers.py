@@ -108,7 +108,8 @@ class Peers:
         try:
             self.meet()
             everybody = self._receive("all")
-        except BaseException:
+        except BaseException as error:
+            self.report(error)
             self.close()
             raise
         self.hosts = tuple(everybody["hosts"])
@@ -212,23 +213,34 @@ class Peers:
         if not hosts_store:
             self._await_port(until)
         try:
-            store = TCPStore(
-                launch.address,
-                launch.port,
-                is_master=hosts_store,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=max(1.0, until - time.monotonic())),
-            )
-            self.store = PrefixStore(f"mcore_sft {launch.attempt}", store)
-            if launch.rank == 0:
-                self._hub = hub.Hub(launch.size, until - time.monotonic(), self._lost)
-                self._hub.start()
-                os.register_at_fork(after_in_child=self._hub.close_in_child)
-                self.store.set(_KEY, f"{self._hub.port} {self._hub.token}")
-            port, token = self.store.get(_KEY).decode().split()
-        except RuntimeError as error:  # torch's errors of stores and networks
-            raise Unreached(self._unreached(" ".join(str(error).split())[:300])) from None
+            port, token = _in_time(lambda: self._ask_store(hosts_store, until), until)
+        except (RuntimeError, TimeoutError) as error:  # torch's errors of stores and networks
+            reason = " ".join(str(error).split())[:300]
+            if hosts_store and "EADDRINUSE" in reason:
+                raise Unreached(
+                    f"port {launch.port} is in use on {host()}. Fix: give another --master-port, "
+                    "or end what holds it"
+                ) from None
+            raise Unreached(self._unreached(reason)) from None
         self._join(int(port), token, until)
+
+    def _ask_store(self, hosts_store: bool, until: float) -> tuple[str, str]:
+        """The hub's port and token."""
+        store = TCPStore(
+            self.launch.address,
+            self.launch.port,
+            is_master=hosts_store,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=max(1.0, until - time.monotonic())),
+        )
+        self.store = PrefixStore(f"mcore_sft {self.launch.attempt}", store)
+        if self.launch.rank == 0:
+            self._hub = hub.Hub(self.launch.size, until - time.monotonic(), self._lost)
+            self._hub.start()
+            os.register_at_fork(after_in_child=self._hub.close_in_child)
+            self.store.set(_KEY, f"{self._hub.port} {self._hub.token}")
+        port, token = self.store.get(_KEY).decode().split()
+        return port, token
 
     def _await_port(self, until: float) -> None:
         """Wait until the store's port answers; torch itself would fill the log meanwhile."""
@@ -237,8 +249,8 @@ class Peers:
             try:
                 with socket.create_connection((self.launch.address, self.launch.port), timeout=5):
                     return
-            except OSError as error:
-                reason = f"{error.strerror or error}"
+            except (OSError, UnicodeError) as error:  # the latter of a name that cannot be
+                reason = str(getattr(error, "strerror", None) or error)
             if time.monotonic() > until:
                 raise Unreached(self._unreached(reason))
             time.sleep(0.1)
@@ -358,6 +370,26 @@ class Peers:
             say_at_once(f"error: {failure}")
         self._linger()
         os._exit(FAILED)
+
+
+def _in_time(find: Callable[[], Found], until: float) -> Found:
+    """What is found in another thread by then; TimeoutError if that waits for a stranger."""
+    found: queue.SimpleQueue[Found | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            found.put(find())
+        except Exception as error:  # whatever it is, the caller raises it
+            found.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer = found.get(timeout=max(1.0, until - time.monotonic()) + 1)
+    except queue.Empty:
+        raise TimeoutError("what listens there is no rendezvous") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def end_together(error: UserError) -> NoReturn:

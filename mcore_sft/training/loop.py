@@ -46,7 +46,6 @@ def train(config: RunConfig) -> Progress:
     stop = Stop(config.train.max_minutes)
     hang = config.train.hang_seconds
     launch = Launch.read()
-    launch.check_restarts()
     with (
         Peers(launch, config.train.connect_seconds) as peers,
         Watchdog(config.folder, hang, peers) as watchdog,
@@ -58,6 +57,7 @@ def train(config: RunConfig) -> Progress:
             be_deterministic()
         # Collectives fail later than the watchdog ends them: it knows what each rank was doing.
         timeout = hang and 2 * SLOW * hang
+        watchdog.at("while comparing what the ranks were started with", slow=True)
         with agreed(config, peers), join(config.parallel, peers, timeout) as mesh:
             return train_on(mesh, config, architecture, stop, watchdog)
 
@@ -70,6 +70,7 @@ def train_on(
     watchdog: Watchdog,
 ) -> Progress:
     """The story of a run on one rank of `mesh`."""
+    watchdog.at("while checking the dataset", slow=True)
     metrics = Metrics(
         config.folder, config.name, config.log, config.train.steps, architecture, mesh
     )
@@ -79,15 +80,17 @@ def train_on(
     loader = load(config, "train", dataset, tokenizer, architecture, mesh)
     check_benchmark(config, mesh)
     validation = Validation(config, tokenizer, architecture, mesh, metrics)
+    watchdog.at("while loading", slow=True)
     gpt = build.build(architecture, config.model, config.train, mesh)
     optimizer = optim.build(config.optimizer, config.train, gpt, mesh)
     checkpoints = Checkpoints(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
     )
     fixed = what_stays(config, dataset, architecture)
-    progress = resumed(config, checkpoints, fixed, dataset)
+    progress = resumed(config, checkpoints, fixed, dataset, watchdog.beat)
     loader = as_begun(loader, progress, metrics.say)
     loader.check()
+    watchdog.at("while loading", slow=True)
     base = None
     if progress is None:
         base = SafetensorsFolder(config.model.path)

@@ -23,6 +23,7 @@ SEEN_SECONDS = 60.0
 """So much later a network file system may show a new folder to other machines."""
 LOCAL_SECONDS = 5.0
 """A disk of one machine alone never does."""
+_MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL = {"btrfs", "ext2", "ext3", "ext4", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 
 
@@ -92,7 +93,7 @@ def _is_local(folder: Path) -> bool:
     place = os.path.realpath(folder)
     found = ("", "")
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        for line in _MOUNTS.read_text("utf-8", "surrogateescape").splitlines():
             mounted, _, after = line.partition(" - ")
             point = mounted.split()[4].replace("\\040", " ")
             inside = place == point or place.startswith(point.rstrip("/") + "/")

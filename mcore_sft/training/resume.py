@@ -3,7 +3,7 @@
 checkpoint + configuration --> an error | lines "optimizer.lr: 0.001 -> 0.1" and the history
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -71,15 +71,22 @@ def what_stays(
 
 
 def resumed(
-    config: RunConfig, checkpoints: Checkpoints, fixed: dict[str, Any], dataset: PackedDataset
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    fixed: dict[str, Any],
+    dataset: PackedDataset,
+    beat: Callable[[], None],
 ) -> Progress | None:
-    """Where the run was, its weights and moments restored; None if it begins. Collective."""
+    """Where the run was, its weights and moments restored; None if it begins. Collective.
+
+    `beat` is called for each file that is verified.
+    """
     if not config.checkpoint.resume:
         checkpoints.begin_anew()
         return None
     # Runs began with a fingerprint of all splits together.
     together = dataset.manifest["fingerprint"]
-    progress = checkpoints.restore_latest(fixed, formerly={"dataset": together})
+    progress = checkpoints.restore_latest(fixed, formerly={"dataset": together}, beat=beat)
     if progress is None:
         return None
     if progress.fixed.get("dataset") == together:

@@ -94,18 +94,20 @@ class Watchdog:
             if late > pause:  # this process was stopped as a whole, as Slurm suspends a job
                 self._beat += late
             silent = time.monotonic() - self._beat
-            first = not self._others_speak()
-            if silent > self._limit or not first:
+            hung = self._first_to_speak()
+            if silent > self._limit or hung is not None:
                 self._peers.leave()  # each rank ends by itself from here on
                 missing = self._write_stacks()
-                if first or self._peers.is_first_here:
-                    self._tell(silent, missing)
+                if hung is None or self._peers.is_first_here:
+                    self._tell(silent, hung, missing)
                 os._exit(HUNG)
 
-    def _others_speak(self) -> bool:
+    def _first_to_speak(self) -> int | None:
+        """The rank that wrote its stacks before all others; None if none has."""
         with contextlib.suppress(OSError):
-            return any(self._folder.glob("rank_*.txt"))
-        return False
+            files = sorted(self._folder.glob("rank_*.txt"), key=lambda file: file.stat().st_mtime)
+            return int(files[0].stem.removeprefix("rank_")) if files else None
+        return None
 
     def _write_stacks(self) -> list[int] | None:
         """Write what this rank does and wait for the others; whose is missing, None if it fails."""
@@ -148,15 +150,18 @@ class Watchdog:
     def _name(self, rank: int) -> str:
         return f"stacks of {self._run} rank {rank}."
 
-    def _tell(self, silent: float, missing: list[int] | None) -> None:
-        """Say where the stacks lie, and whose are missing."""
+    def _tell(self, silent: float, hung: int | None, missing: list[int] | None) -> None:
+        """Say which rank hangs, this one or `hung`, where the stacks lie, and whose are missing."""
         if missing is None:
             told = f"its stack could not be written to {self._folder}"
         else:
             told = f"what each rank was doing stands in {self._folder}"
             if missing:
                 told += f"; of ranks {', '.join(map(str, missing))} there are none"
+        who, since = self._peers.name, f"for {silent:.0f} s "
+        if hung is not None and hung != self._rank:
+            who, since = f"{who}: rank {hung}", "for too long; this one was "
         say_at_once(
-            f"error: {self._peers.name} has computed nothing for {silent:.0f} s "
-            f"{self._peers.doing} (train.hang_seconds {self._seconds:g}), and the run ends; {told}"
+            f"error: {who} has computed nothing {since}{self._peers.doing} "
+            f"(train.hang_seconds {self._seconds:g}), and the run ends; {told}"
         )

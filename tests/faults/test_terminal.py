@@ -210,7 +210,7 @@ def _training(patch: Patch, folder: Path) -> None:
 def _hang(patch: Patch, folder: Path) -> None:
     peers = SimpleNamespace(name=f"rank 0 ({HOSTILE})", doing="in step 1")
     dog: Any = SimpleNamespace(_peers=peers, _seconds=1.0, _folder=Path(HOSTILE))
-    watchdog.Watchdog._tell(dog, 2.0, [])
+    watchdog.Watchdog._tell(dog, 2.0, None, [])
 
 
 def _exported(patch: Patch, folder: Path) -> None:

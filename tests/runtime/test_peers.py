@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -243,7 +245,8 @@ def _with_strangers(peers: Peers) -> None:
     if peers.launch.rank == 0:
         assert peers._hub is not None
         hello = {"is": "hello", "rank": 1, "size": 2, "host": "x", "machine": "x", "token": "0"}
-        for bytes_ in (b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[]\n", b"{}\n", hub.encode(hello)):
+        odd = (b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[]\n", b"{}\n", b"[" * 4000 + b"\n")
+        for bytes_ in (*odd, b"x" * 5000, hub.encode(hello)):
             with socket.create_connection(("127.0.0.1", peers._hub.port)) as stranger:
                 stranger.sendall(bytes_)
                 stranger.settimeout(5)
@@ -255,6 +258,49 @@ def test_a_stranger_at_the_port_is_turned_away_and_changes_nothing() -> None:
     assert run_ranks(2, _told, _with_strangers) == [("", "", False)] * 2
 
 
+def _with_a_latecomer(peers: Peers) -> None:
+    """A rank of another run that asks the same store finds a run that is complete."""
+    if peers.launch.rank == 1:
+        late = Peers(peers.launch, 5.0)
+        late.meet()
+        told = late._await_failure(5.0)
+        assert told is not None
+        assert "all ranks of that run have come already" in str(told)
+        late.close()
+    assert peers.exchange(1, len) == 2
+
+
+def test_a_latecomer_is_refused_and_the_run_goes_on() -> None:
+    assert run_ranks(2, _told, _with_a_latecomer) == [("", "", False)] * 2
+
+
+def _interrupted() -> tuple[str, str, bool]:
+    if os.environ["RANK"] == "1":
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if os.environ["RANK"] == "2":
+        time.sleep(2.0)
+    try:
+        return _told(lambda peers: peers.exchange(1, len))
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt", "", False
+
+
+def test_an_interruption_of_the_first_contact_ends_all() -> None:
+    told = run_ranks(3, _interrupted)
+    assert told[1][0] == "KeyboardInterrupt"
+    assert told[0][1] == told[2][1] == f"rank 1 ({host()}): was interrupted"
+
+
+def test_a_port_that_a_stranger_holds_is_a_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = str(stranger.getsockname()[1])
+        changes = {"WORLD_SIZE": "2", "MASTER_PORT": port}
+        (told,) = run_ranks(1, _of_another_world, {**changes, "RANK": "1"}, 1.0)
+        assert "what listens there is no rendezvous" in told[1]
+        (told,) = run_ranks(1, _of_another_world, changes, 1.0)
+        assert f"port {port} is in use on {host()}" in told[1]
+
+
 # --- the environment ---
 
 
@@ -264,6 +310,7 @@ def test_a_stranger_at_the_port_is_turned_away_and_changes_nothing() -> None:
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', expected a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and MASTER_ADDR is not set"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK is 2, expected less than"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
     ],
 )
 def test_a_launch_that_is_said_in_part_is_refused(
@@ -302,16 +349,11 @@ def test_fewer_machines_than_expected_are_refused(
         launch.check(nodes, 1)
 
 
-@pytest.mark.parametrize("local_rank", [0, 1])
-def test_restarts_are_refused_and_one_rank_of_a_machine_says_it(
-    monkeypatch: pytest.MonkeyPatch, local_rank: int
-) -> None:
-    launch = Launch(size=2, local_rank=local_rank)
-    launch.check_restarts()
+def test_restarts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Launch().check_restarts()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(UserError, match="--max-restarts 3") as refused:
-        launch.check_restarts()
-    assert refused.value.quiet == bool(local_rank)
+    with pytest.raises(UserError, match="--max-restarts 3"):
+        Launch().check_restarts()
 
 
 @pytest.mark.parametrize(
