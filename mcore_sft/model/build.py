@@ -17,7 +17,7 @@ from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
 from mcore_sft.runtime.hardware import (
     attention_backend,
     layer_implementation,
-    name_cuda_headers,
+    prepare_transformer_engine,
 )
 from mcore_sft.runtime.megatron_core import GPTModel
 from mcore_sft.runtime.mesh import Mesh
@@ -95,7 +95,7 @@ def build(
     """This rank's part of the model, its weights not yet loaded, in DDP."""
     layers = layer_implementation(settings, train, mesh.device)
     if layers == "transformer_engine":
-        name_cuda_headers()
+        prepare_transformer_engine()
     config = transformer_config(architecture, train, mesh, layers)
     config.gradient_accumulation_fusion = layers == "apex"
     spec = block_spec(layers, architecture, mesh)

@@ -200,11 +200,14 @@ def _flash_attention() -> Any:
     return importlib.import_module(name).FlashAttentionUtils
 
 
-def name_cuda_headers() -> None:
-    """Tell Transformer Engine, which compiles kernels as it runs, where pip's CUDA has its headers.
+def prepare_transformer_engine() -> None:
+    """Set what Transformer Engine reads of the environment, unless it is set.
 
-    By itself it looks under CUDA_HOME and in /usr/local/cuda.
+    It compiles kernels as it runs, and looks for headers under CUDA_HOME and in /usr/local/cuda,
+    not where pip's CUDA has them. The scales of `train.fp8: delayed` are a pickle, which it refuses
+    to open in newer releases; those of a checkpoint are read by checkpoint/pickles.py before.
     """
+    os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for headers in ("cu13/include", "cuda_runtime/include"):

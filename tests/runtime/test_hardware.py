@@ -211,22 +211,23 @@ def test_headers_of_pips_cuda_are_named_unless_others_are(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
 ) -> None:
     variable = "NVTE_CUDA_INCLUDE_DIR"
-    monkeypatch.setenv(variable, "to be put back")
-    monkeypatch.delenv(variable)
+    for name in (variable, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"):
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    hardware.name_cuda_headers()
+    hardware.prepare_transformer_engine()
     assert variable not in os.environ
     headers = tmp_path / folder
     headers.mkdir(parents=True)
     packages = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", {"nvidia": packages}.get)
-    hardware.name_cuda_headers()
+    hardware.prepare_transformer_engine()
     assert variable not in os.environ
     (headers / "cuda_runtime.h").touch()
-    hardware.name_cuda_headers()
+    hardware.prepare_transformer_engine()
     assert os.environ[variable] == str(headers)
     monkeypatch.setenv(variable, "mine")
-    hardware.name_cuda_headers()
+    hardware.prepare_transformer_engine()
     assert os.environ[variable] == "mine"
 
 

@@ -84,12 +84,21 @@ def _files() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py")))
 
 
+class _Numbered(type):
+    """A class that nothing here makes one of, or an enum that has another name in the files."""
+
+    def __getattr__(cls, name: str) -> int:
+        if not name[0].isupper():
+            raise AttributeError(name)
+        setattr(cls, name, number := sum(key[0].isupper() for key in vars(cls)))
+        return number
+
+
 def _enum(name: str) -> Any:
-    """An enum, or a class that nothing here makes an instance of."""
-    named = re.findall(rf"\b{name}\.([A-Za-z]\w+)", _files())
-    members = [member for member in dict.fromkeys(named) if member != "kX"]
+    """An enum of the members that the files name."""
+    members = list(dict.fromkeys(re.findall(rf"\b{name}\.(k[A-Z]\w\w+|[A-Z]\w+)", _files())))
     if not members:
-        return type(name, (), {"__module__": NAME})
+        return _Numbered(name, (), {"__module__": NAME})
     numbers = {member: _NUMBERS.get(member, place) for place, member in enumerate(members)}
     return enum.IntEnum(name, numbers, module=NAME)
 

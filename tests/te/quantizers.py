@@ -37,10 +37,43 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 def _empty(quantizer: Any, x: Tensor) -> Any:
     """A tensor to fill; modules ask for the plain storage, which is no torch tensor."""
     made = quantizer.make_empty(tuple(x.shape), dtype=x.dtype, device=x.device)
-    if not quantizer.internal:
+    if not (quantizer.internal and isinstance(made, Tensor)):
         return made
     own = next(kind for kind in type(made).__mro__ if kind.__name__.endswith("TensorStorage"))
     return own(**made.get_metadata())
+
+
+@kernel
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: Any, pin_memory: bool
+) -> Any:
+    """What 2.11's Python makes by itself, and 2.20 has made."""
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+
+    common = {"shape": shape, "dtype": dtype, "quantizer": quantizer, "fp8_dtype": quantizer.dtype}
+    data, turned = (
+        torch.empty(size, dtype=torch.uint8) if asked else None
+        for size, asked in (
+            (shape, quantizer.rowwise_usage),
+            ([shape[-1], *shape[:-1]], quantizer.columnwise_usage),
+        )
+    )
+    if not hasattr(quantizer, "block_scaling_dim"):
+        scale = torch.empty(1)
+        return Float8Tensor(data=data, data_transpose=turned, fp8_scale_inv=scale, **common)
+    scales = [
+        None if x is None else torch.empty(quantizer.get_scale_shape(shape, columnwise=way))
+        for way, x in enumerate((data, turned))
+    ]
+    return Float8BlockwiseQTensor(
+        rowwise_data=data,
+        rowwise_scale_inv=scales[0],
+        columnwise_data=turned,
+        columnwise_scale_inv=scales[1],
+        is_2D_scaled=quantizer.block_scaling_dim == 2,
+        **common,
+    )
 
 
 def _delayed(x: Tensor, quantizer: Any, made: Any) -> None:
@@ -49,15 +82,12 @@ def _delayed(x: Tensor, quantizer: Any, made: Any) -> None:
 
 
 def _tensorwise(x: Tensor, quantizer: Any, made: Any) -> None:
-    if not getattr(quantizer, "use_existing_amax", False):
-        quantizer.amax.copy_(_largest(x).reshape_as(quantizer.amax))
-        if quantizer.with_amax_reduction:
-            CALLS["quantize: all-reduce"] += 1
-            group = quantizer.amax_reduction_group
-            dist.all_reduce(quantizer.amax, op=dist.ReduceOp.MAX, group=group)
-    scale = _scale(quantizer.amax.reshape(()), quantizer)
-    quantizer.scale.copy_(scale.reshape_as(quantizer.scale))
-    _fill(x, scale, quantizer, made)
+    assert not getattr(quantizer, "use_existing_amax", False)
+    largest = _largest(x)
+    if quantizer.with_amax_reduction:
+        CALLS["quantize: all-reduce"] += 1
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+    _fill(x, _scale(largest, quantizer), quantizer, made)
 
 
 def _fill(x: Tensor, scale: Tensor, quantizer: Any, made: Any) -> None:
