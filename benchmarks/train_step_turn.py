@@ -34,7 +34,6 @@ from mcore_sft.checkpoint import weights
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from mcore_sft.data.batch import IGNORE, Batch
 from mcore_sft.model import build
-from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import peak_memory
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import optimizer as optim
@@ -160,8 +159,8 @@ def _own_loss(fusion: str | None) -> Iterator[Any]:
     """What makes our trainer build and call Megatron-core's own model."""
     configure = build.transformer_config
 
-    def configured(shape: Architecture, train: TrainConfig, mesh: Mesh) -> Any:
-        config = configure(shape, train, mesh)
+    def configured(*arguments: Any) -> Any:
+        config = configure(*arguments)
         config.cross_entropy_loss_fusion = fusion is not None
         config.cross_entropy_fusion_impl = fusion or "native"
         return config

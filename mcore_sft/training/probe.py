@@ -21,7 +21,7 @@ from mcore_sft.training.alone import unwritable
 NAME = ".agree-"
 SEEN_SECONDS = 60.0
 """So much later a network file system may show a new folder to other machines."""
-LOCAL_SECONDS = 5.0
+LOCAL_SECONDS = 3.0
 """A disk of one machine alone never does."""
 _MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL = {"btrfs", "ext2", "ext3", "ext4", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}

@@ -170,8 +170,10 @@ def every_host(size: int) -> str:
 def codes(nodes: Sequence[Started], within: float, since: float | None = None) -> dict[int, int]:
     """The exit code of every rank, once all have ended, so many seconds after `since`.
 
-    Without it, the seconds count from the last start.
+    Without it, the seconds count from the last start. Where the machine has other work too, it may
+    take as much longer.
     """
+    within *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     began = max(node.began for node in nodes) if since is None else since
     until(lambda: all(node.has_ended for node in nodes), began + within - time.monotonic() + 1)
     told = logs(nodes)
