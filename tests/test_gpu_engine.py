@@ -5,6 +5,7 @@ recipe that it lacks, attention that mixes documents. None of it has run yet.
 """
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 pytestmark = pytest.mark.gpu
+GPU = "cpu" if "tests.te.plugin" in sys.modules else "cuda"
+"""`make test-te` has kernels of its own on the CPU."""
 RECIPES = {
     "delayed": ("DelayedScaling", 0.1),
     "tensorwise": ("Float8CurrentScaling", 0.1),
@@ -34,10 +37,10 @@ def test_a_norm_with_its_product_is_that_of_torch(recipe: str) -> None:
     from transformer_engine.common import recipe as recipes
 
     torch.manual_seed(0)
-    options: dict[str, Any] = {"params_dtype": torch.bfloat16, "device": "cuda"}
+    options: dict[str, Any] = {"params_dtype": torch.bfloat16, "device": GPU}
     layer = te.LayerNormLinear(512, 1024, bias=False, normalization="RMSNorm", **options)
-    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(256, 512, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(256, 1024, device=GPU, dtype=torch.bfloat16)
     name, limit = RECIPES.get(recipe, ("", 2e-2))
     chosen = getattr(recipes, name)() if name else None
     for _ in range(2 if recipe == "delayed" else 1):  # the first pass has no scales
@@ -66,10 +69,10 @@ def test_attention_in_a_pack_is_that_of_each_document_alone() -> None:
         qkv_format="thd",
         attn_mask_type="padding_causal",
     )
-    made = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    made = {"device": GPU, "dtype": torch.bfloat16, "requires_grad": True}
     inputs = [torch.randn(STARTS[-1], heads, 128, **made) for heads in (32, 8, 8)]
-    upstream = torch.randn(STARTS[-1], 32 * 128, device="cuda", dtype=torch.bfloat16)
-    starts = torch.tensor(STARTS, dtype=torch.int32, device="cuda")
+    upstream = torch.randn(STARTS[-1], 32 * 128, device=GPU, dtype=torch.bfloat16)
+    starts = torch.tensor(STARTS, dtype=torch.int32, device=GPU)
     longest = max(end - start for start, end in itertools.pairwise(STARTS))
     output = attention(
         *inputs,

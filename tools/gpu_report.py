@@ -98,21 +98,15 @@ def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool)
         return writing(name, script, *words, quickly=quickly, minutes=minutes)
 
     this = (sys.executable, str(Path(__file__).resolve()))
-    engine = "tests/test_gpu_engine.py"
     peers = ("torch native", "Megatron-core", "QuACK")
     return [
         Part(name="kit", command=(*this, "--install", str(kit)), minutes=3)
         if kit
         else Part(name="setup", command=("make", "setup"), minutes=60),
         writing("doctor", "tools/doctor.py", quickly=0.75, minutes=5),
-        tests("engine", engine, quickly=1.5, minutes=10),
+        tests("engine", "tests/test_gpu_engine.py", quickly=1.5, minutes=10),
         tests("ops", "tests/ops", quickly=1.5, minutes=15),
-        tests(
-            "test_gpu",
-            *("tests", "--ignore=tests/ops", f"--ignore={engine}"),
-            quickly=2.5,
-            minutes=30,
-        ),
+        tests("test_gpu", "tests/test_gpu.py", quickly=2.5, minutes=30),
         benchmark("head", "head", quickly=1, minutes=10),
         benchmark(
             "loss",

@@ -1,5 +1,6 @@
 """The report of a GPU machine, by parts that do what parts do there."""
 
+import ast
 import json
 import os
 import subprocess
@@ -96,6 +97,21 @@ def test_all_parts_are_known_and_nothing_is_asked_of_a_network(tmp_path: Path) -
         assert one.writes is None or one.command[-1] == str(one.writes)
 
 
+def test_no_test_of_a_gpu_is_left_out(tmp_path: Path) -> None:
+    asked = {word for one in gpu_report.parts(None, tmp_path, quick=True) for word in one.command}
+    marked = [file for file in (ROOT / "tests").rglob("*.py") if "pytest.mark.gpu" in marks(file)]
+    assert marked
+    for file in marked:
+        place = file.relative_to(ROOT)
+        assert {str(place), str(place.parent)} & asked, f"no part runs {place}"
+
+
+def marks(file: Path) -> set[str]:
+    """The marks that a test file names, in its code alone."""
+    tree = ast.parse(file.read_text())
+    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
 def test_a_quick_visit_is_shorter_part_by_part(tmp_path: Path) -> None:
     whole = gpu_report.parts(tmp_path, tmp_path, quick=False)
     quick = gpu_report.parts(tmp_path, tmp_path, quick=True)
@@ -187,7 +203,7 @@ def test_what_is_cut_is_joined_again(carried: Path, tmp_path: Path) -> None:
 def test_what_did_not_arrive_whole_is_named(carried: Path, damage: str) -> None:
     piece = next(carried.rglob("b.whl.piece001"))
     content = piece.read_bytes()
-    piece.write_bytes(content[:-1] if damage == "cut" else b"x" + content[1:])
+    piece.write_bytes(content[:-1] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:])
     if damage == "lost":
         piece.unlink()
     with (
