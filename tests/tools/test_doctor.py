@@ -193,6 +193,24 @@ def test_a_package_that_is_not_installed_or_of_another_clone(tmp_path, monkeypat
     assert found.mend == "make setup"
 
 
+def test_a_package_that_is_on_the_path_alone(config, tmp_path):
+    """Its modules can be imported, and nothing says what it needs."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib import metadata\n"
+        "found = metadata.Distribution.from_name.__func__\n"
+        "def absent(cls, name):\n"
+        "    if name.replace('_', '-') == 'mcore-sft':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return found(cls, name)\n"
+        "metadata.Distribution.from_name = classmethod(absent)\n"
+    )
+    ran = run(tmp_path, DOCTOR, "--config", config)
+    assert ran.returncode == 1
+    assert "WRONG  mcore-sft                 not installed" in ran.stdout
+    assert "CANNOT run here" in ran.stdout
+    assert "Traceback" not in ran.stderr
+
+
 def test_training_refuses_in_the_same_words(config, tmp_path, monkeypatch):
     """Before Megatron-core imports a Transformer Engine whose import raises what nobody awaits."""
     (tmp_path / "transformer_engine.py").write_text("raise RuntimeError('no libcudnn')")
