@@ -616,6 +616,7 @@ def _in_one_process_group(configs: list[RunConfig]) -> None:
     """The first run, and then a step after each of its checkpoints."""
     torch.set_num_threads(1)
     whole, *again = configs
+    whole.folder.mkdir(parents=True, exist_ok=True)
     architecture = arch.read(whole.model.path)
     with (
         Peers(Launch.read(), 60.0) as peers,

@@ -89,12 +89,12 @@ def chosen_layers(settings: ModelConfig, train: TrainConfig, *, gpu: bool) -> st
 def layer_implementation(settings: ModelConfig, train: TrainConfig, device: torch.device) -> str:
     """`local` or `transformer_engine`; an error that names the mend where it cannot be had."""
     cuda = device.type == "cuda"
-    chosen = chosen_layers(settings, train, gpu=cuda)
-    if chosen in ("apex", "transformer_engine") and not cuda:
+    if settings.layers in ("apex", "transformer_engine") and not cuda:
         raise ConfigError(
-            f"model.layers: {chosen} needs an NVIDIA GPU, but this process runs on CPU; use "
-            "model.layers=local"
+            f"model.layers: {settings.layers} needs an NVIDIA GPU, but this process runs on CPU; "
+            "use model.layers=local"
         )
+    chosen = chosen_layers(settings, train, gpu=cuda)
     if chosen == "transformer_engine":
         check_transformer_engine()
         check_fp8(train.fp8, device)
