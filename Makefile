@@ -77,11 +77,12 @@ sanitize: setup ## the tests of the CPU operators under the address and undefine
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	mkdir "$$folder/csrc"; cp -r csrc/*.cpp csrc/cpu "$$folder/csrc"; \
 	cp -r mcore_sft tests tools pyproject.toml setup.py README.md LICENSE "$$folder"; \
-	python=$$PWD/$(BIN)/python; cd "$$folder"; rm -f mcore_sft/*.so; \
+	here=$$PWD; python=$$here/$(BIN)/python; cd "$$folder"; rm -f mcore_sft/*.so; \
 	echo "sanitize: building csrc"; \
 	flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"; \
 	CFLAGS="$$flags" LDFLAGS="$$flags" "$$python" setup.py build_ext --inplace >log 2>&1 \
 		|| { cat log; exit 1; }; \
+	cp -r "$$here/csrc/cuda" csrc; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 "$$python" -m pytest -q -s tests/ops
 

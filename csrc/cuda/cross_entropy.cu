@@ -7,10 +7,10 @@
 // block its part, in shared memory (128,256 columns in bf16: four times 63 KB, three such blocks on
 // a multiprocessor). Two numbers a block are exchanged.
 //
-// Elsewhere, and where a row is too short or too long for that, one block reads it twice, the second
-// time backwards, from where the first ended: with one block of 1024 threads on each multiprocessor
-// the rows under way (128,256 columns in bf16 on an A100: 108 x 251 KB = 27 MB) stay in the L2 cache
-// of 40 MB, and their newest parts in L1. Memory is read once and written once.
+// Elsewhere, and where a row is too short or too long for that, one block reads it twice, the
+// second time backwards, from where the first ended: with one block of 1024 threads on each
+// multiprocessor the rows under way (128,256 columns in bf16 on an A100: 108 x 251 KB = 27 MB) stay
+// in the L2 cache of 40 MB, and their newest parts in L1. Memory is read once and written once.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -381,8 +381,8 @@ int ask(cudaDeviceAttr attribute, int32_t device) {
   return value;
 }
 
-// Shared memory in which each block of a cluster keeps its part of a row; 0 where one block is better
-// or has to do.
+// Shared memory in which each block of a cluster keeps its part of a row; 0 where one block is
+// better, or has to do.
 template <typename Element>
 size_t cluster_bytes(const Job& job, int32_t device) {
   const int vectors = job.width / Vector<Element>::kLanes;

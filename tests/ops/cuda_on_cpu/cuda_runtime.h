@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 
 #include "emulation.h"
 
@@ -130,6 +130,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }
 
-#undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(call) \
-  if ((call) != cudaSuccess) throw std::runtime_error(emulation::error())
+// What STD_CUDA_CHECK asks.
+inline void torch_c10_cuda_check_msg(int32_t code, const char*, const char*, uint32_t, bool,
+                                     char** message) {
+  *message = code == cudaSuccess ? nullptr : strdup(emulation::error());
+}
+inline void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }

@@ -179,6 +179,19 @@ void touch(Cell& cell, bool writes) {
   cell.readers[cell.readers[0].block != now.block] = now;
 }
 
+char* memory_of(Block& block, const void* key, size_t size) {
+  Memory& memory = block.memories[key];
+  if (memory.bytes) return memory.bytes.get();
+  block.bytes += size;
+  if (block.bytes > static_cast<size_t>(shared_room()))
+    fail("a block has more shared memory than there is");
+  memory.size = size;
+  memory.bytes.reset(new (std::align_val_t{16}) char[size]);
+  const auto begin = reinterpret_cast<uintptr_t>(memory.bytes.get());
+  for (uintptr_t at = begin; at < begin + size; at += kGranule) (cell_of(at) = {}).fresh = true;
+  return memory.bytes.get();
+}
+
 // ---- fibers
 
 char* const stacks = static_cast<char*>(mmap(nullptr, kStack * kMostThreads * kMostBlocks,
@@ -305,7 +318,7 @@ bool run(const void* kernel, const Grid& wanted, const std::function<void()>& gi
   ready.clear();
   pages.clear();
 #ifdef __SANITIZE_ADDRESS__
-  ASAN_UNPOISON_MEMORY_REGION(stacks, kStack * kMostThreads * kMostBlocks);
+  ASAN_UNPOISON_MEMORY_REGION(stacks, kStack * kMostThreads * grid.cluster);
 #endif
   const unsigned clusters = grid.blocks / grid.cluster;
   for (unsigned i = 0; i < clusters && failure.empty(); ++i)
@@ -316,19 +329,7 @@ bool run(const void* kernel, const Grid& wanted, const std::function<void()>& gi
 
 const char* error() { return failure.c_str(); }
 
-void* shared_memory(const void* key, size_t size) {
-  Memory& memory = self->block->memories[key];
-  if (!memory.bytes) {
-    self->block->bytes += size;
-    if (self->block->bytes > static_cast<size_t>(shared_room()))
-      fail("a block has more shared memory than there is");
-    memory.size = size;
-    memory.bytes.reset(new (std::align_val_t{16}) char[size]);
-    const auto begin = reinterpret_cast<uintptr_t>(memory.bytes.get());
-    for (uintptr_t at = begin; at < begin + size; at += kGranule) (cell_of(at) = {}).fresh = true;
-  }
-  return memory.bytes.get();
-}
+void* shared_memory(const void* key, size_t size) { return memory_of(*self->block, key, size); }
 
 void* shared_of_launch() { return shared_memory(nullptr, grid.shared_bytes); }
 
@@ -339,13 +340,7 @@ void* in_block(void* own, int rank) {
   for (const auto& [key, memory] : self->block->memories) {
     const ptrdiff_t offset = static_cast<char*>(own) - memory.bytes.get();
     if (offset < 0 || offset >= static_cast<ptrdiff_t>(memory.size)) continue;
-    Fiber* const here = self;
-    Fiber there;
-    there.block = &other;
-    self = &there;
-    void* const begin = shared_memory(key, memory.size);
-    self = here;
-    return static_cast<char*>(begin) + offset;
+    return memory_of(other, key, memory.size) + offset;
   }
   fail("what is to be reached in another block is not in shared memory");
 }

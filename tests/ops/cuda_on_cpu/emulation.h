@@ -1,9 +1,10 @@
 // A CUDA device on the CPU, for tests: the threads of a grid are fibers of one thread, and a kernel
 // calls what is declared here.
 //
-// The blocks of a cluster run together, clusters one after another. A fiber runs until it has to wait
-// for others, so that whatever happens, happens again. What is compiled with -fsanitize=thread tells
-// emulation.cpp of each load and store; it finds those of two threads that no barrier puts in order.
+// The blocks of a cluster run together, clusters one after another. A fiber runs until it has to
+// wait for others, so that whatever happens, happens again. What is compiled with -fsanitize=thread
+// tells emulation.cpp of each load and store; it finds those of two threads that no barrier puts in
+// order.
 #pragma once
 
 #include <cstddef>

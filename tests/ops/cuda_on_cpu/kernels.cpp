@@ -1,6 +1,7 @@
 // csrc/cuda for tensors on the CPU, as operators of mcore_sft_emulated.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 

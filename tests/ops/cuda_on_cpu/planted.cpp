@@ -1,4 +1,4 @@
-// Kernels with one defect each, and their sound likes: what the emulation must report, and must not.
+// Kernels with one defect each, which the emulation must report, and sound ones.
 #include <cstring>
 #include <map>
 #include <string>
