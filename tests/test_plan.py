@@ -202,6 +202,34 @@ def test_the_distributed_optimizer_divides_the_states_alone():
     assert plain.optimizer == 12 * 8_030_261_248
 
 
+def test_weights_in_8_bits_are_kept_twice_beside_those_in_16():
+    layout = Layout(pipeline=2, tensor=2)
+    plain, eight, ends = (
+        stage_memory(SHAPE_8B, run_config(*keys), layout, LOAD)
+        for keys in ((), ("train.fp8=blockwise",), ("train.fp8=blockwise", "train.fp8_bf16_ends=3"))
+    )
+    # The matrices of a layer: 4,096 x (4,096 + 2 x 1,024), 4,096 x 4,096, 3 x 4,096 x 14,336.
+    layer = (41_943_040 + 176_160_768) // 2
+    assert [one.copies for one in plain] == [0, 0]
+    assert [one.copies for one in eight] == [2 * 16 * layer] * 2
+    assert [one.copies for one in ends] == [2 * 13 * layer] * 2
+    assert eight[0] == replace(plain[0], copies=eight[0].copies)
+    assert eight[0].total == plain[0].total + eight[0].copies
+    whole = stage_memory(SHAPE_8B, run_config("train.fp8=delayed"), Layout(), LOAD)[0]
+    assert whole.copies == pytest.approx(14e9, rel=0.01)
+
+
+def test_what_a_run_refuses_is_not_planned():
+    fp8 = run_config("train.fp8=delayed", "train.global_batch=512")
+    found = {one.layout.recompute for one in ranking.rank(SHAPE_8B, fp8, 8, GPUS["h100"], LOAD)}
+    assert found == {"none"}
+    with pytest.raises(ConfigError, match="selective saves nothing"):
+        stage_memory(SHAPE_8B, run_config("train.recompute=selective"), Layout(), LOAD)
+    exact = run_config("train.recompute=selective", "train.precision=fp32")  # in local layers
+    (stage,) = stage_memory(SHAPE_8B, exact, Layout(recompute="selective"), LOAD)
+    assert stage.copies == 0
+
+
 def test_context_divides_what_belongs_to_tokens():
     config = run_config("data.sequence_length=8192")
     plain, shared = (
@@ -214,9 +242,9 @@ def test_context_divides_what_belongs_to_tokens():
 
 def test_interleaved_stages_hold_more_chunks_of_fewer_layers():
     config = run_config()
-    # A layer keeps of each token, in numbers of 2 bytes: 4 x 4,096 around its norms, 3 x (4,096 +
-    # 1,024) of queries and keys, 5 x 14,336 of SwiGLU, 4 x 128 of the rotation, 32 sums in fp32.
-    layer = 4096 * (2 * (16_384 + 15_360 + 71_680 + 512) + 4 * 32)
+    # A layer keeps of each token, in numbers of 2 bytes: 4 x 4,096 around its norms, 2 x (4,096 +
+    # 1,024) around attention, 3 x 14,336 of SwiGLU, and 32 sums in fp32.
+    layer = 4096 * (2 * (16_384 + 10_240 + 43_008) + 4 * 32)
     sent = 2 * 4096 * 4096
     plain = stage_memory(SHAPE_8B, config, Layout(pipeline=4), LOAD)
     assert [stage.activations for stage in plain[:3]] == [n * (8 * layer + sent) for n in (4, 3, 2)]

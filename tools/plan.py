@@ -30,6 +30,7 @@ def main() -> None:
     # Imported late: torch takes seconds, and a typo should cost none of them.
     from mcore_sft.model import architecture as arch
     from mcore_sft.plan import layout, memory, ranking, speed
+    from mcore_sft.runtime.hardware import FUSED_ATTENTION_OLDEST, chosen_layers
 
     if arguments.gpu not in speed.GPUS:
         raise layout.PlanError(f"--gpu {arguments.gpu}: expected one of {', '.join(speed.GPUS)}")
@@ -59,6 +60,12 @@ def main() -> None:
         f"assumed: {efficiency:.0%} of the peak, {speed.LINK_SHARE:.0%} of the links; nothing is "
         "measured"
     )
+    layers = chosen_layers(config.model, config.train, gpu=True)
+    if layers == "transformer_engine" and gpu.capability < FUSED_ATTENTION_OLDEST:
+        console.print(
+            f"{arguments.gpu}: attention within the documents of a pack needs flash-attn "
+            "(docs/gpu.md)"
+        )
     console.print(memory.table(stages, "As configured: GiB on a rank of each pipeline stage"))
     found = row(asked)
     console.print(

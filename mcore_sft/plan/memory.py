@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from mcore_sft.config import RunConfig
+from mcore_sft.config import RunConfig, TrainConfig
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.plan.layout import Layout, Workload
+from mcore_sft.runtime.hardware import chosen_layers
 from mcore_sft.training.interleaving import group_size
 
 GIB = 2**30
@@ -29,6 +30,8 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    copies: float
+    """Of weights in 8 bits, along rows and along columns, which the products read."""
     activations: float
     workspace: float
     """What comes and goes: that of the loss or of one layer's backward pass."""
@@ -36,7 +39,8 @@ class Memory:
     @property
     def total(self) -> float:
         """All parts together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+        held = self.weights + self.gradients + self.optimizer + self.copies
+        return held + self.activations + self.workspace
 
 
 def stage_memory(
@@ -44,6 +48,7 @@ def stage_memory(
 ) -> list[Memory]:
     """Memory of a rank of each pipeline stage of `layout`."""
     filling = layout.filling(load.packs(config))
+    chosen = chosen_layers(config.model, config.train, gpu=True)
     return [
         memory(
             a,
@@ -53,10 +58,19 @@ def stage_memory(
             sequence_length=config.data.sequence_length,
             supervised=load.supervised / config.data.sequence_length,
             micro_batches=filling.micro_batches,
-            layers="local" if config.model.layers in ("local", "apex") else "transformer_engine",
+            layers="local" if chosen == "apex" else chosen,
+            eight_bits=_eight_bit_layers(a, config.train, layout, stage),
         )
         for stage in range(layout.pipeline)
     ]
+
+
+def _eight_bit_layers(a: Architecture, train: TrainConfig, layout: Layout, stage: int) -> int:
+    """Layers of `stage` whose products are of 8 bits."""
+    if train.fp8 == "none":
+        return 0
+    ends = (stage == 0) + (stage == layout.pipeline - 1)
+    return a.layers // layout.pipeline - ends * train.fp8_bf16_ends
 
 
 def parameters(a: Architecture, layout: Layout, stage: int) -> int:
@@ -67,12 +81,18 @@ def parameters(a: Architecture, layout: Layout, stage: int) -> int:
     """
     t = layout.tensor
     qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
-    layer = (a.hidden * (qkv + a.heads * a.head_dim + 3 * a.intermediate)) // t + 2 * a.hidden
+    layer = layer_matrices(a, t) + 2 * a.hidden
     layer += qkv // t * a.qkv_bias + 2 * a.head_dim * a.qk_norm
     table = a.padded_vocab(t) // t * a.hidden
     first, last = stage == 0, stage == layout.pipeline - 1
     tables = first + last - (first and last and a.tied)
     return a.layers // layout.pipeline * layer + tables * table + last * a.hidden
+
+
+def layer_matrices(a: Architecture, tensor: int) -> int:
+    """Numbers in the matrices of a layer on one of so many tensor ranks."""
+    widths = 2 * (a.heads + a.kv_heads) * a.head_dim + 3 * a.intermediate
+    return a.hidden * widths // tensor
 
 
 def memory(
@@ -85,12 +105,14 @@ def memory(
     supervised: float,
     micro_batches: int,
     layers: str = "transformer_engine",
+    eight_bits: int = 0,
 ) -> Memory:
     """Bytes on one rank of `stage`, by part.
 
     Weights in the run's precision, gradients in fp32, two fp32 moments and, under bf16, fp32 main
     weights; the distributed optimizer keeps 1/(c d) of the latter on each rank (ZeRO stage 1,
-    Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+    Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Of `eight_bits` layers, Transformer
+    Engine keeps the weights in 8 bits too, twice: Hopper multiplies along rows alone.
     """
     count = parameters(a, layout, stage)
     wide = 2 if precision == "bf16" else 4
@@ -117,6 +139,7 @@ def memory(
         weights=wide * count,
         gradients=4 * count,
         optimizer=states * count / owners,
+        copies=2 * eight_bits * layer_matrices(a, layout.tensor),
         activations=activations,
         workspace=workspace,
     )
@@ -138,26 +161,28 @@ def layer_activations(
     """Bytes that one layer keeps of `rows` tokens for its backward pass.
 
     Korthikanti et al. 2022 (arXiv 2205.05198), sections 4.1 to 4.3 and 5, counted anew for what
-    differs here: no dropout and no masks; grouped queries, kept before and after queries and keys
-    are turned, with the sines and cosines of each token; attention that keeps no scores but the
-    logarithms of their sums (Dao et al. 2022, arXiv 2205.14135); SwiGLU, of which Megatron-core
-    0.16.1 keeps both projections, the gate's activation, a copy of the other and the product. What
-    lies between the split regions is divided by t under sequence parallelism only. Norms of
-    queries and keys keep one more of each, ours in fp32 too; the local layers keep the documents'
-    outputs twice, apart and joined. `selective` repeats attention alone, and so saves those sums
-    and what is apart; `full` keeps the layer's input.
+    differs here: no dropout and no masks; grouped queries; attention that keeps no scores but the
+    logarithms of their sums (Dao et al. 2022, arXiv 2205.14135). What lies between the split
+    regions is divided by t under sequence parallelism only.
+
+    Transformer Engine keeps queries and keys as they are turned, values, attention's output, and of
+    SwiGLU both projections and the product. The local layers keep queries and keys before that too,
+    with the sines and cosines of each token, the gate's activation, a copy of the other projection,
+    and the documents' outputs twice, apart and joined. Norms of queries and keys keep one more of
+    each, ours in fp32 too. `selective` repeats attention alone, and so saves those sums and what is
+    apart; `full` keeps the layer's input.
     """
     t = layout.tensor
     stream = rows * a.hidden / (t if layout.sequence else 1)
     if layout.recompute == "full":
         return wide * stream
-    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    inside = wide * (3 * queries + 3 * keys + 5 * a.intermediate)
+    queries, keys, local = a.heads * a.head_dim, a.kv_heads * a.head_dim, layers == "local"
+    inside = wide * ((2 + local) * (queries + keys) + (3 + 2 * local) * a.intermediate)
     if layout.recompute == "none":
-        inside += 4 * a.heads + wide * queries * (layers == "local")
+        inside += 4 * a.heads + wide * queries * local
     if a.qk_norm:
-        inside += (wide + 4 * (layers == "local")) * (queries + keys)
-    turning = wide * 4 * a.head_dim * rows
+        inside += (wide + 4 * local) * (queries + keys)
+    turning = wide * 4 * a.head_dim * rows * local
     return rows * inside / t + turning + 2 * norm_activations(stream, wide, layers)
 
 
@@ -207,7 +232,7 @@ def backward_workspace(a: Architecture, layout: Layout, rows: float, wide: int) 
 def table(stages: list[Memory], title: str) -> Table:
     """A row for each pipeline stage, in GiB."""
     made = Table(title=title, title_justify="left")
-    parts = ("weights", "gradients", "optimizer", "activations", "workspace", "total")
+    parts = ("weights", "gradients", "optimizer", "copies", "activations", "workspace", "total")
     for name in ("stage", *parts):
         made.add_column(name, justify="right")
     for one in stages:

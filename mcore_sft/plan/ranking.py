@@ -73,5 +73,6 @@ def rank(
     found = [
         estimate(a, config, layout, gpu, load, efficiency)
         for layout in layouts(a, config.data.sequence_length, gpus)
+        if not (config.train.fp8 == "delayed" and layout.recompute == "full")  # which is refused
     ]
     return sorted(found, key=lambda one: (not one.fits, one.seconds, one.memory.total))

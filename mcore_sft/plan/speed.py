@@ -24,6 +24,7 @@ LINK_SHARE = 0.7
 class Gpu:
     """One GPU of a machine of eight; bandwidths are bytes a second in one direction."""
 
+    capability: tuple[int, int]
     memory: float
     peak_flops: float
     nvlink: float
@@ -36,11 +37,21 @@ _PEAKS = {name: 1e12 * peak for name, peak in PEAK_TFLOPS.items()}
 # directions. Memory: what torch calls the total capacity in its out-of-memory error, rounded down.
 # Network: one port a GPU as in DGX A100 (HDR, 200 Gb/s), DGX H100, H200 and B200 (NDR, 400 Gb/s).
 GPUS = {
-    "a100-40": Gpu(memory=39 * GIB, peak_flops=_PEAKS["A100"], nvlink=300e9, network=25e9),
-    "a100-80": Gpu(memory=79 * GIB, peak_flops=_PEAKS["A100"], nvlink=300e9, network=25e9),
-    "h100": Gpu(memory=79 * GIB, peak_flops=_PEAKS["H100"], nvlink=450e9, network=50e9),
-    "h200": Gpu(memory=139 * GIB, peak_flops=_PEAKS["H200"], nvlink=450e9, network=50e9),
-    "b200": Gpu(memory=178 * GIB, peak_flops=_PEAKS["B200"], nvlink=900e9, network=50e9),
+    "a100-40": Gpu(
+        capability=(8, 0), memory=39 * GIB, peak_flops=_PEAKS["A100"], nvlink=300e9, network=25e9
+    ),
+    "a100-80": Gpu(
+        capability=(8, 0), memory=79 * GIB, peak_flops=_PEAKS["A100"], nvlink=300e9, network=25e9
+    ),
+    "h100": Gpu(
+        capability=(9, 0), memory=79 * GIB, peak_flops=_PEAKS["H100"], nvlink=450e9, network=50e9
+    ),
+    "h200": Gpu(
+        capability=(9, 0), memory=139 * GIB, peak_flops=_PEAKS["H200"], nvlink=450e9, network=50e9
+    ),
+    "b200": Gpu(
+        capability=(10, 0), memory=178 * GIB, peak_flops=_PEAKS["B200"], nvlink=900e9, network=50e9
+    ),
 }
 
 

@@ -41,6 +41,17 @@ def test_a_plan_is_a_table_and_a_file(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("gpu", "layers", "told"),
+    [("a100-80", "auto", True), ("a100-80", "local", False), ("h200", "auto", False)],
+)
+def test_a_plan_tells_which_gpus_need_flash_attn(model, gpu, layers, told):
+    keys = (f"model.path={model}", f"model.layers={layers}")
+    ran = call("tools/plan.py", "--config", CONFIG, *keys, "--gpus", 8, "--gpu", gpu)
+    assert ran.returncode == 0, ran.stderr
+    assert ("documents of a pack needs flash-attn" in ran.stdout) == told
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--gpus", 8, "--gpu", "h1000"), "--gpu h1000: expected one of a100-40"),
