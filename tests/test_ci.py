@@ -43,16 +43,20 @@ def ran(
     return done.returncode, log.read_text().splitlines(), done.stdout.partition("\nci: ")[2]
 
 
-ALL = ["setup", "check", "test", "test-layouts", "lane setup", "lane lane"]
+TEST_TE = ["fetch-te", "test-te"]
+ALL = ["setup", "check", "test", "test-layouts", *TEST_TE, "lane setup", "lane lane"]
 
 
 def test_both_lanes_run_one_after_the_other(tmp_path: Path) -> None:
     code, jobs, told = ran(tmp_path)
     assert (code, jobs) == (0, ALL)
-    assert [line.split()[-1] for line in told.splitlines()[:6]] == ["0"] * 6
+    assert [line.split()[-1] for line in told.splitlines()[: len(ALL)]] == ["0"] * len(ALL)
 
 
-@pytest.mark.parametrize("failing", ["setup", "check", "test", "test-layouts", "lane lane"])
+FAIL = ["setup", "check", "test", "test-layouts", "test-te", "lane lane"]
+
+
+@pytest.mark.parametrize("failing", FAIL)
 def test_the_rest_runs_where_a_part_fails_and_the_whole_fails(tmp_path: Path, failing: str) -> None:
     code, jobs, told = ran(tmp_path, failing)
     assert (code, jobs) == (1, ALL)
@@ -82,8 +86,18 @@ def test_a_lane_that_cannot_run_is_one_line_and_no_failure(
     assert ran(tmp_path / "both", **case)[0] == 1
 
 
+def test_files_that_cannot_be_fetched_are_one_line_and_no_failure(tmp_path: Path) -> None:
+    said = "ERROR: Could not find a version that satisfies it (from versions: none)"
+    code, jobs, told = ran(tmp_path / "none", "fetch-te", said)
+    assert (code, jobs) == (0, [job for job in ALL if job != "test-te"])
+    assert f"test-te CANNOT run: its files could not be fetched: {said}" in told
+    code, _, told = ran(tmp_path / "broken", "fetch-te", "error: hashes differ")
+    assert code == 1
+    assert "CANNOT" not in told
+
+
 def test_a_lane_whose_set_up_is_broken_fails(tmp_path: Path) -> None:
     said = "WARNING: Retrying after connection broken by 'Read timed out'\nerror: 'g++' failed"
     code, jobs, told = ran(tmp_path, "lane setup", said)
-    assert (code, jobs) == (1, ALL[:5])
+    assert (code, jobs) == (1, ALL[:-1])
     assert "CANNOT" not in told

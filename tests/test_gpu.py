@@ -23,9 +23,9 @@ from tests import test_equalities as equalities
 from tests.distributed import run_ranks
 from tests.runs import loaded, relative
 
-pytestmark = pytest.mark.gpu
-ALONE = ParallelConfig()
 EMULATED = "tests.te.plugin" in sys.modules
+pytestmark = pytest.mark.te if EMULATED else pytest.mark.gpu
+ALONE = ParallelConfig()
 GPU = "cpu" if EMULATED else "cuda"
 
 

@@ -2,10 +2,11 @@
 
     make lane [VENV=DIR] [RECORD=DIR]
 
-Equalities, planted faults, checkpoint, faults, model, runtime and training, then a short demo. Each
-part is a process of its own, and all run; the exit code is 0 if all passed. The record is JSON:
-with RECORD=docs/compatibility, `make compatibility` puts it into the table. This file needs nothing
-but Python: what the canary installs may fail.
+Equalities, planted faults, checkpoint, faults, model, runtime and training, Transformer Engine's
+own Python over kernels on the CPU, then a short demo. Each part is a process of its own, and all
+run; the exit code is 0 if all passed. The record is JSON: with RECORD=docs/compatibility, `make
+compatibility` puts it into the table. This file needs nothing but Python: what the canary installs
+may fail.
 """
 
 import argparse
@@ -36,6 +37,11 @@ TESTS = {
     "planted faults": "tests/test_planted.py",
     **{room: f"tests/{room}" for room in ("checkpoint", "faults", "model", "runtime", "training")},
 }
+ENGINE = "TE's Python"
+ENGINE_TESTS = (
+    *("-p", "tests.te.plugin", "-m", "te and not slow"),
+    *("tests/te", "tests/model/test_transformer_engine.py", "tests/test_gpu.py"),
+)
 MINUTES = 40
 """No part may take longer."""
 CROSSED = "0.16.1"
@@ -61,6 +67,8 @@ def main() -> int:
         if installed("megatron-core") != CROSSED and fetch_megatron(other):
             os.environ["OTHER_MEGATRON"] = other
         parts = {name: run_tests(name, place) for name, place in TESTS.items()}
+    if fetch_engine():
+        parts[ENGINE] = run_tests(ENGINE, *ENGINE_TESTS)
     parts["short demo"] = run_demo("tools/demo.py", "--short")
     failed = tell(parts)
     print(f"lane: the record is {keep(record(parts), folder)}")
@@ -76,11 +84,19 @@ def fetch_megatron(folder: str) -> bool:
     return done
 
 
-def run_tests(name: str, place: str) -> Part:
+def fetch_engine() -> bool:
+    """Whether Transformer Engine's Python could be fetched, where it was not there already."""
+    done = subprocess.run([sys.executable, "-m", "tests.te.fetch"], check=False).returncode == 0
+    if not done:
+        print("lane: Transformer Engine's Python is not run: it could not be fetched")
+    return done
+
+
+def run_tests(name: str, *place: str) -> Part:
     """Run the tests of a file or folder; those that fail are known from pytest's own report."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "tests.xml")
-        words = ("-m", "pytest", "-q", place, f"--junitxml={file}")
+        words = ("-m", "pytest", "-q", *place, f"--junitxml={file}")
         ended = _run(name, "env", "OMP_NUM_THREADS=1", sys.executable, *words)
         cases = list(ElementTree.parse(file).iter("testcase")) if file.exists() else []
     failures = {}
@@ -91,7 +107,7 @@ def run_tests(name: str, place: str) -> Part:
     skipped = sum(case.find("skipped") is not None for case in cases)
     passed = len(cases) - len(failures) - skipped
     if not ended.passed and not failures:  # it crashed, hung, or found no test
-        failures[place] = _first_line(": ".join([ended.ended, *ended.last_lines[-1:]]))
+        failures[" ".join(place)] = _first_line(": ".join([ended.ended, *ended.last_lines[-1:]]))
     minutes = round(ended.seconds / 60, 1)
     return Part(passed=passed, skipped=skipped, minutes=minutes, failures=failures)
 

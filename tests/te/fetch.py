@@ -9,10 +9,12 @@ compiled; requirements/transformer_engine.txt pins it.
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PINS = ROOT / "requirements" / "transformer_engine.txt"
+STAMP = "stamp"
 FOLDER = ROOT / ".te" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
 WORDS = {
     'load_framework_extension("torch")': "import transformer_engine_torch",
@@ -30,16 +32,24 @@ WORDS = {
 def main() -> None:
     """Fetch the files unless they are there already."""
     stamp = PINS.read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
-    kept = FOLDER / "stamp"
-    if kept.exists() and kept.read_text(encoding="utf-8") == stamp:
+    if (FOLDER / STAMP).exists() and (FOLDER / STAMP).read_text(encoding="utf-8") == stamp:
         return
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER.parent) as made:
+        _install(Path(made))
+        (Path(made) / STAMP).write_text(stamp, encoding="utf-8")
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        shutil.copytree(made, FOLDER)
+
+
+def _install(folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     asked = ["--no-deps", "--no-compile", "--require-hashes", "--requirement", str(PINS)]
-    subprocess.run([*pip, "--quiet", "--target", str(FOLDER), *asked], check=True)
-    for file in FOLDER.glob("transformer_engine/**/*.py"):
+    done = subprocess.run([*pip, "--quiet", "--target", str(folder), *asked], check=False)
+    if done.returncode:
+        sys.exit("error: pip failed (see above); fix the cause and run make fetch-te again")
+    for file in folder.glob("transformer_engine/**/*.py"):
         file.write_text(_changed(file.read_text(encoding="utf-8")), encoding="utf-8")
-    kept.write_text(stamp, encoding="utf-8")
 
 
 def _changed(text: str) -> str:

@@ -65,11 +65,12 @@ def test_a_demo_that_fails_is_told_with_its_first_error(here: Path) -> None:
 def test_all_parts_run_and_one_failure_fails_the_lane_and_stands_in_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def tests(name: str, place: str) -> Part:
+    def tests(name: str, *place: str) -> Part:
         failures = {"test_it": "AssertionError"} if name == "equalities" else {}
         return Part(passed=7, skipped=0, minutes=0.5, failures=failures)
 
     monkeypatch.setattr(lane, "fetch_megatron", lambda folder: False)
+    monkeypatch.setattr(lane, "fetch_engine", lambda: True)
     monkeypatch.setattr(lane, "run_tests", tests)
     monkeypatch.setattr(lane, "run_demo", lambda *_: Part(passed=1, skipped=0, minutes=1.0))
     monkeypatch.setattr(sys, "argv", ["lane.py", "--record", str(tmp_path / "kept")])
@@ -79,9 +80,9 @@ def test_all_parts_run_and_one_failure_fails_the_lane_and_stands_in_the_record(
     assert "lane: short demo       1.0 min, 1 passed, 0 failed, 0 skipped" in told
     (file,) = (tmp_path / "kept").iterdir()
     kept = json.loads(file.read_text())
-    assert list(kept["parts"]) == [*lane.TESTS, "short demo"]
+    assert list(kept["parts"]) == [*lane.TESTS, lane.ENGINE, "short demo"]
     assert kept["parts"]["equalities"]["failures"] == {"test_it": "AssertionError"}
-    assert kept["minutes"] == 1.0 + 0.5 * len(lane.TESTS)
+    assert kept["minutes"] == 1.5 + 0.5 * len(lane.TESTS)
     assert kept["python"] == ".".join(map(str, sys.version_info[:3]))
     assert file.name.startswith(f"python-{kept['python']}_torch-{kept['torch']}_megatron-core-")
 
