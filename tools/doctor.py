@@ -298,9 +298,12 @@ def _cuda_operators() -> str:
 
 
 def _transformer_engine() -> str:
-    from mcore_sft.runtime.hardware import check_transformer_engine
+    from mcore_sft.runtime.device import device
+    from mcore_sft.runtime.hardware import check_attention, check_transformer_engine
 
     check_transformer_engine()
+    if (here := device()).type == "cuda":
+        check_attention(here)
     wanted = installed.transformer_engine().specifier
     return f"{installed.version('transformer-engine')}, needed {wanted}"
 

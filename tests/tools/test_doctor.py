@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import doctor
@@ -163,6 +164,21 @@ def test_an_apex_is_a_note_until_it_is_whole(tmp_path, monkeypatch):
             (tmp_path / f"{extension}.py").touch()
         found = doctor.attempt("Apex", doctor._apex, doctor.NOTE)
         assert (found.state, found.found) == (doctor.OK, "26.9, with its CUDA extensions")
+
+
+@pytest.mark.parametrize(("capability", "state"), [((8, 9), "note"), ((9, 0), "ok")])
+def test_a_transformer_engine_whose_attention_needs_flash_attn(monkeypatch, capability, state):
+    from mcore_sft.runtime import hardware
+
+    flash = SimpleNamespace(is_installed=False, v2_4_1_plus=False, max_version="2.8.3")
+    monkeypatch.setattr(hardware, "check_transformer_engine", lambda: None)
+    monkeypatch.setattr(hardware, "_flash_attention", lambda: flash)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA L40S")
+    found = doctor.attempt("Transformer Engine", doctor._transformer_engine, doctor.NOTE)
+    assert found.state == state
+    assert ("expected 2.4.1 to 2.8.3" in found.found) == (state == "note")
 
 
 def test_megatron_core_where_triton_is_absent(tmp_path):
