@@ -217,6 +217,7 @@ def test_headers_of_pips_cuda_are_named_unless_others_are(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     hardware.prepare_transformer_engine()
     assert variable not in os.environ
+    assert os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] == "1"
     headers = tmp_path / folder
     headers.mkdir(parents=True)
     packages = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
