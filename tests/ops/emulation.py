@@ -15,8 +15,9 @@ from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).parent / "cuda_on_cpu"
 ROOT = Path(__file__).parents[2]
-OPTIONS = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-OPTIONS += ["-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+OPTIONS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden"]
+OPTIONS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+OPTIONS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ADDRESSES = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 BUILT = "MCORE_SFT_EMULATION"
 """Names a folder in which all is built already."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class Where(NamedTuple):
         """It, once its operators are there."""
         library.load()
         if self.device == "cuda":
+            if not torch.cuda.is_available():
+                pytest.skip("no CUDA device")
             library.load_cuda()
         if self.capability:
             emulation.set_machine(capability=self.capability)

@@ -1,5 +1,5 @@
-"""csrc/cuda on the CPU: rows so wide that an H100 takes four blocks for each, and what only an
-emulation can tell. Narrow rows are in test_cross_entropy_rows.py.
+"""csrc/cuda on the CPU, and on CUDA where that is: rows so wide that an H100 takes four blocks for
+each, and what only an emulation can tell. Narrow rows are in test_cross_entropy_rows.py.
 """
 
 from dataclasses import replace
@@ -11,12 +11,19 @@ from torch import Tensor
 from tests.ops import emulation
 from tests.ops.rows import BF16, FP32, Result, Rows, Where, check, draw, in_one, in_shards
 
-GPUS = [Where("cpu", dtype, capability) for capability in (8, 9) for dtype in (FP32, BF16)]
+EMULATED = [Where("cpu", dtype, capability) for capability in (8, 9) for dtype in (FP32, BF16)]
+REAL = [pytest.param(Where("cuda", dtype), marks=pytest.mark.gpu) for dtype in (FP32, BF16)]
 WIDE = 16411  # beside 2048 whole vectors of bf16 some elements before and after them
 
 
-@pytest.fixture(params=GPUS, ids=str)
+@pytest.fixture(params=[*EMULATED, *REAL], ids=str)
 def gpu(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.param
+    return found.load()
+
+
+@pytest.fixture(params=EMULATED, ids=str)
+def emulated(request: pytest.FixtureRequest) -> Where:
     found: Where = request.param
     return found.load()
 
@@ -25,15 +32,10 @@ def wide(gpu: Where, width: int = WIDE, padding: int = 5, offset: int = 3) -> Ro
     return replace(draw(gpu.dtype, width, padding), offset=offset)
 
 
-def blocks(gpu: Where) -> int:
-    """Of a row, in the last launch."""
-    return emulation.load("kernels").blocks_of_last_launch() // 4
-
-
 def assert_close(found: Result, expected: Result) -> None:
     """But for the last bits of the exponential function and of a sum."""
     assert torch.equal(found.statistics[:, [0, 2]], expected.statistics[:, [0, 2]])
-    assert torch.allclose(found.statistics, expected.statistics, rtol=2e-6, equal_nan=True)
+    assert torch.allclose(found.statistics, expected.statistics, rtol=4e-6, equal_nan=True)
     rounding = 2e-6 if found.gradient.dtype == FP32 else 2**-7
     assert torch.allclose(
         found.gradient, expected.gradient, rtol=rounding, atol=1e-9, equal_nan=True
@@ -44,7 +46,6 @@ def assert_close(found: Result, expected: Result) -> None:
 def test_wide_rows(gpu: Where, width: int, padding: int, offset: int) -> None:
     rows = wide(gpu, width, padding, offset)
     found = in_one(rows, gpu)
-    assert blocks(gpu) == (4 if gpu.capability == 9 else 1)
     check(found, rows)
     assert_close(found, in_one(rows, Where("cpu", gpu.dtype)))
     check(in_shards(rows, gpu, 2), rows)
@@ -58,10 +59,23 @@ def test_every_width_pitch_and_offset(gpu: Where, width: int, padding: int, offs
     test_wide_rows(gpu, width, padding, offset)
 
 
-def test_a_row_too_long_for_shared_memory_is_read_twice(gpu: Where) -> None:
-    rows = wide(gpu, 940_000 // gpu.dtype.itemsize)
+def first(rows: Rows) -> Rows:
+    """The first of them alone."""
+    return replace(rows, logits=rows.logits[:1], labels=rows.labels[:1], factors=rows.factors[:1])
+
+
+def test_a_row_too_long_for_shared_memory(gpu: Where) -> None:
+    rows = first(wide(gpu, 940_000 // gpu.dtype.itemsize))
     check(in_one(rows, gpu), rows)
-    assert blocks(gpu) == 1
+
+
+def test_an_h100_takes_four_blocks_for_a_row_neither_short_nor_long(emulated: Where) -> None:
+    shared = 4 if emulated.capability == 9 else 1
+    shortest, longest = {FP32: (8192, 231_000), BF16: (16384, 462_000)}[emulated.dtype]
+    widths = {shortest - 1: 1, shortest: shared, longest: shared, longest + 1000: 1}
+    for width, blocks in widths.items():
+        in_one(first(wide(emulated, width)), emulated)
+        assert emulation.load("kernels").blocks_of_last_launch() == blocks
 
 
 def cuts(gpu: Where, offset: int) -> Tensor:
@@ -136,20 +150,23 @@ def test_masked_rows_alone(gpu: Where) -> None:
     assert not in_one(rows, gpu).gradient.any()
 
 
-def test_the_order_of_the_threads_changes_no_bit(gpu: Where) -> None:
-    rows = wide(gpu)
+def test_the_order_of_the_threads_changes_no_bit(emulated: Where) -> None:
+    rows = wide(emulated)
     found = []
     for backwards in (False, True):
-        emulation.set_machine(capability=gpu.capability, backwards=backwards)
-        found.append((*in_one(rows, gpu), *in_shards(rows, gpu, 2)))
+        emulation.set_machine(capability=emulated.capability, backwards=backwards)
+        found.append((*in_one(rows, emulated), *in_shards(rows, emulated, 2)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("forgotten", ["blocks", "clusters"])
-def test_barriers_that_put_nothing_in_order_are_missed(gpu: Where, forgotten: str) -> None:
-    if forgotten == "clusters" and gpu.capability < 9:
-        in_one(wide(gpu), gpu)
-        return
-    emulation.set_machine(capability=gpu.capability, forgotten=forgotten)
+@pytest.mark.parametrize(
+    ("capability", "forgotten"), [(8, "blocks"), (9, "blocks"), (9, "clusters")]
+)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_barriers_that_put_nothing_in_order_are_missed(
+    dtype: torch.dtype, capability: int, forgotten: str
+) -> None:
+    emulated = Where("cpu", dtype, capability).load()
+    emulation.set_machine(capability=capability, forgotten=forgotten)
     with pytest.raises(RuntimeError, match="with no barrier between"):
-        in_one(wide(gpu), gpu)
+        in_one(wide(emulated), emulated)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ops import emulation
+from tests.ops.test_cuda_kernels import WIDE
 
 UNORDERED = r"thread \d+ of block (\d) \w+ what thread \d+ of block \1 \w+, with no barrier between"
 OF_ANOTHER = r"of block (\d) \w+ what thread \d+ of block (?!\1)\d wrote, with no barrier between"
@@ -105,7 +106,7 @@ TESTS = ["tests/ops/test_cuda_kernels.py", "tests/ops/test_cross_entropy_rows.py
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["-k", "test_wide_rows", TESTS[0]],
+        ["-k", f"test_wide_rows and {WIDE}", TESTS[0]],
         pytest.param(
             ["-k", "(a100 or h100) and not missed", "-m", "slow or not slow", *TESTS],
             marks=[pytest.mark.slow, pytest.mark.timeout(1800)],
