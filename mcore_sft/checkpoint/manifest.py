@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_sft.base import files
@@ -78,7 +77,7 @@ def verify(
     rank, size = (mesh.world.rank, mesh.world.size) if mesh else (0, 1)
     faults = _faults(path, expected, sorted(expected)[rank::size], mesh, done)
     if mesh:
-        damaged = sorted(name for share in _told(mesh, faults) for name in share)
+        damaged = sorted(name for share in mesh.from_all(faults) for name in share)
         faults = {name: fault for name in damaged if (fault := _agreed(path, expected, name, mesh))}
     if faults:
         if not (mesh.from_main(path.is_dir) if mesh else path.is_dir()):
@@ -107,7 +106,7 @@ def _faults(
         except OSError as error:
             unreadable = unreadable or _unreadable(path / name, error, mesh)
         done(expected[name]["bytes"])
-    for refusal in _told(mesh, unreadable) if mesh else [unreadable]:
+    for refusal in mesh.from_all(unreadable) if mesh else [unreadable]:
         if refusal:
             raise refusal
     return found
@@ -118,8 +117,8 @@ def _agreed(path: Path, expected: Mapping[str, File], name: str, mesh: Mesh) -> 
 
     `CheckpointError` if it is whole for one rank and not for another: that is no damage.
     """
-    shares = _told(mesh, _faults(path, expected, [name], mesh))
-    found: list[str | None] = [share.get(name) for share in shares]
+    shares = mesh.from_all(_faults(path, expected, [name], mesh))
+    found = [share.get(name) for share in shares]
     if None in found and any(found):
         whole, fault = found.index(None), next(fault for fault in found if fault)
         raise CheckpointError(
@@ -128,13 +127,6 @@ def _agreed(path: Path, expected: Mapping[str, File], name: str, mesh: Mesh) -> 
             f"all machines share {path.parent}, and start again"
         )
     return found[0]
-
-
-def _told(mesh: Mesh, told: Any) -> list[Any]:
-    """What each rank tells; collective."""
-    shares: list[Any] = [None] * mesh.world.size
-    dist.all_gather_object(shares, told, group=mesh.world.group)
-    return shares
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

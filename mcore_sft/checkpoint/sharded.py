@@ -254,8 +254,7 @@ class Checkpoints:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         final = pending.final
-        outcomes: list[Any] = [None] * self.mesh.world.size
-        dist.all_gather_object(outcomes, pending.writer.outcome(), group=self.mesh.world.group)
+        outcomes: list[Any] = self.mesh.from_all(pending.writer.outcome())
         told = enumerate(outcomes)
         faults = [f"{self.mesh.name(rank)}: {x}" for rank, x in told if isinstance(x, str)]
         if faults:

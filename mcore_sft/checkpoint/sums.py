@@ -11,9 +11,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from mcore_sft.base import files
 from mcore_sft.checkpoint.sharded import agree
@@ -51,8 +48,7 @@ class Sums:
             while any(agree(self._mesh, int(self._thread.is_alive()))):
                 beat()
                 self._thread.join(0.2)
-            shares: list[Any] = [None] * self._mesh.world.size
-            dist.all_gather_object(shares, self._own, group=self._mesh.world.group)
+            shares = self._mesh.from_all(self._own)
             found = {name: one for share in shares for name, one in share.items()}
             for name in sorted(name for name, one in found.items() if one is None):
                 self._mesh.say(

@@ -97,7 +97,6 @@ def build(
     if layers == "transformer_engine":
         prepare_transformer_engine()
     config = transformer_config(architecture, train, mesh, layers)
-    config.gradient_accumulation_fusion = layers == "apex"
     spec = block_spec(layers, architecture, mesh)
     parallel = mesh.parallel
     reduction = DistributedDataParallelConfig(
@@ -263,7 +262,7 @@ def transformer_config(
         attention_backend=AttnBackend[attention_backend(mesh.device) if fused else "auto"],
         apply_rope_fusion=fused,
         use_te_activation_func=fused,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=layers == "apex",
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

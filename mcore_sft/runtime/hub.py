@@ -59,16 +59,17 @@ class Lines:
     def feed(self, more: bytes) -> Iterator[Message]:
         """The messages that are whole now; ValueError for what is none."""
         self.rest += more
-        if self.rest.find(b"\n") > self.most_bytes:
-            raise ValueError("a message is too long")
-        while (end := self.rest.find(b"\n")) >= 0:
+        while True:
+            end = self.rest.find(b"\n")
+            if (len(self.rest) if end < 0 else end) > self.most_bytes:
+                raise ValueError("a message is too long")
+            if end < 0:
+                return
             message = json.loads(self.rest[:end])
             del self.rest[: end + 1]
             if not isinstance(message, dict):
                 raise ValueError("a message is an object")
             yield message
-        if len(self.rest) > self.most_bytes:
-            raise ValueError("a message is too long")
 
 
 def encode(message: Message) -> bytes:
@@ -228,8 +229,13 @@ class Hub:
         if line.rank < 0:
             self._greet(line, message)
         else:
-            hear = {"value": self._gather, "answer": self._pass_on, "error": self._note}
-            hear.get(message["is"], self._let_go)(line, message)
+            hear = {
+                "value": self._gather,
+                "answer": self._pass_on,
+                "error": self._note,
+                "bye": self._let_go,
+            }
+            hear[message["is"]](line, message)
 
     def _gather(self, line: _Line, message: Message) -> None:
         """Give rank 0 the values, once they are there."""
@@ -267,8 +273,8 @@ class Hub:
         if self._are_all_here:
             text = (
                 f"rank {rank} ({message['host']}): all ranks of that run have come already. Fix: "
+                "end it, or start this one with another --master-port"
             )
-            text += "end it, or start this one with another --master-port"
             self._send(line, {"is": "failure", "text": text, "say": True, "here": False})
             self._drop(line)
             return

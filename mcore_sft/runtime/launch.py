@@ -31,11 +31,8 @@ class Launch:
     @classmethod
     def read(cls) -> Self:
         """What the environment says; raises `UserError` where it says it in part."""
-        rank, size, local_rank = (
-            _number("RANK", 0),
-            _number("WORLD_SIZE", 1),
-            _number("LOCAL_RANK", 0),
-        )
+        rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        local_rank = _number("LOCAL_RANK", 0)
         if size <= 1:
             return cls()
         if rank >= size:
@@ -48,13 +45,7 @@ class Launch:
             raise UserError(f"MASTER_PORT is {port}, expected 1 to 65535. Fix: {_BY_HAND}")
         if not address:
             raise UserError(f"WORLD_SIZE is {size}, and MASTER_ADDR is not set. Fix: {_BY_HAND}")
-        return cls(
-            rank=rank,
-            size=size,
-            local_rank=local_rank,
-            address=address,
-            port=port,
-        )
+        return cls(rank=rank, size=size, local_rank=local_rank, address=address, port=port)
 
     @property
     def has_agent(self) -> bool:

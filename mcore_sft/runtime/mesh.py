@@ -105,6 +105,12 @@ class Mesh:
         found: Found = told[0]
         return found
 
+    def from_all(self, told: Found) -> list[Found]:
+        """What each rank tells, in their order, on every rank; collective."""
+        shares: list[Any] = [None] * self.world.size
+        dist.all_gather_object(shares, told, group=self.world.group)
+        return shares
+
     def sum_over_replicas(self, values: list[float]) -> list[float]:
         """The sum of each value over all tokens' ranks, in fp64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -133,18 +139,16 @@ def connect(parallel: ParallelConfig) -> Iterator[Mesh]:
 
 
 @contextlib.contextmanager
-def join(
-    parallel: ParallelConfig, peers: Peers, hang_seconds: float | None = None
-) -> Iterator[Mesh]:
+def join(parallel: ParallelConfig, peers: Peers, seconds: float | None = None) -> Iterator[Mesh]:
     """Make the process group of all `peers` and lay out the mesh.
 
-    A collective fails after `hang_seconds`; None is never.
+    A collective fails after so many `seconds`; None is never.
     """
     check(parallel, peers.launch.size)
     check_version()
     device = this_device()
     host = megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
-    timeout = timedelta(seconds=hang_seconds or _NEVER_SECONDS)
+    timeout = timedelta(seconds=seconds or _NEVER_SECONDS)
     with host:
         if device.type == "cuda":
             check_architecture(device)

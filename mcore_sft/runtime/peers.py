@@ -258,7 +258,7 @@ class Peers:
     def _unreached(self, reason: str) -> str:
         launch = self.launch
         return (
-            f"rank {launch.rank} ({host()}): {launch.address} port {launch.port} does not answer "
+            f"{self.name}: {launch.address} port {launch.port} does not answer "
             f"within {self._seconds:.0f} s ({reason}; train.connect_seconds). Fix: give the name "
             "or address of the first machine, as all machines know it (--master-addr, or "
             "--rdzv-endpoint), see what that machine says, and start all anew"
@@ -274,7 +274,7 @@ class Peers:
             except OSError as error:
                 if time.monotonic() > until:
                     raise Unreached(
-                        f"rank {self.launch.rank} ({host()}): rank 0 on {self.launch.address} has "
+                        f"{self.name}: rank 0 on {self.launch.address} has "
                         f"ended, or its port {port} does not answer ({error.strerror or error}). "
                         "Fix: see what it says, open the ports between the machines, and start "
                         "all anew"

@@ -53,11 +53,11 @@ def agreed(config: RunConfig, peers: Peers) -> Iterator[None]:
 
         # The lock comes before anything is read: another run may be at work on it.
         name = peers.exchange({**without_paths(config), **_versions()}, begin)
-        if name:
+        if name:  # ranks of one machine read the same files
             probe.check(folder / name, peers)
-        # The first rank of each machine looks at the files for all of them.
-        found = _files(config) if peers.is_first_here else None
-        peers.exchange(found, lambda records: _compare(records, peers))
+            # The first rank of each machine looks at them for all of it.
+            found = _files(config) if peers.is_first_here else None
+            peers.exchange(found, lambda records: _compare(records, peers))
         yield
 
 
@@ -68,15 +68,15 @@ def _versions() -> dict[str, str | None]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         **{name: installed.version(name) for name in _PACKAGES},
-        "mcore_sft's code": _hash_of(package, "*.py"),
-        "csrc's code": _hash_of(csrc, "*") if csrc.is_dir() else None,
+        "mcore_sft's code": _hash_of(package),
+        "csrc's code": _hash_of(csrc) if csrc.is_dir() else None,
     }
 
 
-def _hash_of(folder: Path, pattern: str) -> str:
+def _hash_of(folder: Path) -> str:
     """One SHA-256 of the sources in `folder`, names and content."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob(pattern)):
+    for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
             digest.update(f"{path.relative_to(folder)} {files.sha256_of(path)}\n".encode())
     return digest.hexdigest()

@@ -114,9 +114,7 @@ class Guard:
             Share(loss, batch.supervised, tuple(packs))
             for loss, batch, packs in zip(losses, batches, self._loader.packs(step), strict=False)
         ]
-        shares: list[Any] = [None] * self._mesh.world.size
-        dist.all_gather_object(shares, mine, group=self._mesh.world.group)
-        return means_of([part for share in shares for part in share])
+        return means_of([part for share in self._mesh.from_all(mine) for part in share])
 
     def _report_nonfinite(self, progress: Progress, means: list["Mean"], norm: float) -> None:
         step = progress.step
