@@ -2,9 +2,10 @@
 
     python benchmarks/converge.py [--device cuda|cpu] [--steps N] [--fp8 NAME ...] [--json FILE]
 
-Documents are chains: nine times in ten the token decides the next one, else that is drawn anew. So
-the loss falls from the logarithm of the vocabulary towards 1.2 nats within a few hundred steps, and
-each step has packs that nobody has seen. On the CPU a tiny shape is trained, in bf16 alone.
+Each document is a Markov chain: with probability 0.9 the current token determines the next one;
+otherwise the next is drawn at random. The loss falls from the logarithm of the vocabulary towards
+1.2 nats within a few hundred steps. Each step takes new packs. On a CPU, a tiny shape is trained,
+in bf16 only.
 """
 
 import gc
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, require
 from train_step import TINY, architecture
 from train_step_turn import RandomWeights
 
@@ -144,8 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device; use --device cpu")
+    require(options.device, parser)
     packages = ("torch", "megatron-core", "transformer-engine")
     where = machine(*packages, device=torch.cuda.get_device_name() if cuda else None)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()), soft_wrap=True)
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{'met' if found['met'] else 'MISSED'}; "
                 f"{curves[name]['tokens_per_second']:,.0f} tokens/s"
             }
-        except Exception as error:  # the other curves are made all the same
+        except Exception as error:  # one failed curve does not stop the others
             curves[name] = {"met": False, "said": told(error)}
         if engine := sys.modules.get("transformer_engine.pytorch.quantization"):
             engine.FP8GlobalStateManager.reset()  # it holds the scales of the layers of a curve

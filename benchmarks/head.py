@@ -21,7 +21,7 @@ from typing import Any
 import kernels
 import loss
 import torch
-from machine import machine
+from machine import machine, require
 
 from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
@@ -134,9 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
+    require(options.device, parser)
     if options.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("torch finds no CUDA device")
         library.load_cuda()
     device = torch.cuda.get_device_name() if options.device == "cuda" else None
     case = CASES[options.device]

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import machine
+from machine import machine, require
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
@@ -672,9 +672,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="whose names begin so, and eager")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
+    require(options.device, parser)
     if options.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("torch finds no CUDA device")
         library.load_cuda()
     asked = ("eager", *options.only) if options.only else ("",)
     contestants = [one for one in CONTESTANTS if one.name.startswith(asked)]

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.base.terminal import Parser
+
 
 def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
     """The `device` (the CPU where none is named), its cores, versions, commit, date and command."""
@@ -22,6 +24,14 @@ def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def require(device: str, parser: Parser) -> None:
+    """End with a sentence where `--device cuda` is asked for and torch finds none."""
+    import torch  # late: benchmarks without a device measure processes that are free of it
+
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; use --device cpu")
 
 
 def _commit() -> str:

@@ -34,7 +34,7 @@ from typing import Any
 import kernels
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, require
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -457,8 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.layers is not None and options.layers < 1:
         parser.error(f"--layers: expected at least 1, given {options.layers}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device; use --device cpu")
+    require(options.device, parser)
     asked = (OURS, *options.only) if options.only else ("",)
     contestants = [one for one in CONTESTANTS if one.name.startswith(asked)]
     packages = ("torch", "transformers", "megatron-core", "transformer-engine", "flash-attn")
