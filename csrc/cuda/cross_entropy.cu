@@ -139,7 +139,7 @@ struct Span {
     return begin + (i < head ? i : vectors * kLanes + i);
   }
 
-  // Where part i of so many begins: before a whole vector, but for the first part and the end.
+  // The column at which part i of `parts` begins. Inner parts begin at a whole vector.
   __device__ int cut(int i, int parts) const {
     if (i == parts) return count;
     return i == 0 ? 0 : head + min(i * ((vectors + parts - 1) / parts), vectors) * kLanes;
