@@ -55,6 +55,10 @@ RATE = {"cuda": 3e-4, "cpu": 3e-3}
 AREA = 0.02
 """How far the mean loss in FP8 may be from that in bf16, as a share of it."""
 
+NAMES = {"none": "bf16"}
+SAID = 25
+"""Steps from one that is printed to the next."""
+
 console = Console(width=120)
 
 
@@ -99,6 +103,8 @@ def curve(device: str, fp8: str, steps: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begun)  # the loss has been read by then
             losses.append(taken.loss)
             norms.append(taken.grad_norm)
+            if number % SAID == 0:  # the curve may take longer than there is time
+                console.print(f"{NAMES.get(fp8, fp8)}, step {number + 1}: {taken.loss:.4f}")
     tokens = PACKS * LENGTH[device] / statistics.median(seconds[steps // 2 :])
     return {"losses": losses, "grad_norms": norms, "tokens_per_second": tokens}
 
@@ -127,13 +133,13 @@ def judged(name: str, curves: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def show(curves: dict[str, dict[str, Any]], steps: int) -> None:
     """The losses of some steps side by side."""
     names = [name for name in curves if "losses" in curves[name]]
-    console.print("step " + "".join(f"{'bf16' if n == 'none' else n:>12}" for n in names))
+    console.print("step " + "".join(f"{NAMES.get(n, n):>12}" for n in names))
     shown = sorted({0, 9, *range(24, steps, 25), steps - 1})
     for number in (number for number in shown if number < steps):
         row = "".join(f"{curves[name]['losses'][number]:12.4f}" for name in names)
         console.print(f"{number + 1:4d} {row}")
     for name, found in curves.items():
-        console.print(f"{'bf16' if name == 'none' else name}: {found['said']}", soft_wrap=True)
+        console.print(f"{NAMES.get(name, name)}: {found['said']}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,9 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
+        if options.json:
+            write_named(options.json, json.dumps({**where, "curves": curves}, indent=1) + "\n")
     show(curves, options.steps)
-    if options.json:
-        write_named(options.json, json.dumps({**where, "curves": curves}, indent=1) + "\n")
     return int(not all(found["met"] for found in curves.values()))
 
 

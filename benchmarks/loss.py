@@ -689,14 +689,14 @@ def main(arguments: list[str] | None = None) -> int:
             of_shape = [measure(case, contestants, seconds, processes, best) for case in group]
             results += chain.from_iterable(of_shape)
             show([*chain.from_iterable(of_shape)])
+            if options.json:
+                report = {**where, "rows": [result.row() for result in results]}
+                write_named(options.json, json.dumps(report, indent=1) + "\n")
     verdicts = [goal.met(result) for result in results for goal in result.goals]
     wrong = [result for result in results if result.contestant.ours and result.reason]
     console.print(f"goals: {sum(verdicts)} of {len(verdicts)} met; wrong or not run: {len(wrong)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if options.json:
-        report = {**where, "rows": [result.row() for result in results]}
-        write_named(options.json, json.dumps(report, indent=1) + "\n")
     return 1 if wrong else 0
 
 

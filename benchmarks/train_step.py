@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -102,7 +102,7 @@ CONTESTANTS = (
     Contestant(name=OURS, kind="ours"),
     *(
         Contestant(name=f"ours, fp8 {recipe}", kind="ours", fp8=recipe)
-        for recipe in ("delayed", "tensorwise", "blockwise")
+        for recipe in ("blockwise", "delayed", "tensorwise")
     ),
     Contestant(name="Megatron-core's own loss, bf16", kind="megatron"),
     Contestant(name="transformers, bf16", kind="transformers"),
@@ -279,25 +279,36 @@ def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
             text=True,
             check=False,
         )
-    if done.returncode:
+    try:
+        told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return {"reason": f"not run: exit code {done.returncode}: {last}"}
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if done.returncode:  # it ended badly after its figures were told
+        told["note"] = f"{told.get('note', '')} exit code {done.returncode}".strip()
     return told
 
 
 def measure(
-    case: Case, contestants: Sequence[Contestant], rounds: int, reference: dict[str, float]
-) -> list[Result]:
-    """All contestants, taking turns; who fails once has no further turn."""
+    case: Case,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    reference: dict[str, float],
+    keep: Callable[[list[Result]], None],
+) -> None:
+    """Let all contestants take turns, and `keep` what is known after each.
+
+    One that fails has no further turn. A single round goes in their order, the first goals first.
+    """
     results = [Result(contestant, case.length) for contestant in contestants]
     for result in results:
         of_a_gpu = result.contestant.fp8 != "none" or result.contestant.kind == "liger"
         if case.device == "cpu" and of_a_gpu:
             result.reason = "not run: it takes an NVIDIA GPU"
+    keep(results)
     order = random.Random(0)
     for number in range(rounds):
-        for result in order.sample(results, len(results)):
+        for result in order.sample(results, len(results)) if rounds > 1 else results:
             if result.reason:
                 continue
             name = result.contestant.name
@@ -306,7 +317,7 @@ def measure(
             job = {"contestant": asdict(result.contestant), "case": asdict(case)}
             expected = {"reference": reference, "tolerance": tolerance}
             result.add(in_own_process(job | expected))
-    return results
+            keep(results)
 
 
 def row_of(
@@ -314,7 +325,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Raw figures and those that are computed from them, but for what compares two contestants."""
     row = asdict(result) | {"contestant": result.contestant.name, "fp8": result.contestant.fp8}
-    if result.reason:
+    if result.reason or not result.seconds:
         return row
     seconds, layers = (
         statistics.median(chain.from_iterable(turn[WARM:] for turn in turns))
@@ -342,7 +353,7 @@ def rows_of(case: Case, results: list[Result], peak: float | None) -> list[dict[
     rows = [row_of(result, work, flops, peak) for result in results]
     base = rows[0]
     for row in rows:
-        if not row["reason"] and not base["reason"]:
+        if "step_ms" in row and "step_ms" in base:
             row["step_speedup"] = base["step_ms"] / row["step_ms"]
             row["layers_speedup"] = base["layers_ms"] / row["layers_ms"]
     return rows
@@ -466,7 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     peak = peak_flops(torch.device(options.device))
     report: dict[str, Any] = {**where, "peak_flops": peak, "tolerance": TOLERANCE}
-    report |= {"cases": [], "rows": []}
+    report |= {"cases": [], "rows": [], "goals": []}
     for case in cases_of(options.device, quick=options.quick, layers=options.layers):
         work = workload(case)
         reference = in_own_process({"contestant": {"kind": "reference"}, "case": asdict(case)})
@@ -474,13 +485,18 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"{case.length} tokens: the reference was {reference['reason']}")
             reference = {"loss": float("nan"), "grad_norm": float("nan")}
         console.print(describe(work, reference))
-        results = measure(case, contestants, 1 if options.quick else 3, reference)
         report["cases"].append(asdict(case) | {"workload": work, "reference": reference})
-        report["rows"] += rows_of(case, results, peak)
-    report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []
+        before = report["rows"]
+
+        def keep(results: list[Result], case: Case = case, before: Any = before) -> None:
+            """Write the report after each turn: the next may take longer than there is time."""
+            report["rows"] = before + rows_of(case, results, peak)
+            report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []
+            if options.json:
+                write_named(options.json, json.dumps(report, indent=1) + "\n")
+
+        measure(case, contestants, 1 if options.quick else 3, reference, keep)
     show(report)
-    if options.json:
-        write_named(options.json, json.dumps(report, indent=1) + "\n")
     failed = [
         row
         for row in report["rows"]

@@ -370,7 +370,7 @@ def install(carried: Path) -> None:
     unpacked = VENV / "kit"
     with carried_files(carried) as (archive,), tarfile.open(archive) as tar:
         tar.extractall(unpacked, filter="data")
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(VENV)}))
+    site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(VENV)}))
     # The torch of this Python, which may be of a virtual environment itself.
     outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     places = [str(unpacked / "site"), *outer, str(ROOT)]

@@ -107,6 +107,20 @@ class PackedDataset:
         tokens = np.add.reduceat(lengths[self._arrays.packs], self._arrays.pack_offsets[:-1])
         return int(tokens.max())
 
+    def largest_attention(self, length: int, packs: int = 1) -> int:
+        """Documents times the longest one's tokens squared, at most, in a row of `packs` packs.
+
+        Each pack is filled up to `length` tokens by a document of its own; an empty one is such a
+        document alone.
+        """
+        lengths, begins = self._arrays.tokens.lengths[self._arrays.packs], self._arrays.pack_offsets
+        longest = np.maximum.reduceat(lengths, begins[:-1]).astype(np.int64)
+        padding = length - np.add.reduceat(lengths, begins[:-1], dtype=np.int64)
+        documents = np.diff(begins) + (padding > 0)
+        if packs > 1:  # any may share a row, an empty one too
+            return int(packs * documents.max() * length**2)
+        return max(length**2, int((documents * np.maximum(longest, padding) ** 2).max()))
+
     def example(self, index: int) -> Example:
         """The example with this id."""
         return self._examples(np.array([index]))[0]

@@ -98,6 +98,13 @@ class Shard:
         return everyone, work
 
 
+def sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Row numbers on `device`; pinned for a GPU, whose host goes on meanwhile."""
+    if device.type == "cuda" and not rows.is_pinned():
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True)
+
+
 class Compaction:
     """Brings together the rows that enter the head, and carries their gradients back.
 
@@ -128,11 +135,11 @@ class Compaction:
             counts = [end - begin for begin, end in itertools.pairwise(ends)]
             self.sent = max(counts)  # rows that every rank sends, filled up where it has fewer
             received = [torch.arange(n) + rank * self.sent for rank, n in enumerate(counts)]
-            self.received = torch.cat(received).to(hidden.device, non_blocking=True)
+            self.received = sent(torch.cat(received), hidden.device)
             rows = rows[ends[shard.rank] : ends[shard.rank + 1]] - bounds[shard.rank]
         elif rows is not None and len(rows) == length:
             rows = None
-        self.rows = None if rows is None else rows.to(hidden.device, non_blocking=True)
+        self.rows = None if rows is None else sent(rows, hidden.device)
 
     def gather(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] of this rank -> those of all supervised rows [R, D]."""

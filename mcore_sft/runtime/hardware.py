@@ -42,6 +42,7 @@ FUSED_ATTENTION_OLDEST = (9, 0)
 """Least compute capability where Transformer Engine itself has an attention within documents that
 keeps no scores; below it takes flash-attn's, and without that one whose scores are of the size
 [documents, heads, longest ^ 2]."""
+_DETERMINISTIC_ATTENTION = 2**30
 _TELLS_MORE = "`python tools/doctor.py --config FILE` tells more"
 
 
@@ -191,6 +192,22 @@ def check_attention(device: torch.device) -> None:
             f"flash-attn's, and {_named(device)} (got flash-attn {found}, expected 2.4.1 to "
             f"{flash.max_version}). Fix: pip install --no-build-isolation "
             f"'flash-attn>=2.4.1,<={flash.max_version}', or model.layers=local; {_TELLS_MORE}"
+        )
+
+
+def check_deterministic(attention: int, device: torch.device) -> None:
+    """Raise `ConfigError` where fused attention has no deterministic form of this size.
+
+    `attention`: documents of a row x heads of a rank x the longest document's tokens squared.
+    Transformer Engine 2.20 ends such a step; older releases run out of memory, which is in
+    proportion to it (`get_attention_backend` in its dot_product_attention/utils.py).
+    """
+    if attention_backend(device) == "fused" and attention >= _DETERMINISTIC_ATTENTION:
+        raise ConfigError(
+            "train.deterministic: Transformer Engine's fused attention is deterministic only below "
+            f"2^30 documents x heads x tokens of the longest document squared (got {attention:,} "
+            "in a row of this dataset). Fix: train.deterministic=false, a higher parallel.tensor, "
+            "a lower train.micro_batch or data.sequence_length, or model.layers=local"
         )
 
 

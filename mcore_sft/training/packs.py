@@ -15,6 +15,7 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import eight_bit_unit
+from mcore_sft.runtime.hardware import check_deterministic, layer_implementation
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 
@@ -54,7 +55,7 @@ def load(
                 f"configuration names ({now}); run tools/preprocess.py again, or name the other"
                 + (" (model.tokenizer=PATH)" if what == "tokenizer" else "")
             )
-    return Loader(
+    loader = Loader(
         dataset,
         packs_per_step=packs_of_a_step(config.train, dataset.num_examples / len(dataset)),
         micro_batch=config.train.micro_batch,
@@ -69,6 +70,15 @@ def load(
         context=mesh.context.size,
         context_rank=mesh.context.rank,
     )
+    if (
+        split == "train"
+        and config.train.deterministic
+        and layer_implementation(config.model, config.train, mesh.device) == "transformer_engine"
+    ):
+        heads = architecture.heads // mesh.tensor.size
+        size = heads * dataset.largest_attention(loader.length, config.train.micro_batch)
+        check_deterministic(size, mesh.device)
+    return loader
 
 
 def as_begun(loader: Loader, progress: Progress | None, say: Callable[[str], None]) -> Loader:

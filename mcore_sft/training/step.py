@@ -161,7 +161,8 @@ def forward_step(batches: Iterator[Batch], model: Any, *, mesh: Mesh) -> tuple[T
 
 def token_loss(batch: Batch, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, number of supervised tokens, and the sum once more for the log."""
-    tokens = torch.tensor(batch.supervised, dtype=torch.int, device=loss.device)
+    # Filled on the device: a copy of a host's number would wait for all that it computes.
+    tokens = torch.full((), batch.supervised, dtype=torch.int, device=loss.device)
     return loss, tokens, loss.detach()
 
 

@@ -1,7 +1,9 @@
 """The benchmark of the head runs from end to end; what it measures is nobody's business here."""
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,18 @@ def test_rates_steps_and_their_kernels_are_measured_printed_and_written(
         assert step["met"] is None, "a CPU has no goal"
         assert any("mm" in kernel["kernel"] for kernel in step["kernels"])
     assert "35 % masked" in capsys.readouterr().out
+
+
+def test_a_round_on_a_gpu_is_queued_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    event = SimpleNamespace(
+        record=lambda: done.append("mark"), synchronize=lambda: None, elapsed_time=lambda end: 6.0
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"), raising=False)
+    call = partial(done.append, "call")
+    assert head.milliseconds(call, "cuda", rounds=1, calls=3) == 2.0
+    assert done == 3 * ["wait", "mark", "call", "call", "call", "mark"]
 
 
 def test_the_longest_come_first_and_long_names_keep_their_ends() -> None:

@@ -66,6 +66,41 @@ def test_what_is_wrong_is_shown_as_wrong_and_not_timed(
     assert "WRONG: loss of the first step" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("small")
+def test_what_has_been_measured_is_written_before_the_next_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "report.json"
+
+    def turn(job: dict[str, Any]) -> dict[str, Any]:
+        if job["contestant"]["kind"] == "megatron":  # time is up
+            raise KeyboardInterrupt
+        return forked(job)
+
+    monkeypatch.setattr(train_step, "in_own_process", turn)
+    with pytest.raises(KeyboardInterrupt):
+        train_step.main(["--quick", "--json", str(file)])
+    rows = {row["contestant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows[train_step.OURS]["step_ms"] > 0
+    assert "step_ms" not in rows["transformers, bf16"]
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("print(1); print('{\"loss\": 2}'); exit(9)", {"loss": 2, "note": "exit code 9"}),
+        ("exit('no GPU')", {"reason": "not run: exit code 1: no GPU"}),
+        ("print('{\"loss\": 2}')", {"loss": 2}),
+    ],
+)
+def test_a_turn_that_ends_badly_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: dict[str, Any]
+) -> None:
+    (tmp_path / "turn.py").write_text(program)
+    monkeypatch.setattr(train_step, "TURN", tmp_path / "turn.py")
+    assert train_step.in_own_process({"case": {"device": "cpu"}}) == told
+
+
 def test_layers_are_as_many_as_fit() -> None:
     room = [int(gigabytes * 0.9e9) for gigabytes in (85, 150)]
     small, large = (train_step.layers_that_fit(train_step.LLAMA_8B, 8192, r) for r in room)

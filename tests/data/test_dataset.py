@@ -19,12 +19,18 @@ ARRAYS = {
 @pytest.fixture
 def folder(tmp_path):
     """Three examples of 2, 3 and 4 tokens in two packs, the last of them in both."""
-    np.arange(9, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    write_index(tmp_path / "train.idx", np.array([2, 3, 4], np.int32), np.dtype(np.uint16))
-    for name, array in ARRAYS.items():
-        np.save(tmp_path / f"train.{name}.npy", array)
-    manifests.write(tmp_path, {**MANIFEST, "files": manifests.describe_files(tmp_path.iterdir())})
+    write(tmp_path, [2, 3, 4])
     return tmp_path
+
+
+def write(folder, lengths, **arrays):
+    """A dataset of examples of these lengths; `arrays` stand for those of ARRAYS."""
+    np.arange(sum(lengths), dtype=np.uint16).tofile(folder / "train.bin")
+    write_index(folder / "train.idx", np.array(lengths, np.int32), np.dtype(np.uint16))
+    for name, array in {**ARRAYS, **arrays}.items():
+        np.save(folder / f"train.{name}.npy", array)
+    written = sorted(folder.glob("train.*"))
+    manifests.write(folder, {**MANIFEST, "files": manifests.describe_files(written)})
 
 
 def test_packs_hold_their_examples_in_order(folder):
@@ -48,6 +54,28 @@ def test_packs_hold_their_examples_in_order(folder):
 @pytest.mark.parametrize(("unit", "tokens"), [(1, 7), (2, 8), (4, 8), (3, 9), (8, 16)])
 def test_longest_pack_with_its_examples_filled_up(folder, unit, tokens):
     assert PackedDataset(folder).longest_pack(unit) == tokens
+
+
+@pytest.mark.parametrize(
+    ("length", "packs", "size"),
+    [
+        (17, 1, 9 * 9**2),
+        (20, 1, (9 + 1) * 9**2),
+        (40, 1, (9 + 1) * 23**2),  # of padding
+        (20, 3, 3 * 10 * 20**2),
+    ],
+)
+def test_largest_attention_counts_what_fills_the_rows_up(folder, length, packs, size):
+    """One pack: a document of nine tokens and eight of one."""
+    write(
+        folder,
+        [9, 1],
+        packs=np.array([0, *8 * [1]]),
+        pack_offsets=np.array([0, 9]),
+        supervised=np.array([1], np.int32),
+        span_offsets=np.array([0, 1, 1]),
+    )
+    assert PackedDataset(folder).largest_attention(length, packs) == size
 
 
 def test_example_in_two_packs_counts_twice(folder):

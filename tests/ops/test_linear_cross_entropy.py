@@ -18,6 +18,7 @@ from mcore_sft.ops.linear_cross_entropy import (
     linear_cross_entropy,
     reference,
 )
+from tests.data.test_batch import PinnedAlone
 from tests.distributed import run_ranks
 
 D, VOCAB, PADDED = 12, 101, 104
@@ -56,6 +57,14 @@ def case(length: int = 1600, rows: int = 1200) -> Case:
         labels=labels,
         rows=torch.randperm(length, generator=random)[:rows].sort().values,
     )
+
+
+def test_row_numbers_are_pinned_for_a_gpu() -> None:
+    rows = torch.arange(5)[1:]
+    with PinnedAlone() as gpu:
+        there = head.sent(rows, torch.device("cuda"))
+    assert there is gpu.pinned[0]
+    assert head.sent(rows, torch.device("cpu")) is rows
 
 
 def compute(

@@ -36,6 +36,31 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
+    ("capability", "documents", "longest", "refused"),
+    [
+        ((9, 0), 8, 2048, True),
+        ((9, 0), 8, 2047, False),
+        ((9, 0), 1, 8192, True),
+        ((8, 0), 8, 2048, False),  # flash-attn's
+    ],
+)
+def test_fused_attention_is_deterministic_below_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    documents: int,
+    longest: int,
+    refused: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    size = 32 * documents * longest**2
+    if not refused:
+        hardware.check_deterministic(size, GPU)
+        return
+    with pytest.raises(ConfigError, match=rf"train\.deterministic.*got {size:,} in a row"):
+        hardware.check_deterministic(size, GPU)
+
+
+@pytest.mark.parametrize(
     ("fp8", "capability", "cuda", "refusal"),
     [
         ("none", (8, 0), "13.0", None),

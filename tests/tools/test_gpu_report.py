@@ -285,10 +285,13 @@ class Visit:
         """As the first part of the report does, by this Python."""
         program = f"""
 import sys
+import sysconfig
 from pathlib import Path
 sys.path = [place for place in sys.path if "site-packages" not in place]
 sys.path += [{str(self.machine)!r}, {str(ROOT / "tools")!r}, {str(ROOT)!r}]
 import gpu_report
+# Debian's Python has a scheme of its own, whose folders are not those of an environment.
+sysconfig.get_path.__defaults__ = ("posix_home", None, True)
 gpu_report.ROOT = Path({str(self.clone)!r})
 gpu_report.VENV = gpu_report.ROOT / ".venv"
 gpu_report.PYTHON = str(gpu_report.VENV / "bin" / "python")

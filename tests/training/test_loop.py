@@ -87,6 +87,31 @@ def test_rows_are_as_long_as_what_splits_them_needs(
     assert loader.batches(0)[0].length == length // context
 
 
+def test_a_dataset_too_large_for_deterministic_attention(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the first step, by the largest row that any step may have."""
+    config = runs.experiment(place.parent / "run", place, train__deterministic=True)
+    mesh: Any = SimpleNamespace(
+        tensor=SimpleNamespace(size=2),
+        context=SimpleNamespace(size=1, rank=0),
+        data=SimpleNamespace(size=1, rank=0),
+        parallel=ParallelConfig(tensor=2),
+        device="the GPU",
+        local_rank=0,
+    )
+    sizes: list[int] = []
+    monkeypatch.setattr(packs, "check_deterministic", lambda size, device: sizes.append(size))
+    dataset = packs.open_dataset(config, "train", mesh)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    for layers in ("local", "transformer_engine"):
+        monkeypatch.setattr(packs, "layer_implementation", lambda *_, layers=layers: layers)
+        loader = packs.load(config, "train", dataset, tokenizer, read(place), mesh)
+    rows = [batch for step in range(loader.steps_per_epoch) for batch in loader.batches(step)]
+    heads = 4 // 2
+    assert sizes == [heads * max((len(row.starts) - 1) * row.longest**2 for row in rows)]
+
+
 def test_nsight_systems_on_cpu(place: Path) -> None:
     message = refused(place, log__profile=[1, 2], log__profiler="nsys")
     assert "log.profiler: nsys needs an NVIDIA GPU, but this process runs on CPU" in message
