@@ -115,6 +115,27 @@ def test_no_error_beyond_that_of_plain_torch(dtype: torch.dtype, device: str) ->
     assert not ours.weight[VOCAB:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_chunks_on_a_gpu(dtype: torch.dtype) -> None:
+    """A chunk is a GiB of logits there, and two where the sum of chunks would be rounded."""
+    library.load_cuda()
+    random = torch.Generator("cuda").manual_seed(0)
+    made: dict[str, Any] = {"device": "cuda", "generator": random}
+    hidden, weight = torch.randn(9000, 64, **made), torch.randn(128256, 64, **made)
+    labels = torch.randint(0, 128256, (9000,), **made)
+    labels[7::50] = IGNORE
+    found = []
+    for function, numbers in ((linear_cross_entropy, dtype), (reference, torch.float32)):
+        x, w = (t.to(dtype).to(numbers).requires_grad_() for t in (hidden, weight))
+        loss = function(x, w, labels, vocab_size=len(w)).loss
+        loss.backward()
+        found.append([t.detach().float() for t in (loss, x.grad, w.grad) if t is not None])
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= limit * theirs.norm()
+
+
 def test_fp64_is_torch() -> None:
     exact = compute(reference, case(), torch.float64)
     ours = compute(linear_cross_entropy, case(), torch.float64)
