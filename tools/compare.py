@@ -31,6 +31,8 @@ def main() -> None:
     for name, result in (("A", a), ("B", b)):
         line = interval_line(f"{name} symbolic_correct", share([*result.greedy.values()]))
         console.print(f"{line[:-1]}  {result.folder}", soft_wrap=True)
+    if found.warning:
+        console.print(found.warning, soft_wrap=True)
     if found.not_graded:
         console.print(f"{found.not_graded} problems are left out: an answer is not graded")
     _print_pairs(console, found)

@@ -37,6 +37,8 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if results:
         console.print(_table(sorted(results, key=_order)))
+        if warning := comparison.grader_warning([report for _, report in results]):
+            console.print(warning, soft_wrap=True)
     for folder in unfinished:
         console.print(f"{folder}: not finished; evaluate again", soft_wrap=True)
 

@@ -1,13 +1,15 @@
 """The name of a benchmark in, its problems and right answers out.
 
-JSON lines or a Hugging Face dataset  ->  rows  ->  Problem(id, problem, answer)
+JSON lines or a Hugging Face dataset  ->  rows  ->  Problem(id, problem, answer, choices)
 """
 
 import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +28,11 @@ _ROWS = Path(__file__).with_name("benchmarks.yaml")
 _ID_COLUMNS = ("unique_id", "id", "idx")
 
 
-Form = Literal["plain", "last_box"]
+Kind = Literal["mathematics", "choice", "exact"]
+Form = Literal["plain", "last_box", "letter", "index", "option"]
 _PLAIN: Mapping[str, Form] = {"answer": "plain", "expected_answer": "plain"}
+LETTERS = "ABCDEFGHIJ"
+"""Of the options of a problem."""
 
 
 class Row(Section):
@@ -36,8 +41,12 @@ class Row(Section):
     dataset: str | None = None
     subset: str | None = None
     split: str = "test"
+    grader: Kind = "mathematics"
     problem: tuple[str, ...] = ("problem", "question")
     answer: Mapping[str, Form] = Field(default_factory=lambda: _PLAIN)
+    choices: tuple[str, ...] = ()
+    shuffled: bool = False
+    tried: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +55,11 @@ class Problem:
 
     id: str
     problem: str
+    """With its options, each after its letter, where it has some."""
     answer: str
+    """Of a problem with options the letter of the right one."""
     extra: Mapping[str, Any]
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +71,7 @@ class Benchmark:
     """What the printed block calls it: the last part of the dataset's name."""
     source: str
     problems: tuple[Problem, ...]
+    grader: Kind = "mathematics"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,6 +102,12 @@ def load(config: BenchmarkConfig, root: Path) -> Benchmark:
         rows = _read_lines(root / config.path)
     else:
         row = row or _unknown(config.name, known)
+        if not row.tried:
+            say(
+                f"{config.name}: nobody has run this benchmark with mcore_sft yet; look at the "
+                "first problems and answers before you trust its score",
+                error=True,
+            )
         source = f"{row.dataset} ({row.split})"
         rows = _read_hub(row, source)
     columns = _Columns.choose(config, row, rows[0][1], source)
@@ -102,6 +121,7 @@ def load(config: BenchmarkConfig, root: Path) -> Benchmark:
         dataset_name=(row.dataset or config.name).rpartition("/")[2],
         source=source,
         problems=tuple(problems[: config.limit]),
+        grader=row.grader,
     )
 
 
@@ -118,6 +138,8 @@ class _Columns:
     problem: str
     answer: str
     form: Form
+    choices: tuple[str, ...]
+    shuffled: bool
 
     @classmethod
     def choose(
@@ -128,13 +150,27 @@ class _Columns:
         problem = _first_of(wanted, "problem", first, source)
         wanted = (config.answer,) if config.answer else tuple(row.answer)
         answer = _first_of(wanted, "answer", first, source)
-        return cls(problem=problem, answer=answer, form=row.answer.get(answer, "plain"))
+        for column in row.choices:
+            _first_of((column,), "choices", first, source)
+        return cls(
+            problem=problem,
+            answer=answer,
+            form=row.answer.get(answer, "letter" if row.choices else "plain"),
+            choices=row.choices,
+            shuffled=row.shuffled,
+        )
 
     def problem_of(self, content: Mapping[str, Any], identifier: str, where: str) -> Problem:
         """The problem of one row; `where` begins what is said when the row lacks something."""
         problem = _text(content, self.problem, where)
         written = _text(content, self.answer, where)
-        answer = _final(written, self.form)
+        choices: tuple[str, ...] = ()
+        if self.choices:
+            choices, answer = self._chosen(content, written, identifier, where)
+            options = (f"{letter}. {each}" for letter, each in zip(LETTERS, choices, strict=False))
+            problem = "\n".join((problem.rstrip() + "\n", *options))
+        else:
+            answer = _final(written, self.form)
         if not answer:
             raise EvaluationError(
                 f"{where}: no answer in column {self.answer!r}, given {written[:60]!r}, expected "
@@ -147,7 +183,41 @@ class _Columns:
             for name, value in content.items()
             if name not in taken and isinstance(value, str | int | float | bool)
         }
-        return Problem(id=identifier, problem=problem, answer=answer, extra=extra)
+        return Problem(id=identifier, problem=problem, answer=answer, extra=extra, choices=choices)
+
+    def _chosen(
+        self, content: Mapping[str, Any], written: str, identifier: str, where: str
+    ) -> tuple[tuple[str, ...], str]:
+        """The options in the order in which they are shown, and the letter of the right one."""
+        given: list[Any] = [content.get(column) for column in self.choices]
+        options = given[0] if len(given) == 1 and isinstance(given[0], list) else given
+        if not (2 <= len(options) <= len(LETTERS) and all(isinstance(o, str) for o in options)):
+            raise EvaluationError(
+                f"{where}: {' and '.join(self.choices)} are {json.dumps(given)[:60]}, expected "
+                f"2 to {len(LETTERS)} texts; mend the row or take it out"
+            )
+        options = [option.strip() for option in options]
+        right = _place(written.strip(), options, self.form)
+        if right is None:
+            raise EvaluationError(
+                f"{where}: column {self.answer!r} is {written[:60]!r}, which is none of the "
+                f"{len(options)} options as {self.form}; mend the row or take it out"
+            )
+        order = list(range(len(options)))
+        if self.shuffled:  # in the same way each time, and not all right ones first
+            random.Random(f"{identifier} {options[0]}").shuffle(order)
+        return tuple(options[place] for place in order), LETTERS[order.index(right)]
+
+
+def _place(written: str, options: Sequence[str], form: Form) -> int | None:
+    """Which of `options` the answer says is right, from 0."""
+    if form == "option":
+        return options.index(written) if written in options else None
+    if form == "index":
+        place = int(written) if re.fullmatch(r"\d{1,2}", written) else -1
+    else:
+        place = LETTERS.find(written.strip("().").upper()) if written else -1
+    return place if 0 <= place < len(options) else None
 
 
 def _first_of(wanted: tuple[str, ...], role: str, first: Mapping[str, Any], source: str) -> str:
@@ -164,6 +234,8 @@ def _first_of(wanted: tuple[str, ...], role: str, first: Mapping[str, Any], sour
 
 def _text(content: Mapping[str, Any], column: str, where: str) -> str:
     value = content.get(column)
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        value = ", ".join(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():

@@ -43,6 +43,8 @@ class Comparison:
     """Answers (of A, of B) to problems that B alone had right."""
     not_graded: int
     """Problems that are left out, because an answer to them could not be graded."""
+    warning: str | None
+    """Why the difference may be one of grading, if it may."""
 
 
 _Fields = Mapping[str, type | UnionType]
@@ -132,6 +134,19 @@ def compare(a: Result, b: Result) -> Comparison:
         lost=tuple(lost),
         won=tuple(won),
         not_graded=len(asked) - len(pairs),
+        warning=grader_warning([a.report, b.report]),
+    )
+
+
+def grader_warning(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """What is said of reports that several versions of the grader made; none of others."""
+    versions = {str(report.get("grader", {}).get("version", "unknown")) for report in reports}
+    if len(versions) < 2:
+        return None
+    return (
+        f"warning: graded by versions {' and '.join(sorted(versions))} of the grader, which may "
+        "count the same answer otherwise. Fix: evaluate the older again with this version; what is "
+        "answered is not asked again"
     )
 
 

@@ -1,9 +1,11 @@
-r"""Bounds of a letter in, the intervals that it may be in out, as a union.
+r"""Bounds of a letter in, or a set in words, the intervals of its numbers out, as a union.
 
 "x < 1 or x \ge 2"  ->  "(-\infty, 1) \cup [2, \infty)"
+"all positive reals", "\mathbb{R}^+"  ->  "(0, \infty)"
 """
 
 import re
+from itertools import pairwise
 
 from mcore_sft.evaluation.series import read_series
 from mcore_sft.evaluation.value import value_at_a_point
@@ -15,13 +17,74 @@ _BOUND = re.compile(rf"([a-zA-Z])\s*{_RELATION}\s*{_SIDE}")
 _BOUND_BEHIND = re.compile(rf"{_SIDE}\s*{_RELATION}\s*([a-zA-Z])")
 _UNEQUAL = re.compile(rf"([a-zA-Z])\s*\\ne\s*{_SIDE}")
 _TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
-_REALS = re.compile(r"(?:all (?:the )?reals?(?: numbers?)?|\\mathbb\s*\{?R\}?)", re.IGNORECASE)
+_ALL = r"(?:the (?:set|collection) of )?(?:all|every|any|each)?\s*(?:of\s+)?(?:the )?"
+_REALS = re.compile(
+    rf"{_ALL}(?:reals?(?: (?:numbers?|values?))?|\\mathbb\s*\{{?R\}}?)", re.IGNORECASE
+)
+_SIGNED = re.compile(
+    rf"{_ALL}(?:strictly )?(?P<sign>positive|negative|non-?negative|non-?positive|non-?zero)"
+    r"\s+(?:reals?|numbers?|values?)(?: (?:numbers?|values?))?"
+    r"|\\mathbb\s*\{?R\}?\s*[\^_]\s*\{?\s*(?P<mark>[+\-]|\\cdot|>\s*0|<\s*0|\\[gln]e\s*0)\s*\}?",
+    re.IGNORECASE,
+)
+_BY_SIGN = {
+    "positive": r"(0, \infty)", "negative": r"(-\infty, 0)", "nonnegative": r"[0, \infty)",
+    "nonpositive": r"(-\infty, 0]", "nonzero": r"(-\infty, 0) \cup (0, \infty)",
+}  # fmt: skip
+_BY_MARK = {
+    "+": "positive", "-": "negative", ">0": "positive", "<0": "negative", r"\ge0": "nonnegative",
+    r"\le0": "nonpositive", r"\ne0": "nonzero", r"\cdot": "nonzero",
+}  # fmt: skip
+_WITHOUT = re.compile(
+    rf"(?:{_REALS.pattern})(?:\s+[a-z])?\s*,?\s*"
+    r"(?:except(?: for)?|excluding|other than|but(?: not)?|without|minus|"
+    r"apart from|besides|\\setminus|\\backslash|-|(?:that are )?not equal to)\s*(?:for )?"
+    r"(?:[a-z]\s*=\s*)?(?:\\?\{(?P<set>[^{}]+?)\\?\}|(?P<one>[^{}\s,]+(?:\s*,\s*[^{}\s,]+)*))",
+    re.IGNORECASE,
+)
+_COMPARED = re.compile(
+    rf"(?:{_REALS.pattern}|{_ALL}numbers?|{_ALL}values?)\s*(?:[a-z]\s+)?(?:that are\s+)?"
+    r"(?:(?P<more>greater|larger|more|bigger)|(?P<less>less|smaller|lower)|at (?P<end>least|most))"
+    r"(?:\s+than)?(?P<equal>\s*(?:,|or)\s*equal to)?\s+(?P<bound>[^\s,]+)",
+    re.IGNORECASE,
+)
+
+
+def _set_in_words(text: str) -> str | None:
+    """The intervals of a set that words or signs name; none of others."""
+    if _REALS.fullmatch(text):
+        return r"(-\infty, \infty)"
+    if found := _SIGNED.fullmatch(text):
+        mark = re.sub(r"\s", "", found["mark"] or "")
+        return _BY_SIGN[_BY_MARK[mark] if mark else found["sign"].lower().replace("-", "")]
+    if found := _WITHOUT.fullmatch(text):
+        return _all_but(re.split(r"\s*[,;]\s*", (found["set"] or found["one"]).strip()))
+    if found := _COMPARED.fullmatch(text):
+        above = found["more"] or (found["end"] or "").lower() == "least"
+        closed = bool(found["equal"] or found["end"])
+        if above:
+            return rf"{'[' if closed else '('}{found['bound']}, \infty)"
+        return rf"(-\infty, {found['bound']}{']' if closed else ')'}"
+    return None
+
+
+def _all_but(points: list[str]) -> str | None:
+    points = ["0" if point == "zero" else point for point in points]
+    values = list(map(value_at_a_point, points))
+    if any(value is None or value.imag for value in values):
+        return None
+    order = sorted(range(len(points)), key=lambda place: values[place].real)  # type: ignore[union-attr]
+    ends = [r"-\infty", *(points[place] for place in order), r"\infty"]
+    return r" \cup ".join(f"({a}, {b})" for a, b in pairwise(ends))
 
 
 def as_intervals(text: str) -> str | None:
     r"""`x < 1, x \ge 2` -> `(-\infty, 1) \cup [2, \infty)`; none of all but bounds of a letter."""
-    if _REALS.fullmatch(text.strip()):
-        return r"(-\infty, \infty)"
+    if named := _set_in_words(text.strip()):
+        return named
+    text = re.sub(
+        r"^(?:all\s+|[a-z]\s*\\in\s*\\mathbb\s*\{?R\}?\s*,\s*)(?=[a-z]\b)", "", text.strip()
+    )
     pieces, letters = [], set()
     for part in text.split(r"\lor"):
         bounds = [_bounds(bound.strip()) for bound in re.split(r"\\land|,", part)]

@@ -1,97 +1,143 @@
 r"""An answer as somebody wrote it in, one canonical way of writing it out.
 
-    "$\dfrac12\text{ cm}^2$."  ->  "\frac{1}{2}"
+    "$\dfrac12\text{ cm}^2$."  ->  "\frac{1}{2}", and square centimeters
 
 Both sides of a comparison go through here. Nothing is evaluated beyond mixed numbers: the meaning
 is for `equivalence`, this is about spelling alone.
 """
 
 import re
-import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
-from mcore_sft.evaluation.units import scaled, without_units
+from mcore_sft.evaluation.latex import group_end, with_braces
+from mcore_sft.evaluation.number import read_number, same_number
+from mcore_sft.evaluation.signature import same_value
+from mcore_sft.evaluation.signs import from_unicode
+from mcore_sft.evaluation.units import (
+    CENT,
+    DEGREE,
+    DOLLAR,
+    DOUBLE_PRIME,
+    PRIME,
+    Unit,
+    read_unit,
+    scaled,
+    without_units,
+)
+from mcore_sft.evaluation.words import base_in_words
 
-_UNICODE = {
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-    "\N{EM DASH}": "-",
-    "\N{HYPHEN}": "-",
-    "\N{NON-BREAKING HYPHEN}": "-",
-    "\N{CUBE ROOT}": r"\sqrt[3] ",
-    "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
-    "\N{MULTIPLICATION SIGN}": r"\times ",
-    "\N{DIVISION SIGN}": "/",
-    "\N{DOT OPERATOR}": r"\cdot ",
-    "\N{MIDDLE DOT}": r"\cdot ",
-    "\N{BULLET OPERATOR}": r"\cdot ",
-    "\N{GREEK SMALL LETTER PI}": r"\pi ",
-    "\N{INFINITY}": r"\infty ",
-    "\N{DEGREE SIGN}": r"^\circ ",
-    "\N{MASCULINE ORDINAL INDICATOR}": r"^\circ ",
-    "\N{LESS-THAN OR EQUAL TO}": r"\le ",
-    "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
-    "\N{NOT EQUAL TO}": r"\ne ",
-    "\N{ALMOST EQUAL TO}": r"\approx ",
-    "\N{PLUS-MINUS SIGN}": r"\pm ",
-    "\N{SQUARE ROOT}": r"\sqrt ",
-    "\N{UNION}": r"\cup ",
-    "\N{INTERSECTION}": r"\cap ",
-    "\N{ELEMENT OF}": r"\in ",
-    "\N{EMPTY SET}": r"\emptyset ",
-    "\N{GREEK SMALL LETTER THETA}": r"\theta ",
-    "\N{GREEK SMALL LETTER ALPHA}": r"\alpha ",
-    "\N{GREEK SMALL LETTER BETA}": r"\beta ",
-    "\N{FRACTION SLASH}": "/",
-    "\N{VULGAR FRACTION ONE HALF}": " 1/2",
-    "\N{VULGAR FRACTION ONE QUARTER}": " 1/4",
-    "\N{VULGAR FRACTION THREE QUARTERS}": " 3/4",
-    "\N{VULGAR FRACTION ONE THIRD}": " 1/3",
-    "\N{VULGAR FRACTION TWO THIRDS}": " 2/3",
-    **{
-        sign: f" {top}/{bottom}"
-        for sign, top, bottom in zip("⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1234151357", "5555668888", strict=True)
-    },
-    "\N{EURO SIGN}": "",
-    "\N{POUND SIGN}": "",
-    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
-    "\N{LEFT SINGLE QUOTATION MARK}": "'",
-    "\N{LEFT DOUBLE QUOTATION MARK}": '"',
-    "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
-    "\N{NO-BREAK SPACE}": " ",
-    "\N{ZERO WIDTH SPACE}": "",
-}
-_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f"
-_SUPERSCRIPTS = str.maketrans(_RAISED, "0123456789-n")
-_SUBSCRIPTS = {0x2080 + digit: str(digit) for digit in range(10)}
+
+@dataclass(frozen=True)
+class Spelled:
+    """An answer in canonical spelling."""
+
+    text: str
+    unit: Unit | None
+    """What the answer is measured in, if it says so."""
+
+
+def normalize(answer: str) -> str:
+    """The canonical spelling of `answer`; equal results mean the same answer."""
+    return spell(answer).text
+
+
+def squeeze(text: str) -> str:
+    """`text` without blanks, except that digits do not become one number."""
+    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", re.sub(r"\s+", " ", text))
+
+
+@lru_cache(maxsize=4096)
+def spell(answer: str, *, thousands: bool = True) -> Spelled:
+    """The canonical spelling of `answer`, and its unit.
+
+    Without `thousands`, commas between digits part the elements of a list.
+    """
+    if re.fullmatch(r"-?\d{1,15}", answer):  # as most are
+        return Spelled(answer, None)
+    text = _without_wrapping(from_unicode(answer))
+    if r"\begin" not in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", _in_one_line(text))
+        text = re.sub(r"\s*(?:\\\\|\\?&)\s*", ", ", text)
+    text = _without_layout(_apply(_GROUPS, text))
+    text = with_braces(_without_braces(_apply(_MARKUP, text).strip()))
+    text, money = _without_currency(text)
+    text = re.sub(r"\\text(?:normal)?\s*\{\s*(and|or)\s*\}", r" \1 ", text)
+    text, letter = _without_letter_unit(_apply(_SPACES, text))
+    text = _unwrap_text(text)
+    text, angle = _without_degrees(text)
+    text = with_braces(_apply(_PLAIN, text))
+    text, words = without_units(scaled(_without_remark(text)))
+    text = _join_thousands(text) if thousands else text
+    text = _without_approximation(_of_two_forms(_mixed_numbers(text)))
+    text = re.sub(r"\s*,\s*(?:,\s*)+|\s+,\s*", ", ", _join_conjunctions(text))
+    text = re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(' .;:,"\\')
+    text, prime = _without_primes(text)
+    return Spelled(text, money or letter or words or angle or prime)
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+_Replacement = str | Callable[[re.Match[str]], str]
+
+
+def _rules(*rules: tuple[str, _Replacement]) -> tuple[tuple[re.Pattern[str], _Replacement], ...]:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in rules)
+
+
+def _apply(rules: tuple[tuple[re.Pattern[str], _Replacement], ...], text: str) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _base(written: str) -> str:
+    return f"_{{{base_in_words(written)}}}"
+
 
 _TEXT = re.compile(
-    r"\\(text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|bf|rm|"
-    r"operatorname)\s*\*?\s*\{([^{}]*)\}"
-)
-# One letter is a unit only where it is set upright: 5\\text{ m} is a length, 5m a product.
-_LETTER_UNIT = re.compile(
-    r"(?<=\d)\s*\\(?:text|textrm|mbox|mathrm|rm)\s*\{\s*[msghLlNJWVAK](?:\s*/\s*[a-z]+)?\s*\}"
-    r"(?:\s*\^\s*\{?\d\}?)?\s*$"
+    r"\\(text|mbox|hbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|textsf|texttt|mathsf|"
+    r"mathtt|textsc|textsl|textup|textmd|emph|bf|rm|operatorname)\s*\*?\s*\{([^{}]*)\}"
 )
 _FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|gcd|lcm")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
-_MARKUP = (
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|!)(?![a-zA-Z])", ""),
+_SWITCHES = (
+    "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it|sf|tt|em|sl|"
+    "boldmath|displaystyle|textstyle|scriptstyle|scriptscriptstyle|limits|nolimits|mathstrut|strut|"
+    "centering|noindent|hfill|therefore|because|checkmark|blacksquare|square|qed|Box"
+)
+_DRESSES = (
+    "boldsymbol|bm|pmb|underline|uline|underbrace|overbrace|ensuremath|mathord|mathbin|mathop|"
+    "framebox|boxed|fbox|mathnormal"
+)
+_LAYOUT = _rules(
+    (r"\\(?:left|right|[bB]igg?[lrm]?|!)(?![a-zA-Z])", ""),
     (r"\\(?:left|right)(?=[a-zA-Z\\|(\[.])", ""),
-    (r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])", r"\\frac"),
+    (rf"\\(?:{_SWITCHES})(?![a-zA-Z])(?!(?<=\\bf|\\rm)\s*\{{)", " "),
+    (r"\\(?:text|math)?color(?:box)?\s*(?:\[\w*\])?\s*\{[\w!.,#\s\-]+\}", ""),
+    (r"\\(?:tag|label)\*?\s*\{[^{}]*\}|\\(?:bbox|enclose)\s*(?:\[[^][]*\]|\{\w*\})", ""),
+    (r"^\s*\\(?:implies|Rightarrow|Longrightarrow|rightarrow|to)(?![a-zA-Z])", ""),
+)  # fmt: skip
+_DRESS = re.compile(rf"\\(?:{_DRESSES})\s*(?=\{{)")
+_MARKUP = _rules(
+    (r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac|xfrac)(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
+    (r"\{([^{}]+?)\\choose\s*([^{}]+)\}", r"\\binom{\1}{\2}"),
+    (r"\{([^{}]+?)\\over(?![a-zA-Z])\s*([^{}]+)\}", r"\\frac{\1}{\2}"),
+    (r"(?:\{\s*\})?\^\s*(?:\{(\d+)\}|(\d))\s*/\s*_\s*(?:\{(\d+)\}|(\d))",
+     lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
     (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),
     (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
     (r"\\leq(?:slant)?(?![a-zA-Z])", r"\\le "),
     (r"\\geq(?:slant)?(?![a-zA-Z])", r"\\ge "),
+    (r"\\lt(?![a-zA-Z])", "<"),
+    (r"\\gt(?![a-zA-Z])", ">"),
     (r"\\neq(?![a-zA-Z])|(?<!\d)!=|\\not\s*=", r"\\ne "),
-    (r"\\(?:text|math)?color(?:box)?\s*\{[a-zA-Z]+\}", ""),
-    (r"\\(?:boldsymbol|bm|underline)\s*\{([^{}]*)\}", r"\1"),
-    (r"\{\s*\\(?:bf|rm|it|boldmath)(?![a-zA-Z])([^{}]*)\}", r"\1"),
-    (r"\\(?:checkmark|blacksquare|square|qed|Box)(?![a-zA-Z])", ""),
     (r"\\(?:vee|lor)(?![a-zA-Z])", ", "),
     (r"\+\s*/\s*-", r"\\pm "),
     (r"\\(?:ldots|dots|cdots|dotsc)(?![a-zA-Z])|\.\.\.", r"\\ldots "),
@@ -105,31 +151,29 @@ _MARKUP = (
     (r"<=", r"\\le "),
     (r"\\(?:begin|end)\s*\{[bBp]?matrix\}", lambda m: re.sub(r"[bBp]?matrix", "pmatrix", m[0])),
 )  # fmt: skip
-_GROUPS = (
+_GROUPS = _rules(
     (r"(?<=\d)\s*\{,\}\s*(?=\d{3}(?!\d))", ","),
     (r"(?<=\d)\{?,\}?\s*\\!\s*(?=\d{3}(?!\d))", ","),
-    (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ","),
+    (r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ","),
 )
-_SPACES = (
+_SPACES = _rules(
     (r"\\(?:quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\})(?![a-zA-Z])", " "),
     (r"(?<!\\)\\[,;:> ]|(?<!\\)~", " "),
     (r"\\phantom\s*(?:\{[^{}]*\}|.)", " "),
     (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # \\[2mm], a line break with its height
 )
-_PLAIN = (
+_PLAIN = _rules(
     (r"(?<![\\a-zA-Z])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\sqrt\s*(\d+)(?!\d)", r"\\sqrt{\1}"),
-    (r"\\sqrt\s+([a-zA-Z])", r"\\sqrt{\1}"),
-    (r"\\sqrt\s+\{", r"\\sqrt{"),
-    (r"\\sqrt\s*(\[\d+\])\s*(\d+|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt\1{\2}"),
     (r"\\log\s*_\s*\{?e\}?(?![a-zA-Z])", r"\\ln "),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<![\\a-zA-Z])(?:inf|infty|infinity)(?![a-zA-Z])", r"\\infty "),
+    (r"(^|[=,;(\[{])\s*\+\s*(?=[\d.\\a-zA-Z])", r"\1"),  # +5, (3, +\infty)
     (r"(?<=[\w)}])\s*\*\*\s*\(([^()]*)\)", r"^{\1}"),
     (r"(?<=[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])", r"^{\1}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"\^\s*-\s*(\d+|[a-zA-Z])", r"^{-\1}"),
+    (r"\^\s*(\d*\.\d+)", r"^{\1}"),
     (r"\s*\*\s*(?=\\sqrt|\\pi|\\frac)", " "),
     (r"\*", r"\\cdot "),
     (r"(?<![_\d])(?<!_\{)(\d+)\s*(?=\(\d+\)$|\(\\frac)", r"\1 \\cdot "),
@@ -138,6 +182,12 @@ _PLAIN = (
     (r"^(\d+)\s+(?:out\s+of|in)\s+(\d+)$", r"\\frac{\1}{\2}"),
     (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
     (r"^=\s*", ""),
+    # binomials as they are written elsewhere
+    (r"(?<!\w)(\w+)\s+choose\s+(\w+)", r"\\binom{\1}{\2}"),
+    (r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?", r"\\binom{\1}{\2}"),
+    (r"(?<![a-zA-Z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+    (r"(?<![a-zA-Z\\])C\s*\^\s*\{?(\d+)\}?\s*_\s*\{?(\d+)\}?", r"\\binom{\2}{\1}"),
+    (r"(?<!\w)(\d+)C(\d+)(?!\s*_|\w)", r"\\binom{\1}{\2}"),
     # intervals and vectors as they are written elsewhere: ]0, 1[ and <1, 2>
     (r"(?<![\w)\]}])\]([^][()]{1,80}[,;][^][()]{1,80})\[", r"(\1)"),
     (r"(?<![\w)\]}])\]([^][()]{1,80}[,;][^][()]{1,80})\]", r"(\1]"),
@@ -147,58 +197,14 @@ _PLAIN = (
     (r"^\\\{\s*([a-zA-Z])\s*(?::|\||\\mid)\s*(.*\1.*)\\\}$", r"\2"),  # \{x : 0 < x < 1\}
     (r"(?<=\d)\s*\\cdot\s*(?=i(?![a-zA-Z]))", ""),
     (r"(?<=[\])])\s*U\s*(?=[\[(])", r" \\cup "),
-    (r"(?<=[\da-zA-Z])\s+\(?(?:in\s+)?base\s+(\d+)\)?\s*$", r"_{\1}"),
+    (r"(?<=[\da-zA-Z])\s+\(?(?:in\s+)?base[\s\-]+(\w+)\)?\s*$", lambda m: _base(m[1])),
     (r"^\((\w+)\)\s*(?=_)", r"\1"),
-    (r"\\frac\s*(\\pi|\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\\frac\1{\2}"),
-    (r"\\frac\s+\{", r"\\frac{"),
-    (r"\\frac(\{[^{}]*\})\s+\{", r"\\frac\1{"),
-    (r"_\s*\{?\s*\(?(?:base\s*)?(\d+)\)?\s*\}?", r"_{\1}"),
-    (r"(?<![a-zA-Z_^])\{([a-zA-Z][a-zA-Z ]+)\}$", r" \1"),
+    (r"(?<=\w)\s*_\s*\{?\s*\(?(?:base\s*)?(\d+|[a-z]{3,})\)?\s*\}?", lambda m: _base(m[1])),
+    (r"(?:^|(?<=\d))\s*\{([a-zA-Z][a-zA-Z ]+)\}$", r" \1"),
 )  # fmt: skip
 
 
-def normalize(answer: str, *, thousands: bool = True) -> str:
-    """The canonical spelling of `answer`; equal results mean the same answer.
-
-    Without `thousands`, commas between digits part the elements of a list.
-    """
-    text = _from_unicode(answer)
-    text = _without_wrapping(text)
-    if r"\begin" not in text:
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
-        text = re.sub(r"\s*(?:\\\\|\\?&)\s*", ", ", text)
-    text = _apply(_GROUPS, text)
-    text = _without_braces(_apply(_MARKUP, text).strip())
-    text = _without_currency(text)
-    text = re.sub(r"\\text(?:normal)?\s*\{\s*(and|or)\s*\}", r" \1 ", text)
-    text = _LETTER_UNIT.sub("", _apply(_SPACES, text))
-    text = _unwrap_text(text)
-    text = _without_degrees(text)
-    text = _apply(_PLAIN, text)
-    text = without_units(scaled(text))
-    text = _join_thousands(text) if thousands else text
-    text = _mixed_numbers(text)
-    text = re.sub(r"\s*,\s*(?:,\s*)+|\s+,\s*", ", ", _join_conjunctions(text))
-    text = _without_approximation(text)
-    text = re.sub(r"\s+", " ", text).lstrip(" ;:,'\"").rstrip(' .;:,"\\')
-    return re.sub(r"^([\d.]+)\s*'$", r"\1", text)
-
-
-def _apply(rules: tuple[tuple[str, object], ...], text: str) -> str:
-    for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text)  # type: ignore[call-overload]
-    return text
-
-
-def _from_unicode(text: str) -> str:
-    text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub("[\u2080-\u2089]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
-    for sign, latex in _UNICODE.items():
-        text = text.replace(sign, latex)
-    return unicodedata.normalize("NFKC", text)
-
+# --- what stands around an answer ---------------------------------------------------------------
 
 _WRAPPERS = (
     re.compile(r"\*\*(.*)\*\*", re.DOTALL),
@@ -223,20 +229,84 @@ def _without_wrapping(text: str) -> str:
         text = inner
 
 
+def _in_one_line(text: str) -> str:
+    """Lines that are each an answer as a list; a line that goes on in the next is one with it."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    whole = all(not re.search(r"(?:[-+*/=<>,;:({\[&\\]|\\\w+)$", line) for line in lines[:-1])
+    begun = all(not re.match(r"[+*/=<>,;:)}\]&^_]|and\b|or\b", line) for line in lines[1:])
+    return (", " if whole and begun else " ").join(lines)
+
+
+def _without_layout(text: str) -> str:
+    """Without sizes, colours, fonts and frames."""
+    text = _apply(_LAYOUT, text)
+    while found := _DRESS.search(text):
+        end = group_end(text, found.end())
+        if end < 0:
+            break
+        inner = text[found.end() + 1 : end - 1]
+        kept = inner if re.fullmatch(r"[\w.\s]*", inner) else f"{{{inner}}}"
+        text = text[: found.start()] + kept + text[end:]
+    return text
+
+
 def _without_braces(text: str) -> str:
     """`{(1, 2)}` -> `(1, 2)`, as colours leave it."""
-    while re.fullmatch(r"\{.*(?<!\\)\}", text, re.DOTALL) and r"\choose" not in text:
-        depth = [0]
-        for sign in text[:-1]:
-            depth.append(depth[-1] + (sign == "{") - (sign == "}"))
-        if 0 in depth[1:]:
-            break
+    while text.startswith("{") and group_end(text, 0) == len(text):
         text = text[1:-1].strip()
     return text
 
 
-def _without_currency(text: str) -> str:
-    return re.sub(r"\\?\$|\\(?:pounds|euro)(?![a-zA-Z])|[¥¢₹]|^Rs\.?(?=\s*\d)", "", text)
+_REMARK = re.compile(
+    r"(?<=[\d)}\]%a-zA-Z])\s*(?:"
+    r",?\s*(?:and|but)\s+(?:no\s+(?:others?|more)|nothing\s+else|none\s+other)"
+    r"|,\s*(?:as|which|so|since|because|respectively|exactly|only|in\s+(?:all|total)|altogether)\b"
+    r"[a-z\s]*|\s(?:respectively|only|exactly)"
+    r"|\((?:exact(?:ly)?|precisely|only|as\s[a-z\s]+|in\s+(?:all|total)|total|answer)\))\s*[.!]?$",
+    re.IGNORECASE,
+)
+
+
+def _without_remark(text: str) -> str:
+    """`682 (exactly)`, `682, as required` -> `682`."""
+    return _REMARK.sub("", text)
+
+
+# --- units ---------------------------------------------------------------------------------------
+
+_CURRENCY = re.compile(
+    r"(?:\\text\w*\s*\{\s*)?(?:US|USD)?\s*(?:\\\$|\$|\\textdollar(?:\s*\{\s*\})?)(?:\s*\})?"
+    r"|^(?:\\text\w*\s*\{\s*)?USD(?:\s*\})?(?=\s*\d)"
+)
+
+
+def _without_currency(text: str) -> tuple[str, Unit | None]:
+    if not re.search(r"[$¢¥€£₹]|\\(?:textdollar|pounds|euro|cent)|Rs|USD", text):
+        return text, None
+    unit = CENT if re.search(r"¢|\\(?:text)?cent(?![a-z])", text) else None
+    # an even number of bare $ are delimiters
+    is_money = re.search(r"\\\$|\\textdollar|USD", text) or text.count("$") % 2
+    if is_money:
+        unit = unit or DOLLAR
+        text = re.sub(r"(?<=\d)\s*\\?\$(?=\s*(?:[a-z.]|$))", " dollars ", text)
+    text = _CURRENCY.sub("", text)
+    return re.sub(
+        r"\\(?:pounds|euro|(?:text)?cent)(?![a-zA-Z])|[¢¥€£₹]|^Rs\.?(?=\s*\d)", "", text
+    ), unit
+
+
+_LETTER_UNIT = re.compile(
+    r"(?<=\d)\s*\\(?:text|textrm|mbox|hbox|mathrm|rm)\s*\{\s*([msghLlNJWVAK](?:\s*/\s*[a-z]+)?)\s*\}"
+    r"(\s*\^\s*\{?\d\}?)?\s*$"
+)
+
+
+def _without_letter_unit(text: str) -> tuple[str, Unit | None]:
+    r"""One letter is a unit only where it is set upright: 5\text{ m} is a length, 5m a product."""
+    found = _LETTER_UNIT.search(text)
+    if not found:
+        return text, None
+    return text[: found.start()], read_unit(found[1] + (found[2] or ""))
 
 
 def _unwrap_text(text: str) -> str:
@@ -260,13 +330,20 @@ def _plain_words(match: re.Match[str]) -> str:
     return f" {content} " if re.search("[a-zA-Z]", content) else content
 
 
-def _without_degrees(text: str) -> str:
+_SCALE = {"C": Unit((("celsius", 1),)), "F": Unit((("fahrenheit", 1),))}
+
+
+def _without_degrees(text: str) -> tuple[str, Unit | None]:
     r"""Degrees are dropped, except beside a function, where `\sin 30^\circ` is not `\sin 30`."""
     text = re.sub(r"\s*(?<![\\a-zA-Z])deg(?:rees?)?\b", r"^\\circ", text)
     if _TRIGONOMETRIC.search(text):
-        return text
+        return text, None
+    found = re.search(r"(?:\\circ|\\degrees?)\s*\}?\s*([CF])?\s*$", text)
+    unit = _SCALE.get(found[1], DEGREE) if found else None
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF]\b)?|\\degrees?(?![a-zA-Z])", " ", text)
-    return re.sub(r"\\?%|(?<=\d)\s*\b(?:pct|percent)\b\.?", r"\\%", text)
+    text = re.sub(r"(?<=\d)\s*\\?%\s*(?=\d)", r" \\bmod ", text)
+    percent = r"\\?%|(?<=[\da-z])\s*\b(?:pct|per\s?cent(?:age)?)\b\.?"
+    return re.sub(percent, r"\\%", text), unit
 
 
 def without_degrees(text: str) -> str:
@@ -277,6 +354,17 @@ def without_degrees(text: str) -> str:
 def in_radians(text: str) -> str:
     r"""`\sin 30^\circ` -> `\sin (\frac{30 \pi}{180})`."""
     return _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
+
+
+def _without_primes(text: str) -> tuple[str, Unit | None]:
+    """`15'` -> `15`, minutes or feet."""
+    found = re.fullmatch(r"([\d.]+)\s*('{1,2})", text)
+    if not found:
+        return text, None
+    return found[1], PRIME if found[2] == "'" else DOUBLE_PRIME
+
+
+# --- numbers and lists --------------------------------------------------------------------------
 
 
 def _join_thousands(text: str) -> str:
@@ -315,18 +403,43 @@ def _improper(match: re.Match[str]) -> str:
     return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}"
 
 
+_TWO_FORMS = re.compile(
+    r"([^,;]+?)\s*[,;]?\s*\(?\s*\b(?:or|i\.?\s?e\.?,?|that\s+is,?|equivalently,?)\s+([^,;]+?)\s*\)?"
+)
+
+
+def _of_two_forms(text: str) -> str:
+    r"""`\frac12 or 0.5` -> `\frac12`: one number in two forms, of which the exact one counts."""
+    found = _TWO_FORMS.fullmatch(text) if len(text) < 200 else None
+    if not found:
+        return text
+    left, right = found[1].removesuffix("(").strip(), found[2]
+    a, b = read_number(left), read_number(right)
+    if a and b:
+        exact = right if a.is_decimal and not b.is_decimal else left
+        return exact if same_number(a, b) or same_number(b, a) else text
+    return left if same_value(left, right) else text
+
+
 def _join_conjunctions(text: str) -> str:
     """`3 and 5`, `3 or 5`, `3, 5, and 7` -> elements with commas between."""
-    if not re.search(r"(?:[\d}=)]|\b[A-Z]|\b[a-z])\s*,?\s*(?:and|or)\b", text):
+    if not re.search(r"(?:[\d}=)\]]|\b[A-Z]|\b[a-z])\s*,?\s*(?:and|or)\b", text):
         return text
     if re.search(r"[<>]|\\[lgn]e(?![a-zA-Z])", text):  # of inequalities, which one matters
         return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(and|or)(?=[\s\d\-\\(])\s*", r" \\l\1 ", text)
-    return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?=[\s\d\-\\(a-zA-Z])\s*", ", ", text)
+    return re.sub(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?=[\s\d\-\\(\[a-zA-Z])\s*", ", ", text)
+
+
+_ABOUT = re.compile(
+    r"(?<!\\)\b(?:or\s+)?(?:about|approximately|approx\.?|roughly|around)\s*(?=[-\d\\.])",
+    re.IGNORECASE,
+)
+_BESIDE = re.compile(r"(?<=\S)\s*,?\s*\(\s*\\approx[^()]*\)$")
 
 
 def _without_approximation(text: str) -> str:
     r"""`a \approx b` -> `a`, the exact one, where `a` is more than a name."""
-    left, sign, right = text.partition(r"\approx")
+    left, sign, right = _BESIDE.sub("", _ABOUT.sub(r"\\approx ", text)).partition(r"\approx")
     if not sign:
-        return text
-    return right if re.fullmatch(r"\s*[a-zA-Z]?\s*", left) else left
+        return left
+    return right if re.fullmatch(r"\s*[a-zA-Z]?\s*", left) else left.rstrip(" ,;(")

@@ -1,22 +1,35 @@
 r"""Rational numbers as they are written in answers, compared exactly.
 
-"0.333333", "1/3", "\frac{2}{6}", "0.\overline{3}", "33.3333\%"  ->  a fraction each
+"0.333333", "1/3", "\frac{2}{6}", "0.\overline{3}", "33.3333\%", "six"  ->  a fraction each
+
+One rule says what a decimal stands for (docs/evaluation.md); `same_number` holds it for numbers,
+`last_half` and `rounded_half` say how far off the numbers of an expression may be.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from mcore_sft.evaluation.words import number_in_words
+
+ENOUGH = 6
+"""Significant digits from which on a decimal stands for what it is the rounding of."""
+_DOUBLE, _SURE = 15, 12
+"""Digits that only a computer prints, and those of them that its errors leave right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """A rational number and how much of it was written."""
+    """A rational number and how it was written."""
 
     value: Fraction
-    percent: bool
-    decimals: int | None = None
-    """Digits after the point where it is written as a decimal."""
+    percent: bool = False
+    is_decimal: bool = False
+    """Written with a point, also where its digits never end: 0.5, 0.333..."""
+    unit: Fraction | None = None
+    """Of the last digit behind the point, where there is one."""
     significant: int = 0
+    """Digits, without the zeros before them."""
 
 
 _PLAIN = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
@@ -34,76 +47,103 @@ _REPEATING = re.compile(
 )
 
 
-_ONES = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
-    "nineteen",
-)
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6}
-_PARTS |= {"seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
-
-
-def _in_words(text: str) -> Fraction | None:
-    """`minus twenty-five`, `one hundred`, `three quarters`; none of anything longer or other."""
-    words = re.split(r"[\s\-]+", text.lower()) if len(text) < 40 else []
-    if words and words[0] in {"negative", "minus"}:
-        value = _in_words(" ".join(words[1:]))
-        return None if value is None else -value
-    match words:
-        case [digits] if digits.isdecimal():
-            return Fraction(digits)
-        case [one] if one in _ONES:
-            return Fraction(_ONES.index(one))
-        case [tens] if tens in _TENS:
-            return Fraction(10 * _TENS.index(tens) + 20)
-        case [tens, one] if tens in _TENS and one in _ONES[1:10]:
-            return Fraction(10 * _TENS.index(tens) + 20 + _ONES.index(one))
-        case [*few, scale] if few and scale in _SCALES:
-            value = _in_words(" ".join(few))
-            return None if value is None else value * _SCALES[scale]
-        case [one, "hundred", *rest] if one in _ONES[1:10]:
-            value = _in_words(" ".join(rest[1:] if rest[0] == "and" else rest))
-            return None if value is None else 100 * _ONES.index(one) + value
-        case [*few, part] if few and (part in _PARTS or part.removesuffix("s") in _PARTS):
-            value = _in_words(" ".join(few))
-            size = _PARTS.get(part) or _PARTS[part.removesuffix("s")]
-            return None if value is None else value / size
-    return None
-
-
 def read_number(text: str) -> Number | None:
     """The rational number that `text` spells, or none."""
-    if text[:1].isalpha() and (spelt := _in_words(text)) is not None:
-        return Number(value=spelt, percent=False)
     percent = text.endswith(r"\%")
     body = text.removesuffix(r"\%").strip()
+    if body[:1].isalpha():
+        spelt = number_in_words(body)
+        return None if spelt is None else Number(value=spelt, percent=percent)
     body = body[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", body) else body
     if match := _DECIMAL.fullmatch(body):
-        digits = match[2].partition(".")[2]
-        return Number(
-            value=_sign(match[1]) * _fraction(match[2]),
-            percent=percent,
-            decimals=len(digits) if "." in match[2] else None,
-            significant=len(match[2].replace(".", "").lstrip("0")),
-        )
-    value = _quotient(body)
-    if value is None and (match := _SCIENTIFIC.fullmatch(body) or _EXPONENT.fullmatch(body)):
-        value = _sign(match[1]) * _fraction(match[2]) * Fraction(10) ** int(match[3])
-    if value is None and (match := _REPEATING.fullmatch(body)):
+        return _decimal(match[1], match[2], percent=percent)
+    if match := _SCIENTIFIC.fullmatch(body) or _EXPONENT.fullmatch(body):
+        return _scaled(_decimal(match[1], match[2], percent=percent), int(match[3]))
+    if match := _REPEATING.fullmatch(body):
         value = _sign(match[1]) * _repeating(match[2], match[3], match[4] or match[5])
-    return None if value is None else Number(value=value, percent=percent)
+        return Number(value=value, percent=percent, is_decimal=True)
+    quotient = _quotient(body)
+    return None if quotient is None else Number(value=quotient, percent=percent)
 
 
-def same_number(left: Number, right: Number) -> bool:
-    """Whether both are one number; a decimal of six digits stands for what it is rounded from.
+def same_number(gold: Number, given: Number) -> bool:
+    """Whether `given` is right where `gold` is asked for.
 
-    5 % of something is asked for as 5 or as 0.05, and either is right; 500 is not.
+    Equal values are; so is the fraction whose rounding is a decimal `gold`, and the rounding, of
+    six digits or more, of a `gold` that no decimal is. 5 % is asked for as 5 or as 0.05, and either
+    is right; 500 is not.
     """
-    if _same(left, right):
+    if _stands_for(gold, given):
         return True
-    return left.percent != right.percent and _same(_as_ratio(left), _as_ratio(right))
+    return gold.percent != given.percent and _stands_for(_as_ratio(gold), _as_ratio(given))
+
+
+def _stands_for(gold: Number, given: Number) -> bool:
+    if gold.value == given.value:
+        return True
+    error = abs(gold.value - given.value)
+    if gold.unit is not None:
+        return not given.is_decimal and given.value.denominator > 1 and error <= gold.unit / 2
+    if given.unit is None or given.significant < ENOUGH or is_finite(gold.value):
+        return False
+    return error <= _last_that_counts(given.unit, given.significant) / 2
+
+
+_POINT = re.compile(r"\d*\.\d+")
+
+
+def has_decimal(text: str) -> bool:
+    """Whether a number with a point stands in `text`."""
+    return bool(_POINT.search(text))
+
+
+def last_half(digits: str) -> Fraction:
+    """Half a unit of the last of `digits`, behind a point."""
+    return Fraction(1, 2 * 10 ** len(digits.partition(".")[2]))
+
+
+def rounded_half(digits: str) -> Fraction:
+    """How far off a number may be that a model's `digits` stand for; 0 where they are too few."""
+    significant = len(digits.replace(".", "").lstrip("0"))
+    return (
+        _last_that_counts(last_half(digits), significant) if significant >= ENOUGH else Fraction(0)
+    )
+
+
+def is_finite(value: Fraction) -> bool:
+    """Whether `value` is a decimal with an end."""
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1
+
+
+def _last_that_counts(unit: Fraction, significant: int) -> Fraction:
+    """The unit of the last digit that is no error of floating point."""
+    return unit * 10 ** (significant - _SURE) if significant >= _DOUBLE else unit
+
+
+def _decimal(sign: str, digits: str, *, percent: bool) -> Number:
+    behind = digits.partition(".")[2]
+    return Number(
+        value=_sign(sign) * _fraction(digits),
+        percent=percent,
+        is_decimal=bool(behind),
+        unit=Fraction(1, 10 ** len(behind)) if behind else None,
+        significant=len(digits.replace(".", "").lstrip("0")),
+    )
+
+
+def _scaled(number: Number, exponent: int) -> Number:
+    """`number` times a power of ten; where no digit is behind the point then, it is no decimal."""
+    scale = Fraction(10) ** exponent
+    unit = None if number.unit is None or number.unit * scale >= 1 else number.unit * scale
+    return replace(number, value=number.value * scale, is_decimal=unit is not None, unit=unit)
+
+
+def _as_ratio(number: Number) -> Number:
+    return replace(_scaled(number, -2), percent=False) if number.percent else number
 
 
 def _fraction(plain: str) -> Fraction:
@@ -131,38 +171,3 @@ def _repeating(whole: str, fixed: str, period: str) -> Fraction:
 
 def _sign(text: str | None) -> int:
     return -1 if text == "-" else 1
-
-
-def _as_ratio(number: Number) -> Number:
-    if not number.percent:
-        return number
-    return Number(
-        value=number.value / 100,
-        percent=False,
-        decimals=None if number.decimals is None else number.decimals + 2,
-        significant=number.significant,
-    )
-
-
-def _same(left: Number, right: Number) -> bool:
-    if left.value == right.value:
-        return True
-    if left.decimals is None and right.decimals is None:
-        return False
-    coarse, fine = sorted((left, right), key=lambda n: (n.decimals is None, n.decimals or 0))
-    return _rounds_to(coarse, fine.value)
-
-
-def _rounds_to(decimal: Number, exact: Fraction) -> bool:
-    """A decimal of at least six significant digits stands for what rounds, or is cut, to it."""
-    if decimal.decimals is None or decimal.significant < 6 or exact.denominator == 1:
-        return _almost(decimal, exact)
-    unit = Fraction(1, 10**decimal.decimals)
-    error = abs(exact) - abs(decimal.value)
-    same_sign = (exact < 0) == (decimal.value < 0)
-    return same_sign and (abs(error) <= unit / 2 or 0 <= error < unit or _almost(decimal, exact))
-
-
-def _almost(decimal: Number, exact: Fraction) -> bool:
-    """The noise of floating point: twelve digits right, and no more than a thousandth."""
-    return abs(decimal.value - exact) <= min(abs(exact) / 10**12, Fraction(1, 1000))

@@ -34,8 +34,10 @@ from mcore_sft.evaluation import answers, few_shot, identity, report, server_eng
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
 from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine, seed_of
+from mcore_sft.evaluation.equivalence import GRADER
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.grade import Graded, Grader
+from mcore_sft.evaluation.grade import Graded
+from mcore_sft.evaluation.graders import ProblemGrader, open_grader
 from mcore_sft.evaluation.report_page import page
 from mcore_sft.evaluation.summary import Verdicts
 
@@ -233,7 +235,8 @@ def grade(evaluation: Evaluation) -> None:
             "there under this configuration; generate them first"
         )
     given = [found[asked.key] for asked in evaluation.asked]
-    with Grader(
+    with open_grader(
+        evaluation.benchmark.grader,
         timeout=evaluation.config.timeout,
         policy=evaluation.config.policy,
         second_opinion=evaluation.config.second_opinion,
@@ -244,9 +247,9 @@ def grade(evaluation: Evaluation) -> None:
     answers.write_lines(evaluation.output / VERDICTS, rows)
 
 
-def _grade(evaluation: Evaluation, given: Sequence[Answer], grader: Grader) -> list[Graded]:
+def _grade(evaluation: Evaluation, given: Sequence[Answer], grader: ProblemGrader) -> list[Graded]:
     rows = [
-        (asked.problem.answer, answer.response, answer.finish_reason == "length")
+        (asked.problem, answer.response, answer.finish_reason == "length")
         for asked, answer in zip(evaluation.asked, given, strict=True)
     ]
     decided: dict[int, Graded] = {}
@@ -257,7 +260,9 @@ def _grade(evaluation: Evaluation, given: Sequence[Answer], grader: Grader) -> l
     return [decided[position] for position in range(len(rows))]
 
 
-def _classes(evaluation: Evaluation, graded: Sequence[Graded], grader: Grader) -> list[int | None]:
+def _classes(
+    evaluation: Evaluation, graded: Sequence[Graded], grader: ProblemGrader
+) -> list[int | None]:
     """The class of each sampled answer among those of its problem, for majority votes."""
     if not evaluation.samples:
         return [None] * len(graded)
@@ -311,6 +316,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
             "samples": evaluation.samples,
             "fingerprint": evaluation.benchmark.fingerprint,
         },
+        "grader": {"kind": evaluation.benchmark.grader, "version": GRADER},
         **summary.describe(verdicts, evaluation.benchmark),
         "model": {"folder": str(evaluation.model), "files": evaluation.model_files},
         "prompt": {

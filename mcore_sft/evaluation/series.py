@@ -1,11 +1,11 @@
-r"""Answers of several parts taken apart: tuples, sets, lists, intervals, matrices, unions, names.
+r"""Answers of several parts taken apart: tuples, sets, lists, intervals, matrices, unions.
 
-"(1, 2)"  ->  ordered, "1" and "2"        "x = 1 or x = 2"  ->  of x, "1, 2"
+"(1, 2)"  ->  ordered, "1" and "2"
 """
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain
 
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -59,6 +59,18 @@ def split(text: str, separators: str = ",;") -> tuple[str, ...] | None:
     return None if depth or not all(parts) else tuple(parts)
 
 
+_RELATION = re.compile(r"<|>|\\[lg]e(?![a-zA-Z])")
+
+
+def split_relations(text: str) -> list[str] | None:
+    r"""`1 < x \le 2` as 1, <, x, \le, 2; none where nothing is related, or several things are."""
+    signs = [sign[0].strip() for sign in _RELATION.finditer(text)]
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if not signs or not all(sides) or any(split(side, ",;=") != (side,) for side in sides):
+        return None
+    return [sides[0], *chain(*zip(signs, sides[1:], strict=True))]
+
+
 def split_union(text: str) -> tuple[str, ...]:
     r"""`text` at each `\cup`."""
     return tuple(part.strip() for part in re.split(r"\\cup(?![a-zA-Z])", text))
@@ -74,29 +86,93 @@ def _one_group(text: str) -> bool:
     return False
 
 
-_MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"(.*?)\s*(?:\\cdot|\\times)?\s*"
+    r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}\s*(?:/\s*(\d+))?",
+    re.DOTALL,
+)
 
 
 def read_matrix(text: str) -> list[list[str]] | None:
-    """The entries of a matrix by row; none of anything else."""
+    """The entries of a matrix by row, each times what stands before it; none of anything else."""
     found = _MATRIX.fullmatch(text)
-    if not found:
+    if not found or re.search(r"[=<>,\n]|\\(?:end|in|cup)", found[1]):
         return None
-    rows = [row.strip() for row in found[1].split(r"\\")]
-    return [[entry.strip() for entry in row.split("&")] for row in rows if row]
+    rows = [_cells(row) for row in found[2].split(r"\\") if row.strip()]
+    while rows and all(len(row) > 1 and not row[-1] for row in rows):
+        rows = [row[:-1] for row in rows]
+    return [[_times(found[1].strip(), cell, found[3]) for cell in row] for row in rows]
 
 
-def columns_as_tuples(gold: str, prediction: str) -> tuple[str, str]:
-    """A column vector against a tuple is a tuple: the same point, written otherwise."""
-    left, right = read_matrix(gold), read_matrix(prediction)
-    if left and prediction.startswith("(") and all(len(row) == 1 for row in left):
-        return _tuple([row[0] for row in left]), prediction
-    if right and gold.startswith("(") and all(len(row) == 1 for row in right):
-        return gold, _tuple([row[0] for row in right])
+def _cells(row: str) -> list[str]:
+    return [entry.strip() for entry in row.split("&")]
+
+
+def _times(factor: str, entry: str, divisor: str | None) -> str:
+    """An entry times a scalar, a sign or nothing."""
+    if not factor and not divisor:
+        return entry
+    whole = entry if factor in {"", "+"} else f"-({entry})" if factor == "-" else ""
+    whole = whole or rf"({factor}) \cdot ({entry})"
+    return rf"\frac{{{whole}}}{{{divisor}}}" if divisor else whole
+
+
+def as_tuples(gold: str, prediction: str) -> tuple[str, str]:
+    """A vector against a tuple, or a vector written otherwise, is a tuple: the same point."""
+    gold, prediction = _multiplied(gold), _multiplied(prediction)
+    left, right = _column(gold), _column(prediction)
+    if left and right:
+        return gold, prediction
+    if left or gold.startswith("("):
+        other = right or _of_ijk(prediction, width=len(left or split(gold[1:-1]) or ()))
+        return as_tuple(left) if left else gold, as_tuple(other) if other else prediction
+    if right or prediction.startswith("("):
+        other = _of_ijk(gold, width=len(right or split(prediction[1:-1]) or ()))
+        return as_tuple(other) if other else gold, as_tuple(right) if right else prediction
     return gold, prediction
 
 
-def _tuple(parts: list[str]) -> str:
+_MULTIPLE = re.compile(r"(-|[-\d.]+|-?\\frac\{[^{}]+\}\{[^{}]+\})\s*(?:\\cdot|\\times)?\s*(\(.*\))")
+
+
+def _multiplied(text: str) -> str:
+    r"""`\frac{1}{5}(1, 2)` as a tuple."""
+    found = _MULTIPLE.fullmatch(text)
+    series = read_series(found[2]) if found else None
+    if not found or not series or len(series.parts) < 2 or series.closing != ")":
+        return text
+    return as_tuple([_times(found[1], part, None) for part in series.parts])
+
+
+def _column(text: str) -> list[str] | None:
+    """The entries of a matrix of one column."""
+    rows = read_matrix(text)
+    return [row[0] for row in rows] if rows and all(len(row) == 1 for row in rows) else None
+
+
+_UNIT_VECTOR = re.compile(
+    r"\\(?:hat|vec|mathbf|boldsymbol|widehat)\s*\{?\s*\\?([ijk])(?:math)?(?![a-z])\s*\}?"
+)
+_TERM = re.compile(
+    r"\s*([+-]?)\s*((?:[^+\-{}()]|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|\([^()]*\))*?)\s*([ijk])\s*"
+    r"(?=[+-]|$)"
+)
+
+
+def _of_ijk(text: str, *, width: int) -> list[str] | None:
+    """The `width` coefficients in a sum of multiples of i, j and k; none of anything else."""
+    text = _UNIT_VECTOR.sub(r"\1", text)
+    terms = list(_TERM.finditer(text))
+    if width not in {2, 3} or "".join(term[0] for term in terms) != text:
+        return None
+    found = {term[3]: f"{term[1]}{term[2].strip() or '1'}".lstrip("+") for term in terms}
+    if len(found) < len(terms) or (width == 2 and "k" in found) or "j" not in found:
+        return None
+    return [found.get(name, "0") for name in "ijk"[:width]]
+
+
+def as_tuple(parts: list[str]) -> str:
+    """`(a, b)`."""
     return f"({', '.join(parts)})"
 
 
@@ -114,147 +190,3 @@ def both_signs(parts: tuple[str, ...]) -> tuple[str, ...]:
 def _with_sign(part: str, *, plus: str, minus: str) -> str:
     signed = re.sub(r"\\pm(?![a-zA-Z])", plus, part)
     return re.sub(r"^\s*\+\s*", "", re.sub(r"\\mp(?![a-zA-Z])", minus, signed))
-
-
-# --- names of what is answered -----------------------------------------------------------------
-
-_NAME = (
-    # a letter, a segment, a word, a command; xy is a product
-    r"(?:(?:[A-Za-z]|[A-Z]{2,}|[A-Za-z]{4,}|\\[A-Za-z]+(?:\s*\{?[A-Z]{2,}\}?)?)'*(?:\^\{-1\})?(?:_\{?\w+\}?)?(?:\s*\(\s*(?:\d+|[A-Za-z](?:\s*,\s*[A-Za-z])*)\s*\))?"
-    r"|[fghpqFGHPQ]\s*\([^()=]*\)"
-    r"|\\frac\s*\{d[a-z]?\}\s*\{d[a-z]\})"
-)
-_NAMED = re.compile(
-    rf"({_NAME}|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\))\s*(?:=|\\in(?![a-zA-Z]))\s*([^=<>]+)"
-)
-_NAMED_BEHIND = re.compile(rf"([^=<>]+?)\s*=\s*({_NAME})")
-_LETTERS = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Named:
-    names: tuple[str, ...]
-    values: str
-    series: bool = False
-    """One value for each of several names: a tuple, or a list of such tuples."""
-
-    @property
-    def roots(self) -> bool:
-        """Whether the names are those of x_1, x_2 and so on, whose order means nothing."""
-        return len({_letter(name) for name in self.names}) == 1
-
-    @property
-    def alone(self) -> str:
-        """The values where the other side has no names."""
-        if self.roots:
-            series = read_series(self.values)
-            return ", ".join(series.parts) if series else self.values
-        return _in_order(self, _alphabetical(self.names))
-
-
-def without_names(gold: str, prediction: str) -> tuple[str, str]:
-    r"""Drop `x =`, `f(x) =`, `(x, y) =`, `x \in`, values being in the order of their names.
-
-    Two variables that are not the same keep their names. Against values without names, those of
-    neighbouring letters (x, y, z) are meant in the order of the alphabet.
-    """
-    left, right = _named(gold), _named(prediction)
-    if left.series and right.series and sorted(left.names) == sorted(right.names):
-        return left.values, _in_order(right, left.names)
-    if _is_equation_in(prediction, left.names) or _is_equation_in(gold, right.names):
-        return gold, prediction
-    if left.names and right.names and _contradict(left.names, right.names):
-        return gold, prediction
-    if left.series and not right.names:
-        return left.alone, right.values
-    if right.series and not left.names:
-        return left.values, right.alone
-    return left.values, right.values
-
-
-def _is_equation_in(text: str, names: tuple[str, ...]) -> bool:
-    """Whether `text` is an equation of the named variable that is not solved for a name."""
-    left, sign, right = text.partition("=")
-    if not sign or "=" in right or len(names) != 1 or re.fullmatch(_NAME, left.strip()):
-        return False
-    return bool(re.fullmatch("[a-zA-Z]", names[0])) and names[0] in (*left, right.strip())
-
-
-_VARIABLE = re.compile(
-    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?)?|(?:\\[a-z]+\s*\{?)?[A-Z]{2,}\}?|[A-Za-z]\s*\(\s*(?:\d+|[A-Z])\s*\)"
-)
-
-
-def _contradict(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
-    """Whether both name what they say, and not the same; x may be the x_1 of the other."""
-    if len(left) == len(right) == 1 and _MARKS.findall(left[0]) != _MARKS.findall(right[0]):
-        both = (left[0], right[0])
-        if sum(name.startswith("\\frac") for name in both) == 1:
-            return not any("'" in name for name in both)  # dy/dx is y'
-        alike = len({"(" in name for name in both}) == 1
-        return alike and left[0][0] == right[0][0]
-    if len(left) == len(right) == 1 and (a := _CALL.fullmatch(left[0])):
-        b = _CALL.fullmatch(right[0])
-        if b and a[1] == b[1] and not re.fullmatch(r"[a-z,\s]+", a[2] + b[2]):
-            return a[2].replace(" ", "") != b[2].replace(" ", "")
-    if [_letter(name) for name in left] == [_letter(name) for name in right]:
-        return bool(set(left) - set(right)) and all("_" in name for name in (*left, *right))
-    return all(_VARIABLE.fullmatch(name) for name in (*left, *right))
-
-
-# What makes another function of f: f', its inverse, dy/dx.
-_MARKS = re.compile(r"'+|\^\{-1\}|\{d[a-z]?\}")
-
-
-_CALL = re.compile(r"([A-Za-z])\s*\((.*)\)")
-
-
-def _letter(name: str) -> str:
-    return name.partition("_")[0].strip()
-
-
-def _alphabetical(names: tuple[str, ...]) -> tuple[str, ...]:
-    """`names` in order where they are neighbouring letters; as they are where they are not."""
-    if any(len(name) > 1 for name in names):
-        return names
-    ordered = sorted(names)
-    neighbours = all(ord(b) - ord(a) == 1 for a, b in pairwise(ordered))
-    return tuple(ordered) if neighbours else names
-
-
-def _in_order(named: _Named, names: tuple[str, ...]) -> str:
-    """The values of `named` with those of each tuple in the order of `names`."""
-    ordered = []
-    for text in split(named.values) or ():
-        series = read_series(text)
-        if series is None or len(series.parts) != len(names):
-            return named.values
-        by_name = dict(zip(named.names, series.parts, strict=True))
-        ordered.append(_tuple([by_name[name] for name in names]))
-    return ", ".join(ordered)
-
-
-def _named(text: str) -> _Named:
-    parts = split(text)
-    if parts is None:
-        return _Named(names=(), values=text)
-    matches = [_NAMED.fullmatch(part) for part in parts]
-    if not matches[0]:
-        behind = _NAMED_BEHIND.fullmatch(text) if len(parts) == 1 else None
-        if behind and not re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", behind[1])):
-            return _Named(names=(behind[2],), values=behind[1].strip())  # 3 = x
-        return _Named(names=(), values=text)
-    names = tuple(match[1] if match else "" for match in matches)
-    values = [
-        match[2].strip() if match else part for match, part in zip(matches, parts, strict=True)
-    ]
-    if len(parts) == 1 and (letters := _LETTERS.fullmatch(names[0])):
-        return _Named(names=tuple(re.split(r"\s*,\s*", letters[1])), values=values[0], series=True)
-    if len(parts) > 1 and all(matches):
-        # p = 5, q = 2, p = 7, q = 2 are two pairs
-        distinct = tuple(dict.fromkeys(names))
-        width = len(distinct)
-        if width > 1 and names == distinct * (len(names) // width):
-            groups = [values[start : start + width] for start in range(0, len(values), width)]
-            return _Named(names=distinct, values=", ".join(map(_tuple, groups)), series=True)
-    return _Named(names=tuple(dict.fromkeys(filter(None, names))), values=", ".join(values))

@@ -7,12 +7,12 @@ this may take forever or all memory on a hostile answer: call it where it can be
 
 import logging
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
-# Numbers without a decimal in them are the same only if they agree in this part of the larger.
+# Numbers are the same only if they agree in this part of the larger.
 _EXACT = 1e-30
-# A decimal stands for a tiny number as math-verify takes it for a larger one.
-_ROUNDED = 1e-6
 _DIGITS = 40
 
 
@@ -32,6 +32,11 @@ def silence() -> None:
     """math-verify and its parser log every answer that they cannot read."""
     for name in ("math_verify", "latex2sympy2_extended", "sympy"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+_DECIMAL = re.compile(r"(?<![\d.])\d*\.\d+(?![\d.]|\s*\\overline)")
+# A subscript of a number is read over, and 2!! taken for (2!)!.
+_MISREAD = re.compile(r"\d\s*_|!!")
 
 
 def same_meaning(gold: str, prediction: str) -> bool:
@@ -55,25 +60,57 @@ def same_meaning(gold: str, prediction: str) -> bool:
     if not named and sorted(_RUN.findall(gold)) != sorted(_RUN.findall(prediction)):
         return False
     if _verify(left, right):
-        return not _far_apart(left, right, exact="." not in gold + prediction)
+        return not _far_apart(left, right)
     return _has_i(left, right) and _verify(*_with_imaginary_unit(left, right))
+
+
+def rounds_exactly_to(exact: str, decimals: str, half: Callable[[str], Fraction]) -> bool:
+    """What `value.rounds_to` says, to as many digits as it takes."""
+    from sympy import Expr, Rational
+
+    numbers = [found.span() for found in _DECIMAL.finditer(decimals)]
+    moved = [
+        decimals[:start] + _fraction(Fraction(digits) + half(digits)) + decimals[end:]
+        for start, end in numbers
+        if half(digits := decimals[start:end])
+    ]
+    read: list[Any] = [_parse(text) for text in (exact, decimals, *moved)]
+    if not moved or not all(isinstance(each, Expr) for each in read):
+        return False
+    names = sorted(set().union(*(each.free_symbols for each in read)), key=str)
+    for scale in (1, Rational(1, 64), -1024):
+        point = {
+            name: scale * Rational(7 + 2 * place, 5 + place) for place, name in enumerate(names)
+        }
+        left, right, *others = (each.subs(point).evalf(_DIGITS) for each in read)
+        if not abs(left - right) <= sum(abs(other - right) for other in others):
+            return False
+    return True
 
 
 def _parse(text: str) -> Any | None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # units=False: stripping them there eats variables (m, c); `normalize` has done it already
+    if _MISREAD.search(text):
+        return None
+    # units=False: stripping them there eats variables (m, c); malformed_operators=False: it reads
+    # on beyond a brace. `normalize` has done both already
     spelling = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+        basic_latex=True, units=False, malformed_operators=False, nits=True, boxed="none"
     )
+    exact = _DECIMAL.sub(lambda digits: _fraction(Fraction(digits[0])), text)
     found = parse(
-        f"${text}$",
+        f"${exact}$",
         extraction_config=[LatexExtractionConfig(normalization_config=spelling)],
         fallback_mode="no_fallback",
         parsing_timeout=None,
     )
     return found[0] if found else None
+
+
+def _fraction(value: Fraction) -> str:
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _verify(gold: Any, prediction: Any) -> bool:
@@ -87,23 +124,19 @@ def _marks(text: str) -> list[str]:
     return re.findall(r"(?<=[a-zA-Z\d}])(?:'+|\^\s*\{?\s*(?:\\prime|\\ast|\\star)\s*\}?)", text)
 
 
-def _far_apart(gold: Any, prediction: Any, *, exact: bool) -> bool:
+def _far_apart(gold: Any, prediction: Any) -> bool:
     """Whether numbers, or functions at a point, differ by less than math-verify looks at."""
     from sympy import Expr, Rational
 
     if not (isinstance(gold, Expr) and isinstance(prediction, Expr)):
         return False
     names = sorted(gold.free_symbols | prediction.free_symbols, key=str)
-    if names and not exact:
-        return False
     point = {name: Rational(7 + 2 * place, 5 + place) for place, name in enumerate(names)}
     left, right = (each.subs(point).evalf(_DIGITS) for each in (gold, prediction))
     size = max(abs(left), abs(right))
     if not getattr(size, "is_comparable", False):
         return False
-    if exact:
-        return bool(abs(left - right) > size * _EXACT)
-    return bool(size <= 1e-3 and abs(left - right) > size * _ROUNDED)
+    return bool(abs(left - right) > size * _EXACT)
 
 
 def _is_equation(parsed: Any) -> bool:

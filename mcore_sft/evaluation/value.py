@@ -4,9 +4,9 @@ code.
     "\frac{x}{2} + \sqrt{3}"  ->  value at x = 0.7...
 
 It serves to tell expressions apart: those whose values differ at one point are different, which
-settles most wrong answers in microseconds. What has more than one reading (`1/2x`, `x^10`,
-`\sin x(y)`) has no value. Of real functions it tells too whether they agree wherever both are
-defined, as `2\ln x` and `\ln x^2` do, which are different to who takes x for complex.
+settles most wrong answers in microseconds. Of real functions it tells too whether they agree
+wherever both are defined, as `2\ln x` and `\ln x^2` do, which are different to who takes x for
+complex; and of decimals, whether they are the rounding of what stands on the other side.
 """
 
 import cmath
@@ -18,18 +18,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mcore_sft.evaluation.expression import Ambiguous, Arithmetic, Reading, evaluate, is_words
+
 # Values further apart than this part of the larger are different; rounding is far below it, and
 # decimals that stand for an exact number may be off by less.
 _APART = 1e-4
 # Error of the sums: this part of the largest number that was met on the way.
 _NOISE = 1e-9
-_MAX_TOKENS = 400
 # Real functions are looked at in as many points, and must both be defined in as many of them.
 _POINTS, _DEFINED = 80, 6
 # Values that agree in this part of the larger are taken for the same real number.
 _AGREE = 1e-11
+# Of the error that floating point makes of a number of moderate size.
+_EXACT = 1e-14
 
-_TOKEN = re.compile(r"\s*(\\[a-zA-Z]+|\d+(?:\.\d+)?|\.\d+|[a-zA-Z](?:_\{\w+\})?|[-+/^(){}\[\]])")
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     r"\sin": cmath.sin,
     r"\cos": cmath.cos,
@@ -40,17 +42,23 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     r"\ln": lambda number: cmath.log(_require_positive(number)),
     r"\exp": cmath.exp,
 }
-_TIMES = {r"\cdot", r"\times"}
-_STARTS = {r"\frac", r"\sqrt", r"\pi", "(", "{", *_FUNCTIONS}
-_CLOSING = {"(": ")", "{": "}", "[": "]"}
 
 
 def differ(left: str, right: str) -> bool:
     """Whether both texts are expressions whose values differ; false where that is not sure."""
-    if _is_words(left) or _is_words(right):
+    if is_words(left) or is_words(right):
         return False
+    if not _POWER_BEHIND.search(left + right):
+        return _apart(left, right, None)
+    return _apart(left, right, "outer") and _apart(left, right, "inner")
+
+
+_POWER_BEHIND = re.compile(r"\\[a-z]+\s*\(.*\)\s*\^")
+
+
+def _apart(left: str, right: str, reading: Reading | None) -> bool:
     for point in (_some_point, _near_zero):
-        a, b = _value(left, point), _value(right, point)
+        a, b = _value(left, point, reading), _value(right, point, reading)
         if a is not None and b is not None:
             size = max(abs(a.value), abs(b.value))
             noise = _NOISE * max(a.largest, b.largest)
@@ -64,7 +72,7 @@ def agree(left: str, right: str) -> bool:
     Only of roots and logarithms, where real and complex functions differ; a root of odd degree is
     real, also of a negative number.
     """
-    if not _BRANCHES.search(left + right) or _is_words(left) or _is_words(right):
+    if not _BRANCHES.search(left + right) or is_words(left) or is_words(right):
         return False
     defined, real_only = 0, _has_variables(left + right)
     for place in range(_POINTS):
@@ -88,9 +96,39 @@ def _has_variables(text: str) -> bool:
 
 def value_at_a_point(text: str) -> complex | None:
     """The value of an expression where each variable is a number of its own; none of others."""
-    value = None if _is_words(text) else _value(text, _some_point)
+    value = None if is_words(text) else _value(text, _some_point)
     return None if value is None else value.value
 
+
+def rounds_to(exact: str, decimals: str, half: Callable[[str], Fraction]) -> bool | None:
+    """Whether `decimals`, an expression with decimals in it, is `exact` with its numbers rounded.
+
+    Each number of `decimals` may be off by what `half` says of it. None where that is not sure.
+    """
+    if is_words(exact) or is_words(decimals):
+        return None
+    places = [found.span() for found in _DECIMAL.finditer(decimals)]
+    for point in (_some_point, _near_zero, _far):
+        a, b = _value(exact, point), _value(decimals, point)
+        if a is None or b is None:
+            return None
+        allowed = 0.0
+        for start, end in places:
+            digits = decimals[start:end]
+            moved = f"{float(Fraction(digits) + half(digits)):.25f}"
+            other = _value(decimals[:start] + moved + decimals[end:], point)
+            if other is None:
+                return None
+            allowed += abs(other.value - b.value)
+        error, noise = abs(a.value - b.value), _EXACT * max(a.largest, b.largest)
+        if error > allowed + noise:
+            return False
+        if error > allowed - noise:
+            return None
+    return True
+
+
+_DECIMAL = re.compile(r"\d*\.\d+")
 
 # The number that stands for a variable.
 Point = Callable[[str], float]
@@ -104,6 +142,10 @@ def _near_zero(name: str) -> float:
     return _some_point(name) / 16
 
 
+def _far(name: str) -> float:
+    return -1024 * _some_point(name)
+
+
 class _Real:
     """One of many points, negative ones too; roots and logarithms are those of real numbers."""
 
@@ -113,11 +155,6 @@ class _Real:
     def __call__(self, name: str) -> float:
         reach = (2, 20, 200, 2000)[self._place % 4]
         return random.Random(f"{name} {self._place}").uniform(-reach, reach)
-
-
-def _is_words(text: str) -> bool:
-    """Whether letters stand there that are no product."""
-    return bool(re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", text))
 
 
 @dataclass(frozen=True)
@@ -133,105 +170,46 @@ class _Value:
         return self.largest < 1e8 and self.smallest > 1e-6
 
 
-def _value(text: str, point: Point) -> _Value | None:
+def _value(text: str, point: Point, reading: Reading | None = None) -> _Value | None:
     """The value of `text`; none where there is no one reading."""
+    arithmetic = _Floats(point)
     try:
-        reader = _Reader(text, point)
-        value = reader.expression()
-        if reader.token is not None or not cmath.isfinite(value):
-            return None
-        return _Value(value, reader.largest, reader.smallest, reader.odd_root)
-    except (_Ambiguous, ArithmeticError, ValueError, RecursionError):
+        value = evaluate(text, arithmetic, reading)
+    except (Ambiguous, ArithmeticError, ValueError, RecursionError):
         return None
-
-
-class _Ambiguous(Exception):
-    """The text has no value, or more than one."""
+    if not cmath.isfinite(value):
+        return None
+    return _Value(value, arithmetic.largest, arithmetic.smallest, arithmetic.odd_root)
 
 
 def _require_positive(number: complex) -> complex:
     """`number`, where roots, logarithms and powers have one value."""
     if number.imag or number.real <= 0:
-        raise _Ambiguous
+        raise Ambiguous
     return number
 
 
-class _Reader:
-    """Recursive descent over the tokens; each method takes what it reads."""
+class _Floats(Arithmetic[complex]):
+    """Complex numbers, and how large and small they were on the way."""
 
-    def __init__(self, text: str, point: Point) -> None:
+    def __init__(self, point: Point) -> None:
         self._point = point
         self._real = isinstance(point, _Real)
-        self._tokens: list[str] = []
-        place, end = 0, len(text.rstrip())
-        while place < end:
-            found = _TOKEN.match(text, place)
-            if not found or len(self._tokens) > _MAX_TOKENS:
-                raise _Ambiguous
-            self._tokens.append(found[1])
-            place = found.end()
-        self._place = 0
         self.largest, self.smallest = 0.0, math.inf
         self.odd_root = False
 
-    @property
-    def token(self) -> str | None:
-        """The next token, or none at the end."""
-        return self._tokens[self._place] if self._place < len(self._tokens) else None
+    def number(self, digits: str) -> complex:
+        return float(digits)
 
-    def expression(self) -> complex:
-        """Terms with + and - between them."""
-        total = self._signed_term()
-        while self.token in {"+", "-"}:
-            total = self._seen(total + self._signed_term())
-        return total
+    def letter(self, name: str) -> complex:
+        """i and e are what they are in MATH; any other name is a number of its own."""
+        if name == "i":
+            if self._real:
+                raise Ambiguous
+            return 1j
+        return {"e": math.e, r"\pi": math.pi}.get(name) or self._point(name)
 
-    def _signed_term(self) -> complex:
-        sign = 1
-        while self.token in {"+", "-"}:
-            sign = -sign if self._next() == "-" else sign
-        return sign * self._term()
-
-    def _term(self) -> complex:
-        product = self._power()
-        while self.token is not None:
-            if self.token in _TIMES:
-                self._next()
-                product = self._seen(product * self._signed_power())
-            elif self.token == "/":
-                self._next()
-                product = self._seen(product / self._signed_power())
-                if self._starts_factor():
-                    raise _Ambiguous  # 1/2x
-            elif self._starts_factor():
-                if self.token[0].isdigit() or self.token[0] == ".":
-                    raise _Ambiguous  # 2 3, x 3
-                product = self._seen(product * self._power())
-            else:
-                break
-        return product
-
-    def _starts_factor(self) -> bool:
-        token = self.token
-        return token is not None and (token in _STARTS or token[0].isalnum() or token[0] == ".")
-
-    def _signed_power(self) -> complex:
-        sign = 1
-        while self.token in {"+", "-"}:
-            sign = -sign if self._next() == "-" else sign
-        return sign * self._power()
-
-    def _power(self) -> complex:
-        base = self._factor()
-        if self.token != "^":
-            return base
-        self._next()
-        exponent = self._exponent()
-        if self.token == "^":
-            raise _Ambiguous
-        return self._seen(self._raised(base, exponent))
-
-    def _raised(self, base: complex, exponent: complex) -> complex:
+    def power(self, base: complex, exponent: complex) -> complex:
         if not exponent.imag and not exponent.real % 1:
             return base**exponent
         if self._real and base.real < 0 and not base.imag:
@@ -242,88 +220,26 @@ class _Reader:
                 return sign * (-base) ** exponent
         return complex(_require_positive(base) ** exponent)
 
-    def _exponent(self) -> complex:
-        if self.token == "{":
-            return self._group()
-        token = self._next()
-        if len(token) == 1 and token.isdigit():
-            return float(token)
-        if token[0].isalpha():
-            return self._letter(token)
-        raise _Ambiguous  # x^10 is x^1 0 in LaTeX
+    def root(self, number: complex, degree: complex | None) -> complex:
+        return self.power(number, 1 / (2 if degree is None else degree))
 
-    def _factor(self) -> complex:
-        token = self.token
-        if token in {"(", "{"}:
-            return self._group()
-        token = self._next()
-        if token[0].isdigit() or token[0] == ".":
-            return self._seen(float(token))
-        if token[0].isalpha():
-            return self._letter(token)
-        if token == r"\pi":
-            return math.pi
-        if token == r"\frac":
-            top, bottom = self._group(), self._group()
-            return self._seen(top / bottom)
-        if token == r"\sqrt":
-            degree = self._group() if self.token == "[" else 2
-            return self._seen(self._raised(self._group(), 1 / degree))
-        if token in _FUNCTIONS:
-            return self._function(_FUNCTIONS[token])
-        raise _Ambiguous
+    def call(self, function: str, argument: complex) -> complex:
+        return _FUNCTIONS[function](argument)
 
-    def _function(self, function: Callable[[complex], complex]) -> complex:
-        power: complex = 1
-        if self.token == "^":
-            self._next()
-            power = self._exponent()
-            if power == -1:
-                raise _Ambiguous  # the inverse function
-        if self.token in {"(", "{"}:
-            argument = self._group()
-            if self.token == "^" or (self.token and self.token in {"(", "{"}):
-                raise _Ambiguous  # \sin(x)^2, \sin(x)(y)
-        else:
-            argument = self._bare_argument()
-        return self._seen(function(argument) ** power)
+    def factorial(self, number: complex) -> complex:
+        return float(math.factorial(_small(number)))
 
-    def _bare_argument(self) -> complex:
-        """A product of numbers and letters, as in 2x; a bracket after it is of one or the other."""
-        product: complex = 1
-        start = self._place
-        while self.token is not None and (self.token[0].isalnum() or self.token in {r"\pi"}):
-            product *= self._power()
-        if self._place == start or self.token in {"(", "{", "/", r"\frac", r"\sqrt", *_TIMES}:
-            raise _Ambiguous
-        return product
+    def binomial(self, above: complex, below: complex) -> complex:
+        return float(math.comb(_small(above), _small(below)))
 
-    def _group(self) -> complex:
-        opening = self._next()
-        if opening not in _CLOSING:
-            raise _Ambiguous
-        value = self.expression()
-        if self._next() != _CLOSING[opening]:
-            raise _Ambiguous
-        return value
-
-    def _letter(self, name: str) -> complex:
-        """i and e are what they are in MATH; any other name is a number of its own."""
-        if name == "i":
-            if self._real:
-                raise _Ambiguous
-            return 1j
-        return math.e if name == "e" else self._point(name)
-
-    def _next(self) -> str:
-        token = self.token
-        if token is None:
-            raise _Ambiguous
-        self._place += 1
-        return token
-
-    def _seen(self, value: complex) -> complex:
-        size = abs(value)
+    def seen(self, number: complex) -> complex:
+        size = abs(number)
         self.largest = max(self.largest, size)
         self.smallest = min(self.smallest, size or math.inf)
-        return value
+        return number
+
+
+def _small(number: complex) -> int:
+    if number.imag or number.real % 1 or not 0 <= number.real <= 170:
+        raise Ambiguous
+    return int(number.real)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ def test_greedy_answers_are_paired_by_problem() -> None:
     assert made.paired.neither == 0
     assert [left["id"] for left, _ in made.lost] == ["q"]
     assert [right["id"] for _, right in made.won] == ["r"]
+
+
+def test_verdicts_of_two_versions_are_compared_with_a_warning() -> None:
+    a, b = result(row("p", True)), result(row("p", False))
+    assert compare(a, b).warning is None
+    b = replace(b, report={**b.report, "grader": {"kind": "mathematics", "version": 7}})
+    said = compare(a, b).warning
+    assert said is not None
+    assert "graded by versions 7 and unknown of the grader" in said
+    assert compare(b, b).warning is None
 
 
 @pytest.mark.parametrize(

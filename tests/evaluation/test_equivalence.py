@@ -3,6 +3,8 @@ import time
 import pytest
 
 from mcore_sft.evaluation.equivalence import judge, judge_exactly
+from mcore_sft.evaluation.extract import stated
+from tests.evaluation.pairs import DIFFERENT, EQUAL
 
 EQUAL_EXACTLY = [
     ("42", "42.0"),
@@ -249,7 +251,56 @@ def test_different_by_mathematics(gold: str, prediction: str) -> None:
     assert judge(gold, prediction).outcome in {"different", "unparsable"}
 
 
-@pytest.mark.parametrize("repeated", ["A. ", "in. ", " ft.", "a.", "cm ", "a/", "of ", "1,1", "'"])
+@pytest.mark.parametrize("kind", EQUAL)
+def test_equal_by_kind(kind: str) -> None:
+    found = {pair: judge(*map(stated, pair)) for pair in EQUAL[kind]}
+    assert {pair: verdict for pair, verdict in found.items() if not verdict.correct} == {}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_different_by_kind(kind: str) -> None:
+    found = {pair: judge(*map(stated, pair)) for pair in DIFFERENT[kind]}
+    wrong = ("equal", "timeout", "unsafe", "no_answer")
+    assert {pair: verdict for pair, verdict in found.items() if verdict.outcome in wrong} == {}
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction"),
+    [
+        ("2^{5000}", "(1+i)^{10000}"),
+        (r"\frac{a}{bc}", "a/(bc)"),
+        (r"3\sqrt[3]{2}", r"\sqrt[3]{54}"),
+    ],
+)
+def test_what_needs_no_sympy(gold: str, prediction: str) -> None:
+    verdict = judge_exactly(gold, prediction)
+    assert verdict is not None
+    assert verdict.correct
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        "A. ",
+        "in. ",
+        " ft.",
+        "a.",
+        "cm ",
+        "a/",
+        "of ",
+        "1,1",
+        "'",
+        "1!",
+        "i+",
+        "(1,",
+        "-i",
+        r"\frac",
+        "not 1 or ",
+        "5 cm ",
+        "1\n",
+        "=1",
+    ],
+)
 def test_no_repetition_takes_long(repeated: str) -> None:
     start = time.monotonic()
     for text in (repeated * (400 // len(repeated)), "5" + repeated * 60 + " x"):

@@ -46,12 +46,65 @@ def test_why_there_is_no_answer(response: str, truncated: bool, missing: str) ->
 @pytest.mark.parametrize("policy", ["last_box", "nemo_skills"])
 @pytest.mark.parametrize("response", [r"\boxed{}", r"so \boxed{ }", r"\boxed{5} \boxed{}"])
 def test_an_empty_box_is_no_answer(policy: Policy, response: str) -> None:
-    found = extract(response, policy=policy, truncated=True)
+    found = extract(response, policy=policy)
     assert (found.answer, found.missing) == (None, "empty")
 
 
-def test_a_box_counts_though_generation_was_cut_after_it() -> None:
-    assert extract(r"\boxed{3} and so on and", truncated=True).answer == "3"
+@pytest.mark.parametrize("policy", ["last_box", "gsm8k", "final_answer"])
+@pytest.mark.parametrize("response", [r"\boxed{3} and so on and", "#### 3", "The answer is 3."])
+def test_a_response_that_was_cut_has_no_answer(policy: Policy, response: str) -> None:
+    found = extract(response, policy=policy, truncated=True)
+    assert (found.answer, found.missing) == (None, "truncated")
+
+
+def test_other_tools_take_what_stands_there_where_generation_was_cut() -> None:
+    response = r"\boxed{3} and so on and"
+    assert extract(response, policy="nemo_skills", truncated=True).answer == "3"
+    assert extract(response, policy="nemo_rl", truncated=True).answer == response
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"<think> maybe \boxed{3} </think> It is \boxed{4}", "4"),
+        (r"maybe \boxed{3} </think> It is \boxed{4}", "4"),
+        (r"<think> maybe \boxed{3} </think> It is 4.", None),
+        (r"<think> a </think> \boxed{3} <think> b </think> no", None),
+        (r"<think> maybe \boxed{3}", None),
+    ],
+)
+def test_what_a_model_thinks_is_not_its_answer(response: str, answer: str | None) -> None:
+    assert extract(response).answer == answer
+
+
+def test_other_tools_read_what_a_model_thinks() -> None:
+    response = r"<think> maybe \boxed{3} </think> It is 4."
+    assert extract(response, policy="nemo_skills").answer == "3"
+    assert extract(response, policy="nemo_rl").answer == response
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so $x = -\boxed{5}$", "-5"),
+        (r"-\boxed{5}", "-5"),
+        ("x = \N{MINUS SIGN}\\boxed{7}", "-7"),
+        (r"= - \boxed{\frac12}", r"-\frac12"),
+        (r"The answer is $-$\boxed{3}", "-3"),
+        (r"The answer is minus \boxed{3}", "-3"),
+        (r"\[ -\boxed{3} \]", "-3"),
+        (r"\pm\boxed{3}", r"\pm 3"),
+        (r"thus -\boxed{a+b}", "-(a+b)"),
+        # taken from something, or a dash of a list
+        (r"7 - \boxed{3}", "3"),
+        (r"$x - \boxed{3}$", "3"),
+        (r"(a+b)-\boxed{3}", "3"),
+        ("Steps:\n- \\boxed{3}", "3"),
+        (r"+\boxed{5}", "5"),
+    ],
+)
+def test_a_sign_before_the_box_counts(response: str, answer: str) -> None:
+    assert extract(response).answer == answer
 
 
 def test_boxes_that_differ_are_flagged() -> None:
@@ -115,6 +168,26 @@ def test_boxes_that_differ_are_flagged() -> None:
         ("final_answer", "so $2x = 8$ and $x = 4$.", "4"),
         ("final_answer", "They have 12 apples in all.", "12"),
         ("final_answer", "answer = f(3)\nprint(answer)", None),
+        ("final_answer", "So $x = 42$.\n\n**42**", "42"),
+        ("final_answer", "So it is **42**.", "42"),
+        ("final_answer", "Work.\n\n**Answer:** 42", "42"),
+        ("final_answer", "Work.\n\n## Final Answer\n\n**42**", "42"),
+        ("final_answer", "Thus\n\\[\nx = \\frac{3}{4}.\n\\]", r"\frac{3}{4}"),
+        ("final_answer", "Work.\n\n$$\n\\frac{3}{4}\n$$", r"\frac{3}{4}"),
+        ("final_answer", "<answer>42</answer>", "42"),
+        ("final_answer", r"The answer is 41. <answer> \boxed{42} </answer>", "42"),
+        ("final_answer", "The answer is 42, not 43.", "42"),
+        ("final_answer", "The answer is 42 rather than 43.", "42"),
+        ("final_answer", "So, there are 42 in total! \N{PARTY POPPER}", "42"),
+        ("final_answer", "So 42.\n\nI hope this helps!", "42"),
+        ("final_answer", "The correct option is C.", "C"),
+        ("final_answer", "Option B is correct.", "B"),
+        ("final_answer", "I choose D.", "D"),
+        ("final_answer", "The point is (1, 2).", "(1, 2)"),
+        ("final_answer", "So the interval is [1, 2).", "[1, 2)"),
+        ("final_answer", "The ratio is 3:4.", "3:4"),
+        ("final_answer", "So the roots are 2 and 3.", "2, 3"),
+        ("final_answer", "So the solutions are $2$ and $3$.", "2, 3"),
         # cut off in the middle of a sum, whose last number says nothing
         ("final_answer", "1 + 2 + 3 +", None),
     ],

@@ -12,6 +12,7 @@ from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.evaluation import run
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
 from mcore_sft.evaluation.engine import Engine
+from mcore_sft.evaluation.equivalence import GRADER
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from tests.evaluation.stand_in import FAIL, make_python
@@ -77,6 +78,7 @@ def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
     report = evaluate(evaluation(llama, tmp_path))
     assert report["verdicts"]["equal"] == report["score"]["symbolic_correct"]["hits"]
     assert sum(report["verdicts"].values()) == 6
+    assert report["grader"] == {"kind": "mathematics", "version": GRADER}
     assert set(report["model"]["files"]) >= {"config.json", "model.safetensors"}
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert report["engine"]["engine"] == "transformers"

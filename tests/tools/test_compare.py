@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import compare
 import pytest
+import summarize
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.evaluation.errors import EvaluationError
@@ -31,6 +33,19 @@ def test_flipped_problems_are_counted_and_named(
     assert ["p6", "5", "(no_box)", "5"] in table
     assert "and 1 more: --show 3" in printed
     assert (tmp_path / "b.html").read_text().startswith("<!doctype html>")
+
+
+def test_two_versions_of_the_grader_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write_run(tmp_path / "a", [True]), write_run(tmp_path / "b", [True])
+    report = json.loads((b / "report.json").read_text())
+    (b / "report.json").write_text(json.dumps(report | {"grader": {"version": 9}}))
+    call(monkeypatch, a, b)
+    assert "graded by versions 9 and unknown of the grader" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["summarize.py", str(tmp_path)])
+    summarize.main()
+    assert "graded by versions 9 and unknown of the grader" in capsys.readouterr().out
 
 
 def test_other_problems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
