@@ -228,4 +228,4 @@ def _remainder(match: re.Match[str]) -> str:
 
 def _value_of_numeral(match: re.Match[str]) -> str:
     value = numeral_value(match[0])
-    return match[0] if value is None else str(value)
+    return match[0] if value is None else f"({value})"

@@ -20,9 +20,9 @@ from mcore_sft.evaluation.number import has_decimal, is_finite, last_half, round
 from mcore_sft.evaluation.signature import proportional, same_value, signature
 from mcore_sft.evaluation.symbolic import (
     Unreadable,
+    prepare,
     rounds_exactly_to,
     same_meaning,
-    silence,
 )
 from mcore_sft.evaluation.value import agree, differ, rounds_to
 
@@ -72,7 +72,7 @@ def judge_exactly(gold: str, prediction: str) -> Verdict | None:
 
 def symbolic(gold: str, prediction: str) -> Verdict:
     """Decide by math-verify, both sides in a math environment. May hang: run it to be killed."""
-    silence()
+    prepare()
     verdict = _judge(gold, prediction, _by_meaning)
     return verdict or Verdict(outcome="unparsable", rule="prediction")
 

@@ -19,7 +19,8 @@ _UNEQUAL = re.compile(rf"([a-zA-Z])\s*\\ne\s*{_SIDE}")
 _TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _ALL = r"(?:the (?:set|collection) of )?(?:all|every|any|each)?\s*(?:of\s+)?(?:the )?"
 _REALS = re.compile(
-    rf"{_ALL}(?:reals?(?: (?:numbers?|values?))?|\\mathbb\s*\{{?R\}}?)", re.IGNORECASE
+    rf"{_ALL}(?:reals?(?: (?:numbers?|values?)| [a-z](?![a-z]))?|\\mathbb\s*\{{?R\}}?)",
+    re.IGNORECASE,
 )
 _SIGNED = re.compile(
     rf"{_ALL}(?:strictly )?(?P<sign>positive|negative|non-?negative|non-?positive|non-?zero)"

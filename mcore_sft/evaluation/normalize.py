@@ -7,12 +7,13 @@ is for `equivalence`, this is about spelling alone.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mcore_sft.evaluation.latex import group_end, with_braces
+from mcore_sft.evaluation.latex import with_braces
+from mcore_sft.evaluation.layout import without_braces, without_layout
 from mcore_sft.evaluation.number import read_number, same_number
+from mcore_sft.evaluation.rules import apply, rules
 from mcore_sft.evaluation.signature import same_value
 from mcore_sft.evaluation.signs import from_unicode
 from mcore_sft.evaluation.units import (
@@ -20,6 +21,7 @@ from mcore_sft.evaluation.units import (
     DEGREE,
     DOLLAR,
     DOUBLE_PRIME,
+    EURO,
     PRIME,
     Unit,
     read_unit,
@@ -60,14 +62,14 @@ def spell(answer: str, *, thousands: bool = True) -> Spelled:
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", _in_one_line(text))
         text = re.sub(r"\s*(?:\\\\|\\?&)\s*", ", ", text)
-    text = _without_layout(_apply(_GROUPS, text))
-    text = with_braces(_without_braces(_apply(_MARKUP, text).strip()))
+    text = without_layout(apply(_GROUPS, text))
+    text = with_braces(without_braces(apply(_MARKUP, text).strip()))
     text, money = _without_currency(text)
     text = re.sub(r"\\text(?:normal)?\s*\{\s*(and|or)\s*\}", r" \1 ", text)
-    text, letter = _without_letter_unit(_apply(_SPACES, text))
+    text, letter = _without_letter_unit(apply(_SPACES, text))
     text = _unwrap_text(text)
     text, angle = _without_degrees(text)
-    text = with_braces(_apply(_PLAIN, text))
+    text = with_braces(apply(_PLAIN, text))
     text, words = without_units(scaled(_without_remark(text)))
     text = _join_thousands(text) if thousands else text
     text = _without_approximation(_of_two_forms(_mixed_numbers(text)))
@@ -78,18 +80,6 @@ def spell(answer: str, *, thousands: bool = True) -> Spelled:
 
 
 # --- rules ---------------------------------------------------------------------------------------
-
-_Replacement = str | Callable[[re.Match[str]], str]
-
-
-def _rules(*rules: tuple[str, _Replacement]) -> tuple[tuple[re.Pattern[str], _Replacement], ...]:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in rules)
-
-
-def _apply(rules: tuple[tuple[re.Pattern[str], _Replacement], ...], text: str) -> str:
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def _base(written: str) -> str:
@@ -104,25 +94,7 @@ _FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
-_SWITCHES = (
-    "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it|sf|tt|em|sl|"
-    "boldmath|displaystyle|textstyle|scriptstyle|scriptscriptstyle|limits|nolimits|mathstrut|strut|"
-    "centering|noindent|hfill|therefore|because|checkmark|blacksquare|square|qed|Box"
-)
-_DRESSES = (
-    "boldsymbol|bm|pmb|underline|uline|underbrace|overbrace|ensuremath|mathord|mathbin|mathop|"
-    "framebox|boxed|fbox|mathnormal"
-)
-_LAYOUT = _rules(
-    (r"\\(?:left|right|[bB]igg?[lrm]?|!)(?![a-zA-Z])", ""),
-    (r"\\(?:left|right)(?=[a-zA-Z\\|(\[.])", ""),
-    (rf"\\(?:{_SWITCHES})(?![a-zA-Z])(?!(?<=\\bf|\\rm)\s*\{{)", " "),
-    (r"\\(?:text|math)?color(?:box)?\s*(?:\[\w*\])?\s*\{[\w!.,#\s\-]+\}", ""),
-    (r"\\(?:tag|label)\*?\s*\{[^{}]*\}|\\(?:bbox|enclose)\s*(?:\[[^][]*\]|\{\w*\})", ""),
-    (r"^\s*\\(?:implies|Rightarrow|Longrightarrow|rightarrow|to)(?![a-zA-Z])", ""),
-)  # fmt: skip
-_DRESS = re.compile(rf"\\(?:{_DRESSES})\s*(?=\{{)")
-_MARKUP = _rules(
+_MARKUP = rules(
     (r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac|xfrac)(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
     (r"\{([^{}]+?)\\choose\s*([^{}]+)\}", r"\\binom{\1}{\2}"),
@@ -149,20 +121,23 @@ _MARKUP = _rules(
     (r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
     (r"(?<![<>=])>=|=>", r"\\ge "),
     (r"<=", r"\\le "),
+    (r"[(\[]\s*\\begin\s*\{(?:(?:small)?matrix|array)\}(?:\s*\{[clr|\s]*\})?", r"\\begin{pmatrix}"),
+    (r"\\end\s*\{(?:(?:small)?matrix|array)\}\s*[)\]]", r"\\end{pmatrix}"),
     (r"\\(?:begin|end)\s*\{[bBp]?matrix\}", lambda m: re.sub(r"[bBp]?matrix", "pmatrix", m[0])),
+    (r"(?<=\S)\s*=\s*(?=-?\d*\.\d+\s*\\ldots\s*$)", r" \\approx "),
 )  # fmt: skip
-_GROUPS = _rules(
+_GROUPS = rules(
     (r"(?<=\d)\s*\{,\}\s*(?=\d{3}(?!\d))", ","),
     (r"(?<=\d)\{?,\}?\s*\\!\s*(?=\d{3}(?!\d))", ","),
     (r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ","),
 )
-_SPACES = _rules(
+_SPACES = rules(
     (r"\\(?:quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\})(?![a-zA-Z])", " "),
     (r"(?<!\\)\\[,;:> ]|(?<!\\)~", " "),
     (r"\\phantom\s*(?:\{[^{}]*\}|.)", " "),
     (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # \\[2mm], a line break with its height
 )
-_PLAIN = _rules(
+_PLAIN = rules(
     (r"(?<![\\a-zA-Z])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\log\s*_\s*\{?e\}?(?![a-zA-Z])", r"\\ln "),
@@ -181,7 +156,7 @@ _PLAIN = _rules(
     (r"(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|cot|csc|exp|ln|log)(?![a-zA-Z])", r"\\\1 "),
     (r"^(\d+)\s+(?:out\s+of|in)\s+(\d+)$", r"\\frac{\1}{\2}"),
     (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
-    (r"^=\s*", ""),
+    (r"^(?:=|\\cdot)\s*", ""),
     # binomials as they are written elsewhere
     (r"(?<!\w)(\w+)\s+choose\s+(\w+)", r"\\binom{\1}{\2}"),
     (r"(?:\{\s*\})?[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?", r"\\binom{\1}{\2}"),
@@ -237,32 +212,14 @@ def _in_one_line(text: str) -> str:
     return (", " if whole and begun else " ").join(lines)
 
 
-def _without_layout(text: str) -> str:
-    """Without sizes, colours, fonts and frames."""
-    text = _apply(_LAYOUT, text)
-    while found := _DRESS.search(text):
-        end = group_end(text, found.end())
-        if end < 0:
-            break
-        inner = text[found.end() + 1 : end - 1]
-        kept = inner if re.fullmatch(r"[\w.\s]*", inner) else f"{{{inner}}}"
-        text = text[: found.start()] + kept + text[end:]
-    return text
-
-
-def _without_braces(text: str) -> str:
-    """`{(1, 2)}` -> `(1, 2)`, as colours leave it."""
-    while text.startswith("{") and group_end(text, 0) == len(text):
-        text = text[1:-1].strip()
-    return text
-
-
 _REMARK = re.compile(
     r"(?<=[\d)}\]%a-zA-Z])\s*(?:"
     r",?\s*(?:and|but)\s+(?:no\s+(?:others?|more)|nothing\s+else|none\s+other)"
     r"|,\s*(?:as|which|so|since|because|respectively|exactly|only|in\s+(?:all|total)|altogether)\b"
     r"[a-z\s]*|\s(?:respectively|only|exactly)"
-    r"|\((?:exact(?:ly)?|precisely|only|as\s[a-z\s]+|in\s+(?:all|total)|total|answer)\))\s*[.!]?$",
+    r"|\((?:exact(?:ly)?(?:\s[a-z]+)?|precisely|only|as\s[a-z\s]+|in\s+(?:all|total)|total|answer)\)"
+    r"|\s+is\s+(?:the\s+)?(?:final\s+|correct\s+)?answer)\s*[.!]?$"
+    r"|^\s*(?:exactly|precisely|only|just|simply)\s+(?=[-\d\\(.])",
     re.IGNORECASE,
 )
 
@@ -275,8 +232,9 @@ def _without_remark(text: str) -> str:
 # --- units ---------------------------------------------------------------------------------------
 
 _CURRENCY = re.compile(
-    r"(?:\\text\w*\s*\{\s*)?(?:US|USD)?\s*(?:\\\$|\$|\\textdollar(?:\s*\{\s*\})?)(?:\s*\})?"
-    r"|^(?:\\text\w*\s*\{\s*)?USD(?:\s*\})?(?=\s*\d)"
+    r"(?:\\(?:text|math)\w*\s*\{\s*)?(?:US|USD)?\s*"
+    r"(?:\\\$|\$|\\textdollar(?:\s*\{\s*\})?)(?:\s*\})?"
+    r"|^(?:\\(?:text|math)\w*\s*\{\s*)?USD(?:\s*\})?(?=(?:\s|\\[ ,;~])*\d)"
 )
 
 
@@ -284,6 +242,7 @@ def _without_currency(text: str) -> tuple[str, Unit | None]:
     if not re.search(r"[$¢¥€£₹]|\\(?:textdollar|pounds|euro|cent)|Rs|USD", text):
         return text, None
     unit = CENT if re.search(r"¢|\\(?:text)?cent(?![a-z])", text) else None
+    unit = EURO if re.search(r"€|\\euro", text) else unit
     # an even number of bare $ are delimiters
     is_money = re.search(r"\\\$|\\textdollar|USD", text) or text.count("$") % 2
     if is_money:
@@ -404,7 +363,8 @@ def _improper(match: re.Match[str]) -> str:
 
 
 _TWO_FORMS = re.compile(
-    r"([^,;]+?)\s*[,;]?\s*\(?\s*\b(?:or|i\.?\s?e\.?,?|that\s+is,?|equivalently,?)\s+([^,;]+?)\s*\)?"
+    r"([^,;]+?)\s*[,;]?\s*"
+    r"(?:\(\s*=|\(?\s*\b(?:or|i\.?\s?e\.?,?|that\s+is,?|equivalently,?)\s)\s*([^,;]+?)\s*\)?"
 )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import chain
 
 from mcore_sft.evaluation.normalize import squeeze
-from mcore_sft.evaluation.number import read_number
+from mcore_sft.evaluation.number import has_decimal, last_half, read_number
 from mcore_sft.evaluation.scalars import Same
 from mcore_sft.evaluation.series import (
     Series,
@@ -24,7 +24,7 @@ from mcore_sft.evaluation.series import (
     split_relations,
     split_union,
 )
-from mcore_sft.evaluation.value import value_at_a_point
+from mcore_sft.evaluation.value import rounds_to, value_at_a_point
 
 # --- chains --------------------------------------------------------------------------------------
 
@@ -38,6 +38,7 @@ def by_chain(gold: str, prediction: str, same: Same) -> bool | None:
         return None
     if _NO_CHAIN.search(re.sub(r"\([^()]*\)", "", prediction)):
         return None
+    sides = _without_rounded(sides)
     closed = [side for side in sides[:-1] if not _has_letters(side)]
     to_solve = any(map(_asks, sides[:-1])) or (
         sides[-1] == "0" and any(re.search(r"[a-z]\s*[-+]|[-+]\s*\d*[a-z]", s) for s in sides)
@@ -48,6 +49,16 @@ def by_chain(gold: str, prediction: str, same: Same) -> bool | None:
     if False in found:
         return False
     return True if all(found) else None
+
+
+def _without_rounded(sides: tuple[str, ...]) -> tuple[str, ...]:
+    """The sides but for decimals that others round to: `22/7 = 3.14`."""
+    exact = [side for side in sides if not has_decimal(side) and not _has_letters(side)]
+    return tuple(
+        side
+        for side in sides
+        if not (has_decimal(side) and any(rounds_to(other, side, last_half) for other in exact))
+    )
 
 
 def _asks(side: str) -> bool:

@@ -165,8 +165,8 @@ _DOUBT = re.compile(
     re.IGNORECASE,
 )
 _LED_IN = re.compile(
-    r"(?:(?:it|this|that|he|she|they|(?:the|his|her|its|their) [a-z ]{1,40}?)\s+)"
-    r"(?:is|are|was|were|will be|must be|would be|becomes?|falls on)\s+(?:an?\s+|the\s+|on\s+)?",
+    r"(?:it|this|that|he|she|they|(?:the|his|her|its|their) [a-z ]{1,40}?)(?:'s\s+|\s+"
+    r"(?:is|are|was|were|will be|must be|would be|becomes?|falls on)\s+)(?:an?\s+|the\s+|on\s+)?",
     re.IGNORECASE,
 )
 
@@ -191,14 +191,16 @@ def by_text(gold: str, prediction: str, same: Same) -> bool | None:
 
 def _is_said(gold: str, sentence: str) -> bool:
     """`It is Monday` says Monday, `Evelyn runs fastest` Evelyn; what is denied is not said."""
+    if gold.casefold() in {"yes", "no", "true", "false"}:
+        return bool(re.match(rf"{gold}\s*[,.;:-]", sentence, re.IGNORECASE))
     if len(gold) < 3 or _DOUBT.search(sentence) or re.search(r"\d", sentence):
         return False
-    said = _LED_IN.sub("", re.sub(r"^(?:on|in|at)\s+", "", sentence), count=1)
+    said = _LED_IN.sub("", re.sub(r"^(?:[Oo]n|[Ii]n|[Aa]t)\s+", "", sentence), count=1)
     if _words(said) == _words(gold):
         return True
     # the rest of what is said of somebody: small words, and no second name
     return gold[0].isupper() and bool(
-        re.fullmatch(rf"{re.escape(gold)}(?:'s)?(?:\s+[a-z]+){{1,8}}", sentence)
+        re.fullmatch(rf"{re.escape(gold)}(?:'s)?(?:\s+[a-z]+){{0,8}}", sentence)
     )
 
 

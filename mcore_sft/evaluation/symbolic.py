@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 # Numbers are the same only if they agree in this part of the larger.
@@ -37,6 +38,13 @@ def silence() -> None:
 _DECIMAL = re.compile(r"(?<![\d.])\d*\.\d+(?![\d.]|\s*\\overline)")
 # A subscript of a number is read over, and 2!! taken for (2!)!.
 _MISREAD = re.compile(r"\d\s*_|!!")
+
+
+@cache
+def prepare() -> None:
+    """Import what is needed, silently, and compare once, so that no answer waits for that."""
+    silence()
+    same_meaning("2^x + 1", "1 + 2^x")
 
 
 def same_meaning(gold: str, prediction: str) -> bool:

@@ -33,6 +33,7 @@ _KINDS: dict[str, dict[str, str | int]] = {
     "time": {"second sec": 1, "minute min": 60, "hour hr": 3600, "day": 86400, "week": 604800},
     "year": {"month": "1/12", "year yr": 1, "decade": 10, "century centurie": 100},
     "dollar": {"cent": "1/100", "dollar usd": 1},
+    "euro": {"euro": 1},
     "rupee": {"rupee": 1},
     "yen": {"yen": 1},
     "degree": {"degree deg": 1, "radian rad": 180},
@@ -55,7 +56,7 @@ _SPEEDS = {"mph": "mile per hour", "kph": "kilometer per hour", "kmh": "kilomete
 _COUNTED = re.compile(
     "square|cubic|sq|cu|people|students?|ways?|points?|times|coins?|marbles?|apples?", re.IGNORECASE
 )
-_MONEY = {"dollar", "rupee", "yen"}
+_MONEY = {"dollar", "euro", "rupee", "yen"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Unit:
 
 DEGREE, RADIAN = Unit((("degree", 1),)), Unit((("degree", 1),), Fraction(180), per_pi=True)
 DOLLAR, CENT = Unit((("dollar", 1),)), Unit((("dollar", 1),), Fraction(1, 100))
+EURO = Unit((("euro", 1),))
 # 15' are minutes of an angle or feet, 15'' seconds or inches, as the other side has it.
 PRIME, DOUBLE_PRIME = Unit((("prime", 1),)), Unit((("prime", 2),))
 _PRIMES = {
@@ -174,7 +176,7 @@ def _of_any_length(gold: Unit, given: Unit) -> Fraction | None:
 
 # --- what stands behind a number ---------------------------------------------------------------
 
-_FILLERS = {"per", "an", "a", "of", "the", "in", "to", "at", "on", "each", "every"}
+_FILLERS = {"per", "an", "a", "of", "the", "in", "to", "at", "on", "each", "every", "us"}
 # Other words of so few letters may be products.
 _SHORT = {"men", "red", "odd", "new", "big", "old", "all", "off"}
 # Units that may touch their number, for no product of letters is written so.
@@ -226,7 +228,10 @@ def without_units(text: str) -> tuple[str, Unit | None]:
     found = _QUANTITY.fullmatch(quantity.strip())
     if not found or not re.search(r"(?:\d[\s{}().!]*|\\pi\s*|\\%\s*)$", found[1]):
         return text, None
-    if not _measures(found[2], tight=not found[1][-1:].isspace()):
+    words = found[2]
+    if found[1].rstrip().endswith(r"\%"):  # of how much more is no other number
+        words = re.sub(r"^(?:more|less|fewer|greater|higher|lower)\b", "change", words)
+    if not _measures(words, tight=not found[1][-1:].isspace()):
         return text, None
     return name + equals + found[1].rstrip(), read_unit(found[2])
 

@@ -40,7 +40,7 @@ def test_agreement_extraction_and_speed_are_told(tmp_path: Path) -> None:
         {"response": r"\boxed{5}", "expected": "6", "form": "raw", "mode": "boxed"},
         {"response": r"\boxed{5}", "expected": "6", "form": "normalized", "mode": "boxed"},
     )
-    write(tmp_path / "outputs/model.jsonl", {"gold": "m+2", "response": r"\boxed{2+m}"})
+    write(tmp_path / "outputs/model.jsonl", {"gold": "2^m+2", "response": r"\boxed{2+2^m}"})
     figures = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "benchmarks/grading.py", "--data", tmp_path, "--quick"]
     subprocess.run([*command, "--json", figures], check=True, cwd=ROOT, timeout=300)

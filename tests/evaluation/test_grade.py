@@ -47,22 +47,22 @@ def test_an_answer_is_never_executed(grader: Grader, payload: str, tmp_path: Pat
 
 @pytest.mark.parametrize("bomb", [r"\binom{10^9}{5\cdot 10^8}", "(10^9)!"])
 def test_a_bomb_costs_the_deadline_and_never_the_run(grader: Grader, bomb: str) -> None:
-    grader.grade("m+2", r"\boxed{2+m}")  # a worker is warm
+    grader.grade("2^m+2", r"\boxed{2+2^m}")  # a worker is warm
     start = time.monotonic()
     assert grader.grade("5", rf"\boxed{{{bomb}}}").verdict.outcome == "timeout"
     assert time.monotonic() - start < 1.5 + 1
-    assert grader.grade("m+2", r"\boxed{2+m}").verdict.outcome == "equal"
+    assert grader.grade("2^m+2", r"\boxed{2+2^m}").verdict.outcome == "equal"
 
 
 def test_a_bomb_harms_no_other_answer(grader: Grader) -> None:
-    pairs = [Pair(gold="a+b", prediction=p) for p in ("b+a", "(10^9)!", "a-b")]
+    pairs = [Pair(gold="2^a+b", prediction=p) for p in ("b+2^a", "(10^9)!", "a-b")]
     verdicts = dict(grader.judge_all(pairs))
     assert [verdicts[place].outcome for place in range(3)] == ["equal", "timeout", "different"]
 
 
 def test_a_worker_is_replaced_without_a_start(grader: Grader) -> None:
     """A second bomb costs its deadline too, and not the imports of another process."""
-    grader.grade("m+2", r"\boxed{2+m}")
+    grader.grade("2^m+2", r"\boxed{2+2^m}")
     start = time.monotonic()
     for _ in range(3):
         assert grader.grade("5", r"\boxed{(10^9)!}").verdict.outcome == "timeout"
@@ -110,5 +110,5 @@ def test_a_second_opinion_names_what_is_disputed() -> None:
 
 
 def test_answers_that_mean_the_same_are_one_class(grader: Grader) -> None:
-    answers = [["1/2", None, r"\frac12", "3", "0.5", "3.0"], [None], ["b+a", "a+b", "a"]]
+    answers = [["1/2", None, r"\frac12", "3", "0.5", "3.0"], [None], ["b+2^a", "2^a+b", "a"]]
     assert grader.classes(answers) == [(0, -1, 0, 1, 0, 1), (-1,), (0, 0, 1)]

@@ -33,7 +33,7 @@ def test_no_file_can_be_written(tmp_path: object) -> None:
 
 
 def test_what_libraries_print_is_no_verdict() -> None:
-    assert ask([["m+2", "2+m"], ["5", r"\frac{"]], "MEMORY_BYTES += 0") == [
+    assert ask([["2^m+2", "2+2^m"], ["5", r"\frac{"]], "MEMORY_BYTES += 0") == [
         ["equal", "math_verify"],
         ["unparsable", "prediction"],
     ]

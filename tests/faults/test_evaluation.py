@@ -47,7 +47,7 @@ from tests.tools.runs import write_run
 __all__ = ["quick", "server"]  # fixtures
 ROOT = Path(__file__).parents[2]
 BOMB = "(10^9)!"
-EQUAL = Pair(gold="m+2", prediction="2+m")
+EQUAL = Pair(gold="2^m+2", prediction="2+2^m")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
 
 

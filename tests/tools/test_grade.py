@@ -37,7 +37,7 @@ def grade(
 
 def test_one_verdict_a_row_in_order(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"id": 7, "gold": "m+2", "prediction": "2+m"},
+        {"id": 7, "gold": "2^m+2", "prediction": "2+2^m"},
         {"expected_answer": "5", "response": r"so \boxed{6}", "id": "b"},
         {"gold": 5, "prediction": 5},
         {"gold": "5", "prediction": None},
@@ -48,7 +48,7 @@ def test_one_verdict_a_row_in_order(tmp_path: Path) -> None:
     ran, verdicts = grade(tmp_path, [json.dumps(row) for row in rows])
     assert ran.returncode == 0, ran.stderr
     assert verdicts == [
-        {"id": 7, "verdict": "equal", "rule": "math_verify", "extracted": "2+m"},
+        {"id": 7, "verdict": "equal", "rule": "math_verify", "extracted": "2+2^m"},
         {"id": "b", "verdict": "different", "rule": "number", "extracted": "6"},
         {"verdict": "equal", "rule": "same_text", "extracted": "5"},
         {"verdict": "no_answer", "rule": "null", "extracted": None},
