@@ -1,15 +1,16 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mcore_sft.config import EvaluationConfig
+from mcore_sft.config import BenchmarkConfig, EvaluationConfig
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
-from mcore_sft.evaluation import run
+from mcore_sft.evaluation import benchmarks, run
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
 from mcore_sft.evaluation.engine import Engine
 from mcore_sft.evaluation.equivalence import GRADER
@@ -101,6 +102,23 @@ def test_a_response_that_was_cut_has_no_answer(llama: Path, tmp_path: Path) -> N
         ("no_answer", "truncated", None)
     }
     assert report["verdicts"]["no_answer"] == report["truncated"] == len(cut)
+
+
+def test_multiple_choice_is_asked_and_graded(llama: Path, tmp_path: Path) -> None:
+    """The options stand in the prompt, and the letter that is chosen is what counts."""
+    config = BenchmarkConfig(name="mmlu_pro", path="choices.jsonl", samples=2)
+    chosen = benchmarks.load(config, Path(__file__).parents[1] / "fixtures")
+    asked = replace(evaluation(llama, tmp_path, policy="nemo_skills", samples=2), benchmark=chosen)
+    letters: Any = asked.tokenizer
+    letters.decode = lambda ids, skip_special: r"so it is \boxed{\text{C. 8}}"
+    report = evaluate(asked)
+    rows = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+    assert [row["extracted"] for row in rows] == ["C"] * 12
+    assert [row["verdict"] for row in rows[::3]] == ["equal", "different", "equal", "different"]
+    assert rows[0]["problem"].endswith("\n\nA. 4\nB. 6\nC. 8\nD. 10")
+    assert report["grader"] == {"kind": "choice", "version": GRADER}
+    assert report["score"]["symbolic_correct"]["hits"] == 2
+    assert report["score"]["majority@2"]["percent"] == 50
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(llama: Path, tmp_path: Path) -> None:
