@@ -22,16 +22,16 @@ Tools = Sequence[Mapping[str, Any]]
 class ChatTemplate:
     """A chat template that came with a tokenizer; it is data, and runs in a sandbox.
 
-    tokens: how bos, eos and pad are spelt. marks_answers: whether `{% generation %}` says in it
-    which text is the assistant's.
+    tokens: how bos_token, eos_token, ... are spelt. marks_answers: whether `{% generation %}` says
+    in it which text is the assistant's.
     """
 
     def __init__(self, source: str, *, where: Path, tokens: Mapping[str, str]) -> None:
         self.source = source
         self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
-        self._where = where
-        self._spelt = {f"{role}_token": name for role, name in tokens.items()}
-        environment = ImmutableSandboxedEnvironment(
+        self.where = where
+        self._spelt = dict(tokens)
+        environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
@@ -59,7 +59,7 @@ class ChatTemplate:
         marked = self._render(messages, tools, False, (begin, end))
         if marked.replace(begin, "").replace(end, "") != plain:
             raise DataError(
-                f"{self._where}: the chat template does something to what stands in its "
+                f"{self.where}: the chat template does something to what stands in its "
                 "{% generation %} blocks, so they cannot say what is trained"
             )
         first, *others = marked.split(begin)
@@ -86,11 +86,27 @@ class ChatTemplate:
                 generation_marks=marks,
                 **self._spelt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # as the template may do
+        except Exception as error:  # a template is a program
             roles = ", ".join(message["role"] for message in messages)
             raise UnfitRow(
-                f"{self._where}: the chat template refuses messages of {roles}: {error}"
+                f"{self.where}: the chat template refuses messages of {roles}: {error}"
             ) from None
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Finds the keys of messages where the sandbox would first look for attributes, as it would."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """`obj.attribute` of a template."""
+        if type(obj) is not dict or attribute in _OF_DICT:
+            return super().getattr(obj, attribute)
+        try:
+            return obj[attribute]
+        except KeyError:
+            return self.undefined(obj=obj, name=attribute)
+
+
+_OF_DICT = frozenset(dir(dict))
 
 
 class _Generation(Extension):

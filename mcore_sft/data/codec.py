@@ -1,8 +1,8 @@
 """One vocabulary file in, text -> ids -> text out: tokenizer.json, sentencepiece or tiktoken.
 
-tokenizer.json -----------------> HuggingFace
-tiktoken ranks + tiktoken.json -> HuggingFace, as the tokenizer.json of the same ids
-sentencepiece .model -----------> SentencePiece
+tokenizer.json -----------------> Codec, as transformers reads the folder it lies in
+sentencepiece .model -----------> Codec, of the tokenizer.json that transformers makes of it
+tiktoken ranks + tiktoken.json -> Codec, of the tokenizer.json of the same ids
 """
 
 import base64
@@ -10,140 +10,201 @@ import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mcore_sft.base.model_folder import read_bytes
+from mcore_sft.data import hugging_face
 from mcore_sft.data.errors import DataError
 
+Places = list[tuple[int, int]]
+"""Where tokens begin and end in a text, in characters."""
 
-class Codec(Protocol):
-    """What all kinds of tokenizer file can do.
 
-    content: what is saved as `file_name` for transformers, and loads here as this codec again.
-    special: the tokens that only markup may spell, by name. added: all that stand beside the
-    learned vocabulary, special or not.
+class Codec:
+    """A tokenizer.json, run by the `tokenizers` package; nothing is ever added to a text.
+
+    content: the tokenizer.json. file_name, saved: the file that an export has, from which
+    transformers makes the same tokenizer. special: the tokens that only markup may spell, by name.
+    added: all that stand beside the learned vocabulary, special or not. roles: the tokens that
+    transformers knows by a role (bos_token, ...), where it was asked.
     """
 
-    file_name: str
-    hf_class: str
-    content: bytes
-    vocab: Mapping[str, int]
-    special: Mapping[str, int]
-    added: Sequence[str]
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens spelt in it become their ids."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, exactly as `encode` gives them."""
-
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        """Text of `ids`."""
-
-
-def read_codec(file: Path) -> Codec:
-    """The codec of a tokenizer.json, a sentencepiece .model or tiktoken's ranks.
-
-    Raises `UserError` if the file cannot be read, or is none of them.
-    """
-    content = read_bytes(file)
-    if _is_tiktoken(content):
-        return HuggingFace(_tokenizer_json(file, content), file)
-    if file.suffix == ".model":
-        return SentencePiece(content, file)
-    return HuggingFace(content, file)
-
-
-class HuggingFace:
-    """A tokenizer.json, read by the `tokenizers` package."""
-
-    file_name = "tokenizer.json"
-    hf_class = "PreTrainedTokenizerFast"
-
-    def __init__(self, content: bytes, file: Path) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        file: Path,
+        *,
+        file_name: str = "tokenizer.json",
+        saved: bytes = b"",
+        roles: Mapping[str, str] | None = None,
+    ) -> None:
         import tokenizers
 
         self.content = content
+        self.file_name = file_name
+        self.saved = saved or content
+        self.roles = roles
+        self._file = file
         try:
             self._inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises plain Exception for a broken file
             raise DataError(f"{file}: not a tokenizer.json that can be read ({error})") from None
         self._inner.no_truncation()
         self._inner.no_padding()
+        # It only adds tokens, which nobody asks for, and takes spaces from where a token stands.
+        self._inner.post_processor = None
         self.vocab: Mapping[str, int] = self._inner.get_vocab(with_added_tokens=True)
-        added = self._inner.get_added_tokens_decoder()
+        added = self.added_tokens = self._inner.get_added_tokens_decoder()
         self.added: Sequence[str] = [token.content for token in added.values()]
+        self.added_ids: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self.special: Mapping[str, int] = {
             token.content: number for number, token in added.items() if token.special
         }
+        self.isolating: Sequence[int] = sorted(
+            i for i, token in added.items() if not token.normalized and not token.single_word
+        )
+        """Added tokens that cut a text: what stands on one side changes no id on the other."""
+        self._stripping = {i: t.content for i, t in added.items() if t.lstrip or t.rstrip}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Ids of `text`; special tokens spelt in it become their ids."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Ids of each text, exactly as `encode` gives them."""
         encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
+    def locate(self, text: str) -> tuple[list[int], Places]:
+        """Ids of `text`, and where in it each token stands.
+
+        White space that an added token swallows is no part of it.
+        """
+        encoded = self._inner.encode(text, add_special_tokens=False)
+        places: Places = encoded.offsets
+        if self._stripping:
+            for k, number in enumerate(encoded.ids):
+                if number in self._stripping:
+                    begin, end = places[k]
+                    at = text.find(self._stripping[number], begin, end)
+                    if at >= 0:
+                        places[k] = at, at + len(self._stripping[number])
+        return encoded.ids, places
+
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        """Text of `ids`."""
+        """Text of `ids`, as engines show it."""
         return str(self._inner.decode(list(ids), skip_special_tokens=skip_special))
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of `ids` to the letter, with each space that a token begins with."""
+        if self.spellings is None:
+            return self.decode(ids, skip_special=False)
+        return b"".join(map(self.spellings.__getitem__, ids)).decode("utf-8", "replace")
 
-class SentencePiece:
-    """A sentencepiece .model; its control pieces are the special tokens."""
+    @cached_property
+    def changes_text(self) -> bool:
+        """Whether a token may stand for other letters than those of the text."""
+        return self._is_sentencepiece or self._inner.normalizer is not None
 
-    file_name = "tokenizer.model"
-    hf_class = "LlamaTokenizer"
+    @cached_property
+    def spellings(self) -> Sequence[bytes] | None:
+        """The bytes that each token stands for, by its id; None where a token does not tell."""
+        byte_level = "ByteLevel" in _types(self._step("decoder"))
+        if not byte_level and not self._is_sentencepiece:
+            return None
+        spelt = [b""] * (max(self.vocab.values()) + 1)
+        for token, number in self.vocab.items():
+            if token in self.added_ids:
+                spelt[number] = token.encode()
+            elif byte_level:
+                if not _LETTERS.keys() >= set(token):
+                    return None
+                spelt[number] = bytes(map(_LETTERS.__getitem__, token))
+            elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                spelt[number] = bytes([int(token[3:5], 16)])
+            else:
+                spelt[number] = token.replace(_SPACE, " ").encode()
+        return spelt
 
-    def __init__(self, content: bytes, file: Path) -> None:
-        import sentencepiece
+    @cached_property
+    def _is_sentencepiece(self) -> bool:
+        """Whether tokens write a space as sentencepiece does."""
+        decoder = self._step("decoder")
+        parts = decoder.get("decoders", [decoder]) if decoder else []
+        return any(
+            part["type"] == "Metaspace"
+            or (part["type"] == "Replace" and part["pattern"] == {"String": _SPACE})
+            for part in parts
+        )
 
-        self.content = content
-        try:
-            self._inner = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{file}: not a sentencepiece model ({error})") from None
-        pieces = range(self._inner.get_piece_size())
-        self.vocab: Mapping[str, int] = {self._inner.id_to_piece(i): i for i in pieces}
-        self.special: Mapping[str, int] = {
-            self._inner.id_to_piece(i): i for i in pieces if self._inner.is_control(i)
+    @cached_property
+    def continued(self) -> "Codec":
+        """The same for a text that goes on where another ends: no space is put before it."""
+        changed = {
+            name: bare
+            for name in ("normalizer", "pre_tokenizer")
+            if (bare := _bare(self._step(name))) != self._step(name)
         }
-        self.added: Sequence[str] = list(self.special)
-        self._special_ids = {number: name for name, number in self.special.items()}
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(re.escape(token) for token in longest_first)})")
+        if not changed:
+            return self
+        made = json.dumps({**json.loads(self.content), **changed}, ensure_ascii=False)
+        return Codec(made.encode(), self._file)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, cut at the control pieces that it spells."""
-        ids: list[int] = []
-        for part in self._split.split(text):
-            if part in self.special:
-                ids.append(self.special[part])
-            elif part:
-                ids.extend(self._inner.encode(part))
-        return ids
+    def _step(self, name: str) -> Any:
+        """A step of the tokenizer.json."""
+        step = getattr(self._inner, name)
+        return json.loads(step.__getstate__()) if step is not None else None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        """Text of `ids`; sentencepiece itself would leave control pieces out."""
-        parts: list[str] = []
-        plain: list[int] = []
-        for number in [*ids, None]:
-            if number is not None and number not in self._special_ids:
-                plain.append(int(number))
-                continue
-            if plain:
-                parts.append(self._inner.decode(plain))
-                plain = []
-            if number is not None and not skip_special:
-                parts.append(self._special_ids[number])
-        return "".join(parts)
+def read_codec(file: Path) -> Codec:
+    """The codec of a tokenizer.json, a sentencepiece .model or tiktoken's ranks.
+
+    The files beside it are read as transformers reads them. Raises `UserError` if the file cannot
+    be read, or is none of them.
+    """
+    content = read_bytes(file)
+    if _is_tiktoken(content):
+        return Codec(_tokenizer_json(file, content), file)
+    name = "tokenizer.json"
+    if file.suffix == ".model":
+        name = "tokenizer.model"
+    else:
+        codec = Codec(content, file)
+        if hugging_face.reads_as_it_is(file.parent, codec.added_tokens):
+            return codec
+    loaded = hugging_face.load(content, name, file.parent)
+    made = str(loaded.backend_tokenizer.to_str()).encode()
+    named = loaded.special_tokens_map.items()
+    roles = {role: token for role, token in named if isinstance(token, str)}
+    return Codec(made, file, file_name=name, saved=content, roles=roles)
+
+
+def _types(part: Any) -> set[str]:
+    """The types of a step of a tokenizer.json and of all in it."""
+    if isinstance(part, list):
+        return set().union(*map(_types, part))
+    if not isinstance(part, dict):
+        return set()
+    own = {part["type"]} if isinstance(part.get("type"), str) else set()
+    return own.union(*map(_types, part.values()))
+
+
+def _bare(step: Any) -> Any:
+    """A step of a tokenizer.json that puts no space before a text; None where nothing is left."""
+    kind = step["type"] if step else None
+    if kind == "Prepend":
+        return None
+    if kind == "Metaspace":
+        kept = {name: value for name, value in step.items() if name != "add_prefix_space"}
+        return {**kept, "prepend_scheme": "never"}
+    if kind == "ByteLevel" and "add_prefix_space" in step:
+        return {**step, "add_prefix_space": False}
+    if kind == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        return {**step, name: [bare for one in step[name] if (bare := _bare(one)) is not None]}
+    return step
 
 
 def _is_tiktoken(content: bytes) -> bool:
@@ -251,3 +312,5 @@ def _letters() -> dict[int, str]:
 
 
 _BYTES = _letters()
+_LETTERS = {letter: byte for byte, letter in _BYTES.items()}
+_SPACE = "\u2581"

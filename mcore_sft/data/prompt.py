@@ -1,10 +1,11 @@
 """Rows in, examples out: the text around what was said, and which tokens of it are trained.
 
-    Pairs | Chats -> pieces of text, untrained and trained in turn -> ids -> Examples
+    Pairs, fixed strings -> prompts and answers   -> ids                      -> Examples
+    Chats | chat template -> texts, answers in them -> ids, and where they stand -> Examples
 
-The ids of a prompt come from the whole text before an answer, and the answer is tokenized by itself
-after it: so the ids that are trained on are those that an evaluation engine gets for the same
-prompt. M = examples, G = pieces of text.
+The ids before an answer are those that an evaluation engine gets for the same prompt: of a chat
+template, as the whole conversation has them; of fixed strings, as the text before the answer has
+them, which goes on where it ends. M = examples, S = trained runs.
 """
 
 import hashlib
@@ -12,8 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import chain, pairwise
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
 from mcore_sft.data import template_jinja
+from mcore_sft.data.chat import Chat
 from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.conversation import (
     Conversation,
@@ -32,18 +33,23 @@ from mcore_sft.data.conversation import (
 )
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
+from mcore_sft.data.masks import Masks
+from mcore_sft.data.reference import require_same_ids
 from mcore_sft.data.render import (
-    Chat,
     Instruction,
     Markup,
     Renderer,
     Template,
+    Written,
     is_file,
     read_instruction,
     read_template,
 )
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows
-from mcore_sft.data.tokenizer import Ids, Offsets, Tokenizer
+from mcore_sft.data.tokenizer import Ids, Located, Offsets, Tokenizer, sampled
+
+Talk = tuple[Messages, Tools | None]
+"""Messages of a row, checked, and its tools."""
 
 SPECIAL_IN_TEXT = "special token in text"
 """Why a row is dropped whose own text spells a special token."""
@@ -58,7 +64,7 @@ NO_STOP = "no stop token at the end"
 """Why a row with markup of its own is dropped whose answer does not end with a stop token."""
 
 MANY_BOS = "more than one BOS token"
-"""Why a row with markup of its own is dropped that begins twice."""
+"""Why a row with markup of its own is dropped that begins with two."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -72,18 +78,15 @@ class Example:
         return len(self.tokens)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Pieces:
-    """Texts [G] end to end, untrained and trained in turn; counts [M] even, and rows [M], int64."""
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """A conversation as it is trained. last: its last message that is an answer to learn."""
 
-    texts: pa.LargeStringArray
-    counts: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-
-    @property
-    def firsts(self) -> npt.NDArray[np.int64]:
-        """The first piece of each example, and the end of the last one's, [M + 1]."""
-        return running_sum(self.counts)
+    row: int
+    messages: Messages
+    tools: Tools | None
+    last: int
+    written: Written
 
 
 class Prompt:
@@ -117,7 +120,13 @@ class Prompt:
         self.stop_tokens = self._renderer.stop_tokens
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
         self._reserved = np.union1d(tokenizer.special_ids, self.stop_ids)
-        self._num_bos = self._count_bos()
+        self._masks = Masks(tokenizer, self.stop_ids)
+        asked = np.array(tokenizer.encode(self.text("1 + 1")), np.int32)
+        if self._begins_twice(asked, np.array([0, len(asked)])).any():
+            raise DataError(
+                f"prompt.template {template!r}: a prompt begins with two BOS tokens, expected one; "
+                "mend the template, or the chat template of the tokenizer"
+            )
 
     @classmethod
     def load(cls, config: PromptConfig, tokenizer: Tokenizer) -> "Prompt":
@@ -177,7 +186,11 @@ class Prompt:
 
     def answer(self, problem: str, solution: str) -> str:
         """The text that is learned after `text(problem)`, up to and including the stop token."""
-        return self._renderer.pair(problem, solution)[1]
+        if isinstance(self._renderer, Markup):
+            return solution + self._renderer.end
+        assert isinstance(self._renderer, Chat)
+        written = self._renderer.write(self._renderer.messages(problem, solution), None, [1])
+        return written.text[written.answers[0].begin : written.answers[0].end]
 
     def prompt_ids(self, problem: str) -> list[int]:
         """Ids that an engine gets for `problem`; `DataError` if it spells a special token."""
@@ -195,22 +208,16 @@ class Prompt:
     ) -> tuple[Examples, dict[int, str]]:
         """Examples of `rows`, and why the others, by their index, become none.
 
-        Every example has a trained token, ends each answer with a stop token, and has the BOS of
-        the template once, or none; where a row would break this, the `DataError` names it. What is
-        wrong with a row that the template cannot write is put into `unfit`, by its index, or is
-        the `DataError` where there is none.
+        Every example has a trained token, ends with a stop token, and does not begin with BOS
+        twice; where a row would break this, the `DataError` names it. What is wrong with a row that
+        the template cannot write, or whose tokens do not tell what is trained, is put into `unfit`,
+        by its index, or is the `DataError` where there is none.
         """
         dropped: dict[int, str] = {}
-        pieces = self._pieces(rows, dropped, unfit)
-        ids, offsets = self._tokenizer.encode_column(pieces.texts)
-        examples = _assemble(pieces, ids, offsets)
-        if isinstance(rows, Chats):
-            same = self._have_prompts_of_an_engine(rows, pieces, ids, offsets, unfit)
-            examples = examples.keep(same)
-        if isinstance(rows, Pairs) and isinstance(self._renderer, Markup) and not self._verbatim:
-            spelt = self._with_more_specials(examples)
-            dropped.update(dict.fromkeys(examples.rows[spelt].tolist(), SPECIAL_IN_TEXT))
-            examples = examples.keep(~spelt) if spelt.any() else examples
+        if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
+            examples = self._of_pairs(rows, dropped)
+        else:
+            examples = self._of_talks(rows, dropped, unfit)
         return self._proved(examples, rows, dropped), dropped
 
     def example(self, conversation: Conversation) -> Example:
@@ -220,15 +227,31 @@ class Prompt:
             raise DataError(f"conversation: dropped ({dropped[0]})")
         return Example(tokens=examples.tokens, spans=examples.spans)
 
-    def _pieces(
+    def _of_pairs(self, rows: Pairs, dropped: dict[int, str]) -> Examples:
+        """Examples of problems and solutions between fixed strings: a prompt, and what it asks."""
+        assert isinstance(self._renderer, Markup)
+        column = self._renderer.pairs(rows.problems, rows.solutions)
+        ids, offsets = self._tokenizer.encode_turns(column)
+        starts = offsets[::2]
+        spans = np.stack([offsets[1::2], offsets[2::2]], axis=1) - starts[:-1, None]
+        examples = Examples(
+            tokens=ids,
+            lengths=np.diff(starts).astype(np.int32),
+            spans=spans.astype(np.int32),
+            span_counts=np.ones(len(rows), np.int32),
+            rows=np.arange(len(rows), dtype=np.int64),
+        )
+        if self._verbatim:
+            return examples
+        spelt = self._with_more_specials(examples)
+        dropped.update(dict.fromkeys(np.flatnonzero(spelt).tolist(), SPECIAL_IN_TEXT))
+        return examples.keep(~spelt)
+
+    def _of_talks(
         self, rows: Pairs | Chats, dropped: dict[int, str], unfit: dict[int, str] | None
-    ) -> _Pieces:
-        """The text of every row, but for those that are dropped here, or unfit."""
-        if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
-            column = self._renderer.pairs(rows.problems, rows.solutions)
-            every = np.arange(len(rows), dtype=np.int64)
-            return _Pieces(texts=column, counts=np.full(len(rows), 2, np.int64), rows=every)
-        talks: dict[int, tuple[Messages, Tools | None]] = {}
+    ) -> Examples:
+        """Examples of conversations, each of which is one text."""
+        talks: dict[int, Talk] = {}
         for index in range(len(rows)):
             with _of_row(rows, index, unfit):
                 talk = self._talk(rows, index)
@@ -240,17 +263,59 @@ class Prompt:
             for index in self._that_spell_specials(talks):
                 dropped[index] = SPECIAL_IN_TEXT
                 del talks[index]
-        made: dict[int, list[str]] = {}
+        told = []
         for index, (messages, tools) in talks.items():
             with _of_row(rows, index, unfit):
-                made[index] = self._turns(messages, tools)
-        return _Pieces(
-            texts=pa.array(list(chain.from_iterable(made.values())), pa.large_string()),
-            counts=np.array([len(pieces) for pieces in made.values()], np.int64),
-            rows=np.array(list(made), np.int64),
-        )
+                told.append(self._tell(index, messages, tools))
+        return self._masked(rows, told, unfit)
 
-    def _talk(self, rows: Pairs | Chats, index: int) -> tuple[Messages, Tools | None]:
+    def _tell(self, row: int, messages: Messages, tools: Tools | None) -> _Told:
+        """A conversation of a row as text, with the answers that are trained."""
+        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [i for i in said if is_trained(messages[i])]
+        plain = [{key: one[key] for key in one if key != "weight"} for one in messages]
+        written = self._renderer.write(plain, tools, trained)
+        return _Told(row=row, messages=plain, tools=tools, last=trained[-1], written=written)
+
+    def _masked(self, rows: Rows, told: Sequence[_Told], unfit: dict[int, str] | None) -> Examples:
+        """Examples of texts; of fixed strings, the last answer goes on where its prompt ends."""
+
+        def refuse(row: int, error: UnfitRow) -> None:
+            with _of_row(rows, row, unfit):
+                raise error
+
+        written = [one.written for one in told]
+        if isinstance(self._renderer, Chat):
+            texts = pa.array([one.text for one in written], pa.large_string())
+            found = self._tokenizer.locate_column(texts)
+        else:
+            cuts = [(one.text, one.answers[-1].begin) for one in written]
+            pieces = [piece for text, at in cuts for piece in (text[:at], text[at:])]
+            texts = pa.array(pieces, pa.large_string())
+            found = self._tokenizer.locate_column(texts, turns=True).joined()
+        examples, kept = self._masks.examples([one.row for one in told], written, found, refuse)
+        if isinstance(self._renderer, Chat):
+            self._require_reference(rows, told, found, kept)
+        return examples
+
+    def _require_reference(
+        self, rows: Rows, told: Sequence[_Told], found: Located, kept: Sequence[int]
+    ) -> None:
+        """`DataError` if transformers has other ids than `found` for some of those `kept`."""
+        for place in sampled(len(kept), least=4):
+            k = kept[place]
+            one, ids = told[k], found.of(k)
+            begin = found.cut(found.places(k, one.written.text, [one.written.answers[-1].begin]))[
+                0
+            ][0]
+            prompt = ids[: begin - found.offsets[k]].tolist()
+            with _of_row(rows, one.row, None):
+                same = partial(require_same_ids, self._tokenizer, tools=one.tools, variables={})
+                same(ids.tolist(), one.messages, asks=False)
+                if one.last:
+                    same(prompt, one.messages[: one.last], asks=True)
+
+    def _talk(self, rows: Pairs | Chats, index: int) -> Talk:
         """Messages and tools of a row."""
         if isinstance(rows, Chats):
             return checked(rows.messages[index]), rows.tools[index] if rows.tools else None
@@ -258,13 +323,7 @@ class Prompt:
         problem, solution = rows.problems[index].as_py(), rows.solutions[index].as_py()
         return self._renderer.messages(problem, solution), None
 
-    def _turns(self, messages: Messages, tools: Tools | None) -> list[str]:
-        """The text of a conversation: what is not trained, what is, and so on."""
-        plain = [{key: said[key] for key in said if key != "weight"} for said in messages]
-        pieces = self._renderer.turns(plain, tools)
-        return _learned(pieces, [said for said in messages if said["role"] == "assistant"])
-
-    def _that_spell_specials(self, talks: Mapping[int, tuple[Messages, Tools | None]]) -> list[int]:
+    def _that_spell_specials(self, talks: Mapping[int, Talk]) -> list[int]:
         """Which of `talks` hold a special token in a text of their own."""
         texts = [(index, text) for index, talk in talks.items() for text in texts_in(talk)]
         column = pa.array([text for _, text in texts], pa.large_string())
@@ -287,107 +346,31 @@ class Prompt:
     @cached_property
     def _num_specials(self) -> int:
         """Special tokens of the template around a problem and its solution."""
-        pieces = self._tokenizer.encode_batch(self._renderer.pair("1 + 1", "2"))
-        return sum(len(self._specials(np.array(ids, dtype=np.int32))) for ids in pieces)
-
-    def _have_prompts_of_an_engine(
-        self,
-        rows: Chats,
-        pieces: _Pieces,
-        ids: Ids,
-        offsets: Offsets,
-        unfit: dict[int, str] | None,
-    ) -> npt.NDArray[np.bool_]:
-        """Whether what stands before later answers has the ids that it has as one text [M]."""
-        firsts = pieces.firsts
-        answers = [
-            (m, first, answer)
-            for m, (first, last) in enumerate(pairwise(firsts.tolist()))
-            for answer in range(first + 3, last, 2)
-        ]
-        texts = ["".join(pieces.texts[first:answer].to_pylist()) for _, first, answer in answers]
-        whole, ends = self._tokenizer.encode_column(pa.array(texts, pa.large_string()))
-        same = np.ones(len(pieces.rows), np.bool_)
-        for k, (m, first, answer) in enumerate(answers):
-            trained, asked = ids[offsets[first] : offsets[answer]], whole[ends[k] : ends[k + 1]]
-            if same[m] and not np.array_equal(trained, asked):
-                same[m] = False
-                with _of_row(rows, int(pieces.rows[m]), unfit):
-                    raise UnfitRow(self._difference(trained, asked))
-        return same
-
-    def _difference(self, trained: Ids, asked: Ids) -> str:
-        """Where two ways to write one text as ids part, in words."""
-        shorter = min(len(trained), len(asked))
-        others = np.flatnonzero(trained[:shorter] != asked[:shorter])
-        at = int(others[0]) if len(others) else shorter
-        near = self._tokenizer.decode(trained[max(0, at - 8) : at + 8].tolist())
-        return (
-            f"before its last answers an engine would send {asked[at : at + 3].tolist()} where "
-            f"turns that are tokenized one by one have {trained[at : at + 3].tolist()}, near "
-            f"{near!r}; mend the row (does an answer begin or end with white space?), or name "
-            "another prompt.template"
-        )
+        texts = pa.array([self.text("1 + 1"), self.answer("1 + 1", "2")], pa.large_string())
+        return len(self._specials(self._tokenizer.encode_turns(texts)[0]))
 
     def _proved(self, examples: Examples, rows: Rows, dropped: dict[int, str]) -> Examples:
-        """`examples`, of which each ends its answers with a stop token and has one BOS at most."""
+        """`examples`, of which each ends with a stop token and none begins with BOS twice."""
         starts = running_sum(examples.lengths)
-        spans = running_sum(examples.span_counts)
-        owners = np.repeat(np.arange(len(examples)), examples.span_counts)
-        last = examples.tokens[starts[owners] + examples.spans[:, 1] - 1]
-        no_stop = np.zeros(len(examples), np.bool_)
-        no_stop[owners[~np.isin(last, self.stop_ids)]] = True
-        no_stop |= np.diff(spans) == 0
-        many_bos = self._other_bos(examples, starts)
-        for reason, which in ((NO_STOP, no_stop), (MANY_BOS, many_bos & ~no_stop)):
+        no_stop = ~np.isin(examples.tokens[starts[1:] - 1], self.stop_ids)
+        twice = self._begins_twice(examples.tokens, starts) & ~no_stop
+        for reason, which in ((NO_STOP, no_stop), (MANY_BOS, twice)):
             found = examples.rows[which].tolist()
             if found and not self._verbatim:
                 raise DataError(
-                    f"{rows.where(found[0])}: expected a stop token at the end of each answer, and "
-                    f"{self._num_bos} BOS tokens, as prompt.template {self._template!r} has them "
-                    "elsewhere; mend it, or name another"
+                    f"{rows.where(found[0])}: {reason}, as prompt.template {self._template!r} "
+                    "writes it. Fix: mend the row, or name another prompt.template"
                 )
             dropped.update(dict.fromkeys(found, reason))
-        good = ~(no_stop | many_bos)
-        return examples if good.all() else examples.keep(good)
+        return examples.keep(~(no_stop | twice))
 
-    def _other_bos(self, examples: Examples, starts: Offsets) -> npt.NDArray[np.bool_]:
-        """Which examples [M] do not have as many BOS tokens as the template: one, or none."""
-        bos = self._tokenizer.bos_id
-        if bos is None:
-            return np.zeros(len(examples), np.bool_)
-        places = np.flatnonzero(examples.tokens == bos)
-        ends = starts[1:]
-        if bos in self.stop_ids:  # it ends answers too: only the prompt tells
-            ends = starts[:-1] + examples.spans[running_sum(examples.span_counts)[:-1], 0]
-        counts = np.searchsorted(places, ends) - np.searchsorted(places, starts[:-1])
-        return np.asarray(counts > 1 if self._verbatim else counts != self._num_bos)
-
-    def _count_bos(self) -> int:
-        """BOS tokens of the template: one, or none."""
-        bos = self._tokenizer.bos_id
-        count = 0 if bos is None else self._tokenizer.encode(self.text("1 + 1")).count(bos)
-        if count > 1:
-            raise DataError(
-                f"prompt.template {self._template!r}: it has {count} BOS tokens, expected one; "
-                "mend the template, or the chat template of the tokenizer"
-            )
-        return count
-
-
-def _assemble(pieces: _Pieces, ids: Ids, offsets: Offsets) -> Examples:
-    """The ids of all pieces as examples; every second piece is trained."""
-    starts = offsets[pieces.firsts]
-    runs = pieces.counts // 2
-    spans = np.stack([offsets[1:-1:2], offsets[2::2]], axis=1)
-    spans -= np.repeat(starts[:-1], runs)[:, None]
-    return Examples(
-        tokens=ids,
-        lengths=np.diff(starts).astype(np.int32),
-        spans=spans.astype(np.int32),
-        span_counts=runs.astype(np.int32),
-        rows=pieces.rows,
-    )
+    def _begins_twice(self, tokens: Ids, starts: Offsets) -> npt.NDArray[np.bool_]:
+        """Which examples [M], whose tokens begin at `starts` [M + 1], begin with two BOS tokens."""
+        if self._tokenizer.bos_id is None:
+            return np.zeros(len(starts) - 1, np.bool_)
+        places = np.flatnonzero(tokens == self._tokenizer.bos_id)
+        pairs = places[:-1][np.diff(places) == 1]
+        return np.isin(starts[:-1], pairs) & (np.diff(starts) > 1)
 
 
 def _row(conversation: Conversation) -> Pairs | Chats:
@@ -414,19 +397,6 @@ def _of_row(rows: Rows, index: int, unfit: dict[int, str] | None) -> Iterator[No
         if unfit is None or not isinstance(error, UnfitRow):
             raise DataError(said) from None
         unfit[index] = said
-
-
-def _learned(pieces: Sequence[str], answers: Messages) -> list[str]:
-    """`pieces` in which an answer that is not trained is part of what stands before the next."""
-    kept, before = [], ""
-    for said, asked, answer in zip(answers, pieces[::2], pieces[1::2], strict=True):
-        before += asked
-        if is_trained(said):
-            kept += [before, answer]
-            before = ""
-        else:
-            before += answer
-    return kept
 
 
 def _stop_id(token: str, tokenizer: Tokenizer) -> int:

@@ -2,9 +2,9 @@
 
     Arrays -> read once, some millions of tokens at a time -> Proof
 
-Every example has supervised tokens, ends with a stop token that is trained, has at most one BOS
-token, and is in a pack; no pack is longer than a sequence. Nothing is taken from what the writer
-said: the tokens are those of the .bin. N = examples.
+Every example has supervised tokens, ends with a stop token that is trained, does not begin with
+two BOS tokens, and is in a pack; no pack is longer than a sequence. Nothing is taken from what the
+writer said: the tokens are those of the .bin. N = examples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,7 +82,8 @@ def prove(
         _require_supervised(arrays, some)
         if stop_ids is not None:
             _require_trained_stop(arrays, some, stop_ids)
-        with_bos += _require_one_bos(arrays, some, bos)
+            _require_begun_once(arrays, some, bos_id)
+        with_bos += _count_with(some, bos)
         lengths += np.bincount(some.lengths, minlength=longest + 1)
         supervised += np.bincount(some.supervised, minlength=longest + 1)
         visits = times[some.first : some.first + len(some.lengths)].astype(np.int64)
@@ -167,17 +168,20 @@ def _require_trained_stop(arrays: Arrays, some: _Some, stop_ids: Sequence[int]) 
         )
 
 
-def _require_one_bos(arrays: Arrays, some: _Some, bos: int | None) -> int:
-    """How many of the examples have a BOS token."""
-    if bos is None:
-        return 0
-    places = np.flatnonzero(some.tokens == bos)
-    owners = np.searchsorted(some.begins, places, side="right") - 1
-    counts = np.bincount(owners, minlength=len(some.lengths))
-    bad = np.flatnonzero(counts > 1)
-    if len(bad):
+def _require_begun_once(arrays: Arrays, some: _Some, bos: int | None) -> None:
+    first = some.begins[:-1][some.lengths > 1]
+    bad = np.flatnonzero((some.tokens[first] == bos) & (some.tokens[first + 1] == bos))
+    if bos is not None and len(bad):
+        at = some.first + np.flatnonzero(some.lengths > 1)[bad[0]]
         raise DataError(
-            f"{arrays.file('bin')}: example {some.first + bad[0]}: {counts[bad[0]]} BOS tokens "
-            f"(id {bos}), expected at most one; {_MEND}"
+            f"{arrays.file('bin')}: example {at}: begins with two BOS tokens (id {bos}), expected "
+            f"one at most; {_MEND}"
         )
-    return int(np.count_nonzero(counts))
+
+
+def _count_with(some: _Some, token: int | None) -> int:
+    """How many of the examples have a token."""
+    if token is None:
+        return 0
+    places = np.flatnonzero(some.tokens == token)
+    return len(np.unique(np.searchsorted(some.begins, places, side="right")))

@@ -1,13 +1,14 @@
-"""What was said in, text out: what stands around it, by fixed strings or a chat template.
+"""What was said in, text out: what stands around it, by fixed strings.
 
-    problem, solution -> prompt, answer        messages -> text, answer, text, answer, ...
+    problem, solution -> prompt, answer        messages -> text, and where in it the answers stand
 
 An answer ends with its stop token, and is what is trained.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,9 @@ from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.conversation import UnfitRow, unknown_keys
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.tokenizer import Tokenizer
-from mcore_sft.data.written import passed_over, require_written
+from mcore_sft.data.written import passed_over
 
 _HERE = Path(__file__).parent
-_ANSWER = "forty-two"
 
 
 class Template(Section):
@@ -55,6 +55,29 @@ class Instruction(Section):
         return before + problem + after
 
 
+class Answer(NamedTuple):
+    """An answer in a text, in characters: where it begins, and what of it is trained, in order.
+
+    What is trained ends with the stop token.
+    """
+
+    begin: int
+    spans: Sequence[tuple[int, int]]
+
+    @property
+    def end(self) -> int:
+        """Where its stop token ends."""
+        return self.spans[-1][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A conversation as text, and its answers that are trained, in order; one at least."""
+
+    text: str
+    answers: Sequence[Answer]
+
+
 class Renderer(Protocol):
     """Text before an answer, and an answer up to and including its stop token."""
 
@@ -63,14 +86,10 @@ class Renderer(Protocol):
     def prompt(self, problem: str) -> str:
         """All that stands before the answer to `problem`."""
 
-    def pair(self, problem: str, solution: str) -> list[str]:
-        """The prompt, and `solution` as it is learned, stop token included."""
+    def write(self, messages: Messages, tools: Tools | None, trained: Sequence[int]) -> Written:
+        """The text of a conversation, of whose messages the answers `trained` are learned.
 
-    def turns(self, messages: Messages, tools: Tools | None) -> list[str]:
-        """The text of a conversation in pieces: what stands before an answer, it, and so on.
-
-        What follows the last stop token is left out. `UnfitRow` if something that the conversation
-        says would be left out too.
+        `UnfitRow` if something that the conversation says up to the last of them would be left out.
         """
 
 
@@ -97,7 +116,7 @@ class Markup:
                 "prompt.template: stop_phrases is empty, or names none of the tokenizer's tokens, "
                 "so a model could never learn to stop; name the token that ends an answer"
             )
-        end = "" if self.verbatim else _cut_after_stop(template.assistant_end, self.stop_tokens)
+        end = "" if self.verbatim else cut_after_stop(template.assistant_end, self.stop_tokens)
         if end is None:
             raise DataError(
                 f"prompt.template: assistant_end {template.assistant_end!r} holds none of the "
@@ -112,14 +131,10 @@ class Markup:
         """All that stands before the answer."""
         return self._before + problem + self._after
 
-    def pair(self, problem: str, solution: str) -> list[str]:
-        """The prompt; `solution` and the stop token."""
-        return [self.prompt(problem), solution + self.end]
-
     def pairs(
         self, problems: pa.LargeStringArray, solutions: pa.LargeStringArray
     ) -> pa.LargeStringArray:
-        """`pair` of each of N rows, end to end: prompts and answers in turn, [2N]."""
+        """Prompt and answer of each of N rows, end to end, in turn, [2N]."""
         if not len(problems):
             return pa.array([], pa.large_string())
         markup = (self._before, self._after, self.end, "")
@@ -133,8 +148,8 @@ class Markup:
         cuts[1::2] = cuts[:-1:2] + around + pc.binary_length(problems).to_numpy()
         return pa.LargeStringArray.from_buffers(2 * len(whole), pa.py_buffer(cuts), data)
 
-    def turns(self, messages: Messages, tools: Tools | None) -> list[str]:
-        """The pieces of a conversation; tools have no markup here."""
+    def write(self, messages: Messages, tools: Tools | None, trained: Sequence[int]) -> Written:
+        """The text up to the end of the last trained answer; tools have no markup here."""
         if tools or any(
             message["role"] == "tool" or "tool_calls" in message for message in messages
         ):
@@ -147,141 +162,30 @@ class Markup:
                 raise passed_over("a template of fixed strings", number, message, key)
         t = self._template
         has_system = messages[0]["role"] == "system"
-        pieces, before = [], self._begin(messages[0]["content"] if has_system else "")
-        for message in messages[has_system:]:
-            text = message["content"]
+        parts = [self._begin(messages[0]["content"] if has_system else "")]
+        length = len(parts[0])
+        answers = []
+        for index, message in enumerate(messages[: trained[-1] + 1]):
             if message["role"] == "user":
-                before += t.user_begin + text + t.user_end
+                said = [t.user_begin, message["content"], t.user_end]
             elif message["role"] == "assistant":
-                pieces += [before + t.assistant_begin, text + self.end]
-                before = t.assistant_end[len(self.end) :]
-            else:
+                said = [t.assistant_begin, message["content"], t.assistant_end]
+                if index in trained:
+                    begin = length + len(said[0])
+                    end = begin + len(said[1]) + len(self.end)
+                    answers.append(Answer(begin, [(begin, end)]))
+            elif index:
                 raise UnfitRow("a system message stands after others; expected it first")
-        return pieces
+            else:
+                continue
+            parts += said
+            length += sum(map(len, said))
+        return Written(text="".join(parts)[: answers[-1].end], answers=answers)
 
     def _begin(self, system: str) -> str:
         t = self._template
         block = t.system_begin + system + t.system_end
         return t.text_begin + ("" if t.system_optional and not system else block)
-
-
-class Chat:
-    """The tokenizer's own chat template.
-
-    What is trained is what its `{% generation %}` blocks hold. Without such, a conversation is
-    rendered up to each assistant turn and once more with it, and what the turn adds is trained.
-    """
-
-    def __init__(self, wording: Instruction, system: str | None, tokenizer: Tokenizer) -> None:
-        self._wording = wording
-        self._system = system
-        self._path = tokenizer.path
-        if tokenizer.chat_template is None:
-            raise DataError(
-                f"{tokenizer.path}: prompt.template is `chat`, but the tokenizer has no chat "
-                "template; give one in chat_template.jinja, or name another prompt.template"
-            )
-        self._template = tokenizer.chat_template
-        spelt = tokenizer.special_in((system or "") + wording.user)
-        if spelt is not None:
-            raise DataError(
-                f"prompt.instruction or prompt.system: it spells the special token {spelt}, which "
-                "would become part of the markup; remove the token from it"
-            )
-        answered = self._template.render(self.messages("1 + 1", _ANSWER))
-        if _ANSWER not in answered:
-            raise DataError(
-                f"{tokenizer.path}: its chat template does not write what the assistant says; "
-                "name another prompt.template"
-            )
-        ending = answered.rpartition(_ANSWER)[2]
-        stop = tokenizer.special_in(ending)
-        if stop is None:
-            raise DataError(
-                f"{tokenizer.path}: its chat template ends an answer with {ending!r}, which holds "
-                "no special token to stop at; name another prompt.template"
-            )
-        self.stop_tokens: tuple[str, ...] = (stop,)
-        self.pair("1 + 1", _ANSWER)
-
-    def prompt(self, problem: str) -> str:
-        """All that stands before the answer."""
-        return self._template.render(self._asked(problem), add_generation_prompt=True)
-
-    def pair(self, problem: str, solution: str) -> list[str]:
-        """The prompt; `solution` as the template writes it, up to the stop token."""
-        return self.turns(self.messages(problem, solution), None)
-
-    def messages(self, problem: str, solution: str) -> list[dict[str, str]]:
-        """A problem and its solution as a conversation."""
-        return [*self._asked(problem), {"role": "assistant", "content": solution}]
-
-    def turns(self, messages: Messages, tools: Tools | None) -> list[str]:
-        """The pieces of a conversation."""
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        prompts = [
-            self._template.render(messages[:i], tools=tools, add_generation_prompt=True)
-            for i in answers
-        ]
-        if self._template.marks_answers:
-            pieces = self._marked(messages, tools, prompts)
-        else:
-            pieces = self._grown(messages, tools, prompts, answers)
-        require_written(self._template, messages, tools, pieces, stop=self.stop_tokens[0])
-        return pieces
-
-    def _grown(
-        self,
-        messages: Messages,
-        tools: Tools | None,
-        prompts: Sequence[str],
-        answers: Sequence[int],
-    ) -> list[str]:
-        pieces, done = [], ""
-        for prompt, i in zip(prompts, answers, strict=True):
-            whole = self._template.render(messages[: i + 1], tools=tools)
-            if not prompt.startswith(done) or not whole.startswith(prompt):
-                raise DataError(
-                    f"{self._path}: its chat template changes the prompt once an answer follows, "
-                    f"or another turn (message {i + 1}), and has no {{% generation %}} blocks: "
-                    "neither way can tell what to train; name another prompt.template"
-                )
-            answer = self._up_to_stop(whole[len(prompt) :])
-            pieces += [prompt[len(done) :], answer]
-            done = prompt + answer
-        return pieces
-
-    def _marked(self, messages: Messages, tools: Tools | None, prompts: Sequence[str]) -> list[str]:
-        text, spans = self._template.render_marked(messages, tools=tools)
-        begins = [begin for begin, _ in spans]
-        if begins != [len(prompt) for prompt in prompts] or not all(map(text.startswith, prompts)):
-            raise DataError(
-                f"{self._path}: the {{% generation %}} blocks of its chat template do not begin "
-                "where an assistant is asked to speak (add_generation_prompt): "
-                f"at characters {begins}, expected {[len(prompt) for prompt in prompts]}; mend it, "
-                "or name another prompt.template"
-            )
-        pieces, done = [], 0
-        for begin, end in spans:
-            answer = self._up_to_stop(text[begin:end])
-            pieces += [text[done:begin], answer]
-            done = begin + len(answer)
-        return pieces
-
-    def _up_to_stop(self, text: str) -> str:
-        answer = _cut_after_stop(text, self.stop_tokens)
-        if answer is None:
-            raise DataError(
-                f"{self._path}: its chat template ends the answer {text[-60:]!r} without "
-                f"{self.stop_tokens[0]}; name another prompt.template"
-            )
-        return answer
-
-    def _asked(self, problem: str) -> list[dict[str, str]]:
-        said = [{"role": "user", "content": self._wording.fill(problem)}]
-        if self._system is None:
-            return said
-        return [{"role": "system", "content": self._system}, *said]
 
 
 def read_template(template: str | Template) -> Template:
@@ -333,7 +237,7 @@ def _read(section: type[Section], file: Path) -> Section:
     return read
 
 
-def _cut_after_stop(text: str, stops: Sequence[str]) -> str | None:
+def cut_after_stop(text: str, stops: Sequence[str]) -> str | None:
     """`text` up to the end of the first stop token in it; None if there is none."""
     found = [(text.index(stop), stop) for stop in stops if stop in text]
     if not found:

@@ -106,7 +106,7 @@ def _proof(name: str, split: Mapping[str, Any], report: Mapping[str, Any]) -> st
         bos = "the tokenizer has no BOS token that is not a stop token too; none was looked for"
     else:
         without = proof["examples"] - proof["with_bos"]
-        bos = f"no example has two BOS tokens: {proof['with_bos']:,} have one, {without:,} none"
+        bos = f"{proof['with_bos']:,} examples have a BOS token, {without:,} have none"
     found = [
         f"every example has supervised tokens, at least {supervised['shortest']:,}",
         ends,

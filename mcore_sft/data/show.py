@@ -117,7 +117,7 @@ def coloured(example: Example, tokenizer: Tokenizer) -> Text:
     """The text of an example: trained tokens green, the others dim, special tokens bold."""
     text = Text()
     for ids, style in _runs(example, _special_ids(tokenizer)):
-        text.append(printable(tokenizer.decode(ids)), style=style)
+        text.append(printable(tokenizer.spell(ids)), style=style)
     return text
 
 
@@ -148,7 +148,7 @@ def _by_token(example: Example, tokenizer: Tokenizer | None, position: int) -> T
     at = position
     for ids, style in _runs(example, _special_ids(tokenizer) if tokenizer else []):
         for number in ids:
-            shown = repr(tokenizer.decode([number])) if tokenizer else ""
+            shown = repr(tokenizer.spell([number])) if tokenizer else ""
             trained = "yes" if "green" in style else ""
             table.add_row(str(at), str(number), Text(shown), trained, style=style)
             at += 1

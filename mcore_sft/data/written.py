@@ -5,7 +5,7 @@ is left of such a row would be trained all the same.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from mcore_sft.data.chat_template import ChatTemplate, Messages, Tools
@@ -16,24 +16,25 @@ def require_written(
     template: ChatTemplate,
     messages: Messages,
     tools: Tools | None,
-    pieces: Sequence[str],
+    text: str,
+    answers: Mapping[int, tuple[int, int]],
     *,
     stop: str,
 ) -> None:
-    """`UnfitRow` if `pieces` do not hold, each in its turn, all that a conversation says.
+    """`UnfitRow` if `text` does not hold, each in its turn, all that a conversation says.
 
-    The pieces are what stands before an answer, and the answer up to `stop`, in turn. White space
-    does not count, and texts may be escaped as in JSON or Python.
+    answers: where in the text the trained ones stand, stop token included, by their message. Those
+    that are not trained are context, which is as the template writes it. White space does not
+    count, and texts may be escaped as in JSON or Python.
     """
-    _require_keys(template, messages, tools)
-    _require_tools(template, messages, tools, pieces[0])
-    first = 0
-    for before, answer in zip(pieces[::2], pieces[1::2], strict=True):
-        last = first
-        while messages[last]["role"] != "assistant":
-            _require(messages[last], last + 1, before)
-            last += 1
-        body = answer.removesuffix(stop)
+    _require_keys(template, messages, tools, text, answers)
+    _require_tools(template, messages, tools, text)
+    first, done = 0, 0
+    for last, (begin, end) in answers.items():
+        before, body = text[done:begin], text[begin:end].removesuffix(stop)
+        for index in range(first, last):
+            if messages[index]["role"] != "assistant":
+                _require(messages[index], index + 1, before)
         if not body.strip():
             raise UnfitRow(
                 f"message {last + 1}: the chat template makes nothing but {stop} of it; mend the "
@@ -44,11 +45,10 @@ def require_written(
         except UnfitRow:
             # Where an answer begins with thoughts, what opens them may belong to the prompt.
             said = template.render(messages[:last], tools=tools)
-            asked = template.render(messages[:last], tools=tools, add_generation_prompt=True)
-            if not asked.startswith(said):
+            if not text.startswith(said):
                 raise
-            _require(messages[last], last + 1, asked[len(said) :] + body)
-        first = last + 1
+            _require(messages[last], last + 1, text[len(said) : end].removesuffix(stop))
+        first, done = last + 1, end
 
 
 def passed_over(who: str, number: int, message: Mapping[str, Any], key: str) -> UnfitRow:
@@ -96,39 +96,44 @@ def _holds(written: str, text: str) -> bool:
 
 
 def _require_tools(
-    template: ChatTemplate, messages: Messages, tools: Tools | None, before: str
+    template: ChatTemplate, messages: Messages, tools: Tools | None, text: str
 ) -> None:
     if not tools:
         return
-    used = _changes(template, (messages, tools), (messages, None))  # a name may occur by chance
+    used = _writes_otherwise(template, messages, None, text)  # a name may occur by chance
     for tool in tools:
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, Mapping) else None
-        if not used or (isinstance(name, str) and not _holds(before, name)):
+        if not used or (isinstance(name, str) and not _holds(text, name)):
             raise UnfitRow(
                 f"the chat template leaves out the tool {name or tool!r:.60}; take the tools away, "
                 "or name another prompt.template"
             )
 
 
-def _require_keys(template: ChatTemplate, messages: Messages, tools: Tools | None) -> None:
+def _require_keys(
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Tools | None,
+    text: str,
+    answers: Container[int],
+) -> None:
     """`UnfitRow` if the template writes the same without a key that it would have to know."""
     for index, message in enumerate(messages):
+        if message["role"] == "assistant" and index not in answers:
+            continue
         calls = ["tool_calls"] if "tool_calls" in message else []
         for key in (*calls, *unknown_keys(message)):
             rest = {name: value for name, value in message.items() if name != key}
             others = [*messages[:index], rest, *messages[index + 1 :]]
-            if not _changes(template, (messages, tools), (others, tools)):
+            if not _writes_otherwise(template, others, tools, text):
                 raise passed_over("the chat template", index + 1, message, key)
 
 
-def _changes(
-    template: ChatTemplate,
-    these: tuple[Messages, Tools | None],
-    those: tuple[Messages, Tools | None],
+def _writes_otherwise(
+    template: ChatTemplate, messages: Messages, tools: Tools | None, text: str
 ) -> bool:
-    written = template.render(these[0], tools=these[1])
     try:
-        return template.render(those[0], tools=those[1]) != written
+        return template.render(messages, tools=tools) != text
     except UnfitRow:  # it cannot do without
         return True

@@ -83,7 +83,7 @@ BROKEN = {
     "no supervised token, so": ([STOP], [[0, 1]]),
     "ends with token 301, trained; expected a stop token": ([BOS, 300, 301], [[1, 3]]),
     f"ends with token {STOP}, not trained": ([BOS, 300, STOP], [[1, 2]]),
-    "2 BOS tokens": ([BOS, BOS, 300, STOP], [[3, 4]]),
+    "begins with two BOS tokens": ([BOS, BOS, 300, STOP], [[3, 4]]),
     "11 tokens, expected at most 10": ([300] * 10 + [STOP], [[3, 11]]),
 }
 

@@ -194,9 +194,9 @@ def pieces(tmp_path_factory):
 def test_sentencepiece_model(pieces):
     assert pieces.vocab_size == 400
     assert (pieces.bos_id, pieces.eos_id) == (1, 2)
-    assert pieces.special_tokens == ("<s>", "</s>", "[INST]")
+    assert pieces.special_tokens == ("<unk>", "<s>", "</s>", "[INST]")
     ids = pieces.encode("<s>The answer</s>")
-    assert ids == [1, *pieces.encode("The answer"), 2]
+    assert (ids[0], ids[-1], pieces.spell(ids)) == (1, 2, "<s>The answer</s>")
     assert pieces.decode(ids) == "<s>The answer</s>"
     assert pieces.decode(ids, skip_special=True) == "The answer"
     assert pieces.encode_batch(["The answer"]) == [pieces.encode("The answer")]
