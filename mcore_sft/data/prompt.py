@@ -9,6 +9,7 @@ prompt. M = examples, G = pieces of text.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,6 +48,9 @@ from mcore_sft.data.tokenizer import Ids, Offsets, Tokenizer
 
 SPECIAL_IN_TEXT = "special token in text"
 """Why a row is dropped whose own text spells a special token."""
+
+_CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<[be]os>|<(?:start|end)_of_turn>")
+"""How control tokens are spelt in the templates of the usual models."""
 
 NO_ANSWER = "no answer at the end"
 """Why a conversation is dropped that an assistant does not end: nothing is ever cut."""
@@ -118,11 +122,13 @@ class Prompt:
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
         self._reserved = np.union1d(tokenizer.special_ids, self.stop_ids)
         self._num_bos = self._count_bos()
+        if not self._verbatim:
+            self._require_tokens()
 
     @classmethod
     def load(cls, config: PromptConfig, tokenizer: Tokenizer) -> "Prompt":
         """The prompt that the configuration names; the content of files becomes part of it."""
-        template, instruction = config.template, config.instruction
+        template, instruction = config.template or _own_template(tokenizer), config.instruction
         return cls(
             read_template(template) if is_file(template) else template,
             read_instruction(instruction) if is_file(instruction) else instruction,
@@ -363,6 +369,20 @@ class Prompt:
         counts = np.searchsorted(places, ends) - np.searchsorted(places, starts[:-1])
         return np.asarray(counts > 1 if self._verbatim else counts != self._num_bos)
 
+    def _require_tokens(self) -> None:
+        """`DataError` if the markup spells a control token that the tokenizer does not have."""
+        markup = self.text("1 + 1") + self.answer("1 + 1", "2")
+        if self._template != "chat":
+            markup += "".join(map(str, read_template(self._template).model_dump().values()))
+        spelt = dict.fromkeys(_CONTROL.findall(markup))
+        if lacking := [token for token in spelt if token not in self._tokenizer.vocab]:
+            name = self._template if isinstance(self._template, str) else "of a file"
+            raise DataError(
+                f"prompt.template {name}: it writes {', '.join(lacking)}, which the "
+                f"tokenizer {self._tokenizer.path} does not have as a token, so that its letters "
+                "would be trained. Fix: another prompt.template, or model.tokenizer=PATH"
+            )
+
     def _count_bos(self) -> int:
         """BOS tokens of the template: one, or none."""
         bos = self._tokenizer.bos_id
@@ -373,6 +393,16 @@ class Prompt:
                 "mend the template, or the chat template of the tokenizer"
             )
         return count
+
+
+def _own_template(tokenizer: Tokenizer) -> str:
+    """The name of the tokenizer's chat template; `DataError` if it has none."""
+    if not tokenizer.has_chat_template:
+        raise DataError(
+            f"{tokenizer.path}: prompt.template is not given, and the tokenizer has no chat "
+            "template of its own. Fix: prompt.template=llama3, chatml, or a .yaml file"
+        )
+    return "chat"
 
 
 def _assemble(pieces: _Pieces, ids: Ids, offsets: Offsets) -> Examples:

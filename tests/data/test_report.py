@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.config import PromptConfig
 from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.encode import Sample
 from mcore_sft.data.errors import DataError
@@ -19,9 +18,10 @@ from mcore_sft.data.proof import prove
 from mcore_sft.data.report import show_manifest, write_report
 from mcore_sft.data.report_page import _contamination
 from mcore_sft.data.tokenizer import load_tokenizer
+from tests.prompts import MathPrompt
 
 TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "fixtures" / "tokenizer")
-PROMPT = Prompt.load(PromptConfig(), TOKENIZER)
+PROMPT = Prompt.load(MathPrompt(), TOKENIZER)
 BOS, STOP = TOKENIZER.token_id("<|begin_of_text|>"), TOKENIZER.token_id("<|eot_id|>")
 EVIL = "<script>alert('x')</script> & \ud800"
 
