@@ -721,9 +721,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        tree = _yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
@@ -740,7 +738,7 @@ def parse_section(
     section: type[Section], tree: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> Section:
     """Check `tree` as one section, for a command that has no experiment file."""
-    plain = json.loads(json.dumps(tree, default=str))
+    plain = _plain(tree)
     for override in overrides:
         _apply(plain, override)
     try:
@@ -781,6 +779,11 @@ def schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
+_DEEPEST = 20
+"""Levels of a key, more than any has."""
+_TOO_DEEP = "nested too deeply"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-5` as text; here it is the number it looks like. No key stands twice."""
 
@@ -804,16 +807,36 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _yaml(text: str) -> Any:
+    """The value that `text` spells."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(_TOO_DEEP) from None
+
+
+def _plain(tree: Any) -> Any:
+    """A copy in JSON's types."""
+    try:
+        return json.loads(json.dumps(tree, default=str))
+    except (RecursionError, ValueError):  # the latter for what holds itself
+        raise ConfigError(_TOO_DEEP) from None
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one "dotted.key=value" in `tree`; numbers in the key index lists."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as optimizer.lr=1e-5")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        value = _plain(_yaml(text))
+    except ConfigError as error:
+        raise ConfigError(f"override {override:.60}: {error}") from None
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST:
+        raise ConfigError(f"override {key:.60}...: a key of {len(parents) + 1} levels is not known")
     node: Any = tree
     for depth, part in enumerate(parents):
         node = _child(node, part, ".".join(parents[: depth + 1]))

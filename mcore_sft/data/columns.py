@@ -180,6 +180,13 @@ def _is_packed(columns: Columns, schema: pa.Schema) -> bool:
     return columns.roles.keys().isdisjoint(schema.names) and is_bridge(schema)
 
 
+def texts_in(line: bytes, names: Iterable[str]) -> Mapping[str, Any]:
+    """Those of `names` that hold a text in a line which Python's json cannot read, by Arrow."""
+    table = _parse_lines(line, pa.schema(dict.fromkeys(names, pa.large_string())))
+    row = table.to_pylist()[0] if table is not None else {}
+    return {name: text for name, text in row.items() if text is not None}
+
+
 # --- a whole block by Arrow ---
 
 

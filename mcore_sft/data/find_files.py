@@ -54,12 +54,12 @@ def _local_files(path: str, root: Path) -> list[Path]:
         )
     if kind is not None or path == "-":
         raise DataError(
-            f"source {path!r}: a pipe or a device, which can be read once, and sources are read "
-            f"twice. Fix: write it to a file first, as with `cat {path} > rows.jsonl`"
+            f"source {path!r}: a pipe or a device, which can be read only once; sources are read "
+            f"twice. Fix: write it to a file first: `cat {shlex.quote(path)} > rows.jsonl`"
         )
-    absolute = os.path.isabs(path)
-    pattern = path if absolute else os.path.join(glob.escape(str(root)), path)
-    _require_open(pattern)
+    before = "" if os.path.isabs(path) else glob.escape(str(root))
+    pattern = os.path.join(before, path)
+    _require_open(pattern, len(Path(before).parts))
     found = map(Path, glob.glob(pattern, recursive=True))
     return sorted(file for file in found if stat.S_ISREG(_kind(file) or 0))
 
@@ -76,19 +76,25 @@ def _kind(path: Path) -> int | None:
         raise DataError(f"source {str(path)!r}: no name of a file; give another") from None
 
 
-def _require_open(pattern: str) -> None:
-    """`DataError` if a folder that a glob looks into may not be listed: it would find nothing."""
+def _require_open(pattern: str, begin: int) -> None:
+    """`DataError` if a glob may not look into a folder: it would pass over it without a word.
+
+    The first `begin` parts of `pattern` are no pattern.
+    """
     parts = Path(pattern).parts
-    for end in range(1, len(parts)):
-        if not _MAGIC.search(parts[end]):
+    for end in range(max(1, begin), len(parts)):
+        if not any(map(_MAGIC.search, parts[begin : end + 1])):
             continue
         for folder in glob.glob(os.path.join(*parts[:end]), recursive=True):
             try:
-                os.scandir(folder).close()
-            except NotADirectoryError:
+                if _MAGIC.search(parts[end]):
+                    os.scandir(folder).close()
+                else:
+                    os.stat(os.path.join(folder, parts[end]))
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+                raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def _require_name(file: Path) -> None:
@@ -124,8 +130,9 @@ def _require_local(path: str) -> None:
     scheme, separator, rest = path.partition("://")
     if not separator or not scheme.isalnum():
         return
-    folder, _, name = path.rpartition("/")
-    quoted = shlex.quote(path)
+    scheme = scheme.lower()
+    folder, _, name = f"{scheme}://{rest}".rpartition("/")
+    quoted = shlex.quote(f"{folder}/{name}")
     commands = {
         "s3": f"aws s3 cp {quoted} .",
         "gs": f"gcloud storage cp {quoted} .",
@@ -163,7 +170,7 @@ def _from_hub(path: str) -> list[Path]:
     try:
         names = sorted(HfFileSystem().glob(path)) if _MAGIC.search(path) else [path]
         found = [_download(name) for name in names]
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each release has errors of its own
         raise DataError(
             f"source {path!r}: cannot be read from the hub ({first_line(error)})"
         ) from None

@@ -5,6 +5,7 @@
 A part is a row group or a record batch. Rows are numbered from 1 on, as in messages.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -34,11 +35,12 @@ class Parquet:
 
     def batches(self, part: int, columns: Sequence[str], end: int | None = None) -> Iterator[Any]:
         """Record batches of the row groups from `part` to `end`, or to the last."""
-        groups = range(part, self.num_groups if end is None else end)
-        for batch in self._opened.iter_batches(
-            ROWS_AT_ONCE, row_groups=groups, columns=columns, use_threads=False
-        ):
-            yield batch.select(columns)  # the name of one may be the beginning of another's
+        # Group by group: some nested types are not read over the end of one.
+        for group in range(part, self.num_groups if end is None else end):
+            for batch in self._opened.iter_batches(
+                ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False
+            ):
+                yield batch.select(columns)  # the name of one may be the beginning of another's
 
 
 class Arrow:
@@ -150,6 +152,8 @@ def _reading(file: SourceFile) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError) as error:
         file.require_unchanged()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{file.path}: cannot be read ({os.strerror(error.errno)})") from None
         form, more = "an Arrow file or stream", "; Feather is read in its version 2"
         if file.kind == ".parquet":
             form, more = "a Parquet file", ""

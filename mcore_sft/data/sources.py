@@ -23,7 +23,7 @@ from mcore_sft.data.columns import wanted_columns
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.find_files import FORMS, find_files
 from mcore_sft.data.foreign import is_bridge
-from mcore_sft.data.known_columns import Columns, configured, recognise, require_known
+from mcore_sft.data.known_columns import PAIRS, Columns, configured, recognise, require_known
 from mcore_sft.data.open_table import open_table
 from mcore_sft.data.source_file import SourceFile
 from mcore_sft.data.table_blocks import dataset_blocks, table_blocks, token_blocks
@@ -83,7 +83,7 @@ def survey(
     """
     paths = _paths(source, root)
     if not paths:
-        return _survey_dataset(source, alone)
+        return _survey_dataset(source, root, alone)
     described, parts, size = [], [], 0
     columns = configured(source, alone=alone)
     for path in paths:
@@ -104,7 +104,7 @@ def peek(source: SourceConfig, *, root: Path) -> Survey:
     """A source without its checksums, for a look at the first blocks: no other is read."""
     paths = _paths(source, root)
     if not paths:
-        return _survey_dataset(source, alone=False)
+        return _survey_dataset(source, root, alone=False)
     columns, parts = configured(source, alone=False), []
     for path in paths:
         opened = _parts_of(source, path, root)
@@ -166,7 +166,8 @@ def _recognised(source: SourceConfig, file: SourceFile, alone: bool) -> Columns 
                 name=str(file.path),
                 alone=alone,
             )
-    row = first_row(file)
+    known = {name for pair in PAIRS for name in pair}
+    row = first_row(file, known | {source.problem or "", source.solution or ""})
     where = f"{file.path}:1"
     return None if row is None else require_known(source, row, alone=alone, where=where)
 
@@ -259,9 +260,9 @@ def _checksum(file: SourceFile, advance: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-def _survey_dataset(source: SourceConfig, alone: bool) -> Survey:
+def _survey_dataset(source: SourceConfig, root: Path, alone: bool) -> Survey:
     """A dataset of Hugging Face, from the files that it is kept in once it is downloaded."""
-    dataset = _load_dataset(source)
+    dataset = _load_dataset(source, root)
     name = f"{source.path}[{source.split}]"
     arrow = dataset.with_format("arrow")
     columns = configured(source, alone=alone) or _recognised_in_table(
@@ -293,7 +294,7 @@ def _survey_dataset(source: SourceConfig, alone: bool) -> Survey:
     return Survey(source=source, description=description, size=size, parts=[part], using=using)
 
 
-def _load_dataset(source: SourceConfig) -> Any:
+def _load_dataset(source: SourceConfig, root: Path) -> Any:
     import datasets
 
     if not re.fullmatch(r"\w+(\.\w+)*", source.split):
@@ -303,11 +304,12 @@ def _load_dataset(source: SourceConfig) -> Any:
         )
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         said = str(error).partition("Example of usage")[0]  # it names configurations, or splits
         raise DataError(
-            f"source {source.path!r}: neither a file nor a Hugging Face dataset that can be read "
-            f"(split {source.split}): {' '.join(said.split()) or type(error).__name__}"
+            f"source {source.path!r}: neither a file ({(root / source.path).absolute()}) nor a "
+            f"Hugging Face dataset that can be read (split {source.split}): "
+            f"{' '.join(said.split()) or type(error).__name__}"
         ) from None
 
 

@@ -9,9 +9,10 @@ import gzip
 import hashlib
 import io
 import lzma
+import shlex
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow as pa
 import xxhash
 
 from mcore_sft.data.blocks import Block, LineBlock, Part, TextBlock, ValueBlock
+from mcore_sft.data.columns import texts_in
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.json_array import JsonArray
 from mcore_sft.data.known_columns import Columns
@@ -67,14 +69,26 @@ def survey_lines(
     return digest.hexdigest(), part
 
 
-def first_row(file: SourceFile) -> Mapping[str, Any] | None:
-    """The first row of a file that is an object; None if there is none in its first block."""
+def first_row(file: SourceFile, texts: Iterable[str]) -> Mapping[str, Any] | None:
+    """The first row of a file; of one that Arrow alone can read, those of `texts`.
+
+    None if there is no row; `DataError` if none of the first block can be used.
+    """
     block = next(text_blocks(Columns(), file, None), None)
     if isinstance(block, ValueBlock):
-        return next((value for value in block.values if isinstance(value, dict)), None)
-    for line in io.BytesIO(block.data) if isinstance(block, TextBlock) else ():
-        with suppress(BadRow):
-            return parse_line(line.removeprefix(codecs.BOM_UTF8))
+        return next((value for value in block.values if isinstance(value, dict)), {})
+    data = block.data if isinstance(block, TextBlock) else b""
+    wrong: list[str] = []
+    for number, line in enumerate(io.BytesIO(data.removeprefix(codecs.BOM_UTF8)), start=1):
+        try:
+            if line.strip():
+                return parse_line(line)
+        except BadRow as error:
+            if row := texts_in(line, texts):
+                return row
+            wrong.append(f"{file.path}:{number}: {error}")
+    if wrong:
+        raise DataError(wrong[0])
     return None
 
 
@@ -188,10 +202,21 @@ def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
         raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         file.require_unchanged()
-        raise DataError(
-            f"{file.path}: cannot be read ({str(error) or type(error).__name__}); it is damaged or "
-            "cut short: write it again"
-        ) from None
+        raise DataError(f"{file.path}: {_what_is_wrong(file, error)}") from None
+
+
+def _what_is_wrong(file: SourceFile, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror})"
+    if "too much memory" in str(error):
+        return (
+            "compressed with a longer window than is read (`zstd --long`). Fix: unpack it, as with "
+            f"`zstd -d --long=31 {shlex.quote(file.path.name)}`, and give the unpacked file"
+        )
+    return (
+        f"cannot be read ({str(error) or type(error).__name__}); it is damaged or cut short: "
+        "write it again"
+    )
 
 
 class _Streams(io.RawIOBase):

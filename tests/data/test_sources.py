@@ -398,6 +398,15 @@ def test_damaged_compressed_files_are_named(name, tmp_path):
             read(tmp_path, path=name)
 
 
+def test_a_long_window_of_zstd_is_named(tmp_path):
+    """A frame that asks for 2 GB, as `zstd --long=31` writes it, with one byte of text."""
+    frame = bytes.fromhex("28b52ffd 00 a8 09 0000 0a")
+    (tmp_path / "a b.jsonl.zst").write_bytes(frame)
+    with pytest.raises(DataError, match=r"`zstd -d --long=31 'a b\.jsonl\.zst'`") as told:
+        survey(SourceConfig(path="a b.jsonl.zst"), root=tmp_path)
+    assert "damaged" not in str(told.value)
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_streams_end_to_end_are_one_file(ending, small, tmp_path):
     """As pbzip2, pigz, `xz` by several threads and `cat` leave them."""
@@ -691,10 +700,30 @@ def test_dataset_that_cannot_be_had_is_named(monkeypatch, tmp_path):
         raise datasets.exceptions.DatasetNotFoundError("it is not on the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"owner/name.*neither a file nor.*not on the hub"):
+    said = rf"neither a file \({tmp_path}/owner/name\) nor a Hugging Face dataset .*not on the hub"
+    with pytest.raises(DataError, match=said):
         survey(SourceConfig(path="owner/name"), root=tmp_path)
     with pytest.raises(DataError, match=r"split 'train\[:5%\]' is not the name of one split"):
         survey(SourceConfig(path="owner/name", split="train[:5%]"), root=tmp_path)
+
+
+def test_configurations_of_a_dataset_are_all_named(monkeypatch, tmp_path):
+    import datasets
+
+    names = [f"config-{i}" for i in range(200)]
+
+    def load_dataset(path, name, *, split):
+        raise ValueError(
+            f"Config name is missing.\nPlease pick one among the available configs: {names}\n"
+            "Example of usage:\n\t`load_dataset('owner/name', 'config-0')`"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as told:
+        survey(SourceConfig(path="owner/name"), root=tmp_path)
+    assert str(told.value).endswith(
+        f"missing. Please pick one among the available configs: {names}"
+    )
 
 
 @pytest.mark.parametrize(
