@@ -160,7 +160,7 @@ def run_ours(rows: Path, tokenizer: Path, template: str, output: Path) -> Ran:
     config = {
         "name": "benchmark",
         "model": {"path": str(rows.parent), "tokenizer": str(tokenizer)},
-        "prompt": {"template": template},
+        "prompt": {"template": template, "instruction": "generic/math"},
         "data": {
             "root": str(rows.parent),
             "train": [{"path": rows.name, "solution": "solution"}],
@@ -245,7 +245,8 @@ def end_to_end(options: argparse.Namespace, work: Path) -> Iterator[Figure]:
     efficiency = counts["packing_efficiency"]
     yield Figure(name="ours, packing efficiency", value=efficiency, shown=f"{efficiency:.2%}")
 
-    prompt = Prompt.load(PromptConfig(template=template), tokenizer)
+    wanted = PromptConfig(template=template, instruction="generic/math")
+    prompt = Prompt.load(wanted, tokenizer)
     theirs = run_peer(rows, options.peer_rows, options.tokenizer, prompt, work / "peer")
     made = json.loads(theirs.printed.splitlines()[-1])
     examples = require_same(packed, work / "peer")

@@ -57,7 +57,10 @@ def prepare(data: Path, tokenizer: Path, folder: Path, rows: int) -> RunConfig:
         "name": "train_cpu",
         "output": str(folder / "run"),
         "model": {"path": str(folder / "model")},
-        "prompt": {"template": "chatml" if "<|im_end|>" in special else "llama3-instruct"},
+        "prompt": {
+            "template": "chatml" if "<|im_end|>" in special else "llama3-instruct",
+            "instruction": "generic/math",
+        },
         "data": {
             "root": str(folder),
             "packed": str(folder / "packed"),

@@ -49,6 +49,7 @@ Place = Annotated[Path, AfterValidator(lambda path: Path(home(str(path))))]
 """A path; `~` is the home folder."""
 PlaceOrName = Annotated[str, AfterValidator(home)]
 """A path, or the name of something that is shipped or on the hub."""
+Name = Annotated[str, Field(min_length=1)]
 Policy = Literal["last_box", "nemo_skills", "nemo_rl", "gsm8k", "final_answer"]
 """Which part of a response counts as its answer; evaluation/extract.py says what each means."""
 
@@ -59,6 +60,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def require_effect(self, *keys: str, needs: str) -> None:
+        """Raise ValueError for a key of `keys` that is set: it does nothing without `needs`."""
+        for key in keys:
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: {value} has no effect without {needs}. Fix: set that, or take {key} "
+                    "out"
+                )
 
 
 class ModelConfig(Section):
@@ -81,10 +91,11 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """How problems and solutions become text."""
 
-    template: PlaceOrName = "llama3-instruct"
-    """Chat markup: a shipped name, a YAML file, or `chat` for the tokenizer's chat template."""
-    instruction: PlaceOrName | None = "generic/math"
-    """What stands around the problem: a shipped name, a YAML file, or none."""
+    template: PlaceOrName | None = None
+    """Chat markup: `chat` for the tokenizer's own chat template, a shipped name, or a YAML file.
+    Without it, `chat`, where the tokenizer has a chat template."""
+    instruction: PlaceOrName | None = None
+    """What stands around the problem: a shipped name, such as generic/math, or a YAML file."""
     system: str | None = None
     """System text before the problem, instead of the instruction's own; conversations keep theirs.
     An evaluation without this key takes the one that most training prompts had."""
@@ -100,14 +111,15 @@ class SourceConfig(Section):
     """Configuration of a Hugging Face dataset that has several, such as `main` of openai/gsm8k."""
     split: str = "train"
     """Split, where `path` is the name of a Hugging Face dataset."""
-    problem: str = "problem"
-    """Column that holds the problem."""
-    solution: str = "generated_solution"
+    problem: Name | None = None
+    """Column that holds the problem; without it and `messages`, the columns are recognised by
+    their usual names (docs/data.md) and reported."""
+    solution: Name | None = None
     """Column that holds the solution, which is what is learned."""
-    messages: str | None = None
+    messages: Name | None = None
     """Column of whole conversations (a list of role and content) instead of problem and solution;
     what assistants say in them is learned."""
-    tools: str | None = None
+    tools: Name | None = None
     """Column of the tools that a conversation may call, for the tokenizer's chat template."""
     mask: PlaceOrName | None = None
     """For Megatron's tokens, which do not say what is trained: an .idx with 0 or 1 for each token,
@@ -121,8 +133,7 @@ class SourceConfig(Section):
     def _check(self) -> Self:
         if self.tools is not None and self.messages is None:
             raise ValueError("tools needs messages, given none")
-        defaults = ("problem", "generated_solution")
-        if self.messages is not None and (self.problem, self.solution) != defaults:
+        if self.messages is not None and (self.problem or self.solution):
             raise ValueError("a source has messages, or problem and solution, not both")
         return self
 
@@ -194,6 +205,11 @@ class FilterConfig(Section):
     def _check(self) -> Self:
         if self.remove_contaminated and self.contamination_file is None:
             raise ValueError("remove_contaminated needs contamination_file, given none")
+        if not self.remove_contaminated:
+            self.require_effect("contamination_file", needs="remove_contaminated")
+        if not self.majority_filter:
+            keys = ("min_majority_votes", "min_majority_percentage")
+            self.require_effect(*keys, needs="majority_filter")
         if (self.downsampling_method is None) != (self.num_output_samples is None):
             raise ValueError("downsampling_method and num_output_samples need each other")
         for text in ("problem", "solution"):
@@ -201,6 +217,12 @@ class FilterConfig(Section):
             in_tokens = text == "problem" or not self.use_chars_for_min_length
             if low > high and in_tokens:
                 raise ValueError(f"min_{text}_length {low} is above max_{text}_length {high}")
+            filtered = f"remove_len_outlier_{text}s"
+            if not getattr(self, filtered):
+                self.require_effect(f"min_{text}_length", f"max_{text}_length", needs=filtered)
+        if not self.remove_len_outlier_solutions:
+            needed = "remove_len_outlier_solutions"
+            self.require_effect("use_chars_for_min_length", needs=needed)
         return self
 
 
@@ -214,6 +236,12 @@ class ContaminationConfig(Section):
     than 8 words is the same where all its words stand in a row."""
     remove: bool = True
     """Drop such problems, and those equal but for case and white space; false tells of them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.against:
+            self.require_effect("threshold", "remove", needs="against")
+        return self
 
 
 class HoldoutConfig(Section):
@@ -263,6 +291,8 @@ class DataConfig(Section):
     def _check(self) -> Self:
         if self.holdout.fraction and self.validation:
             raise ValueError("holdout.fraction and validation are two validation sets; give one")
+        if self.on_bad_row != "skip":
+            self.require_effect("max_bad_rows", needs="on_bad_row: skip")
         return self
 
 
@@ -435,6 +465,8 @@ class OptimizerConfig(Section):
     def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.schedule == "constant":
+            self.require_effect("min_lr", needs="schedule: linear or cosine")
         return self
 
 
@@ -689,9 +721,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        tree = _yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
@@ -708,7 +738,7 @@ def parse_section(
     section: type[Section], tree: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> Section:
     """Check `tree` as one section, for a command that has no experiment file."""
-    plain = json.loads(json.dumps(tree, default=str))
+    plain = _plain(tree)
     for override in overrides:
         _apply(plain, override)
     try:
@@ -749,6 +779,11 @@ def schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
+_DEEPEST = 20
+"""Levels of a key, more than any has."""
+_TOO_DEEP = "nested too deeply"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-5` as text; here it is the number it looks like. No key stands twice."""
 
@@ -772,16 +807,36 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _yaml(text: str) -> Any:
+    """The value that `text` spells."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(_TOO_DEEP) from None
+
+
+def _plain(tree: Any) -> Any:
+    """A copy in JSON's types."""
+    try:
+        return json.loads(json.dumps(tree, default=str))
+    except (RecursionError, ValueError):  # the latter for what holds itself
+        raise ConfigError(_TOO_DEEP) from None
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one "dotted.key=value" in `tree`; numbers in the key index lists."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as optimizer.lr=1e-5")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        value = _plain(_yaml(text))
+    except ConfigError as error:
+        raise ConfigError(f"override {override:.60}: {error}") from None
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST:
+        raise ConfigError(f"override {key:.60}...: a key of {len(parents) + 1} levels is not known")
     node: Any = tree
     for depth, part in enumerate(parents):
         node = _child(node, part, ".".join(parents[: depth + 1]))

@@ -32,6 +32,7 @@ from mcore_sft.training import optimizer as optim
 from mcore_sft.training.metrics import FILE as METRICS
 from mcore_sft.training.step import count, run
 from tests.distributed import run_ranks
+from tests.prompts import MATH
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -140,6 +141,7 @@ def experiment(folder: Path, model: Path, **changes: Any) -> RunConfig:
         "name": "equality",
         "output": str(folder),
         "model": {"path": str(model), "tokenizer": str(FIXTURES / "tokenizer")},
+        "prompt": MATH,
         "data": {
             "root": str(FIXTURES),
             "packed": str(model / "packed"),

@@ -829,7 +829,8 @@ def _prompt(scratch: Path, template: str) -> Prompt:
         "\n\n{{ m.content }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     )
-    return Prompt.load(PromptConfig(template=template), load_tokenizer(folder))
+    wanted = PromptConfig(template=template, instruction="generic/math")
+    return Prompt.load(wanted, load_tokenizer(folder))
 
 
 def _rows() -> list[dict[str, str]]:

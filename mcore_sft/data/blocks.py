@@ -7,87 +7,53 @@ A block says where its rows lie, or holds them where only one process can get at
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import xxhash
 
-from mcore_sft.config import SourceConfig
-from mcore_sft.data.columns import MAX_ROW_BYTES, RowReader, wanted_columns
-from mcore_sft.data.errors import DataError
+from mcore_sft.data.columns import RowReader
 from mcore_sft.data.foreign import read_megatron
+from mcore_sft.data.known_columns import Columns
+from mcore_sft.data.open_table import OpenTable
 from mcore_sft.data.rows import Chats, Pairs, Tokens
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file as it was when the sources were surveyed."""
-
-    path: Path
-    size: int
-    changed_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> "SourceFile":
-        """The file as it is now."""
-        stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns)
-
-    @property
-    def kind(self) -> str:
-        """The ending of its name in lower case, which says what it is read as."""
-        return self.path.suffix.lower()
-
-    def require_unchanged(self) -> None:
-        """`DataError` if the file is not what it was."""
-        try:
-            unchanged = SourceFile.of(self.path) == self
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise changed(self.path)
-
-
-def changed(path: Path) -> DataError:
-    """The error for a file that is not what it was."""
-    return DataError(
-        f"{path}: it changed while it was read; run again when nothing writes to it any more"
-    )
+from mcore_sft.data.single_row import MAX_ROW_BYTES
+from mcore_sft.data.source_file import SourceFile, changed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block(ABC):
     """Some rows of one source.
 
-    name: the file or dataset; first: number of the first line or row there, from 1; size: bytes of
-    the source; rows: how many of them are to be read, None where nobody has counted.
+    columns: which are read; name: the file or dataset; first: number of the first line or row
+    there, from 1; size: bytes of the source; rows: how many of them are to be read, None where
+    nobody has counted.
     """
 
-    source: SourceConfig
+    columns: Columns
     name: str
     first: int
     size: int
     rows: int | None = None
 
-    def read(self, *, skip_bad: bool, eos: int | None = None) -> Pairs | Chats | Tokens:
+    def read(
+        self, *, skip_bad: bool, eos: int | None = None, table: OpenTable | None = None
+    ) -> Pairs | Chats | Tokens:
         """Its rows. One that cannot be used is a `DataError`, or with `skip_bad` in `Rows.bad`.
 
         `eos` is the tokenizer's end of a sequence, with which Megatron-Bridge pads; without it no
-        token is taken for padding.
+        token is taken for padding. `table` stays open between blocks that are read in order.
         """
-        return self._read(
-            RowReader(
-                source=self.source, name=self.name, first=self.first, skip_bad=skip_bad, eos=eos
-            )
+        reader = RowReader(
+            columns=self.columns, name=self.name, first=self.first, skip_bad=skip_bad, eos=eos
         )
+        return self._read(reader, OpenTable() if table is None else table)
 
     @abstractmethod
-    def _read(self, reader: RowReader) -> Pairs | Chats | Tokens: ...
+    def _read(self, reader: RowReader, table: OpenTable) -> Pairs | Chats | Tokens: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +64,7 @@ class LineBlock(Block):
     start: int
     digest: int
 
-    def _read(self, reader: RowReader) -> Pairs | Chats:
+    def _read(self, reader: RowReader, _: OpenTable) -> Pairs | Chats:
         if self.size > 2 * MAX_ROW_BYTES:  # more than a block can have, unless it is one line
             return reader.unread()
         try:
@@ -119,7 +85,7 @@ class TextBlock(Block):
 
     data: bytes
 
-    def _read(self, reader: RowReader) -> Pairs | Chats:
+    def _read(self, reader: RowReader, _: OpenTable) -> Pairs | Chats:
         return reader.lines(self.data)
 
 
@@ -129,42 +95,30 @@ class ValueBlock(Block):
 
     values: tuple[Any, ...]
 
-    def _read(self, reader: RowReader) -> Pairs | Chats:
+    def _read(self, reader: RowReader, _: OpenTable) -> Pairs | Chats:
         return reader.values(self.values[: self.rows])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetBlock(Block):
-    """Some row groups of a Parquet file."""
+class FileBlock(Block):
+    """Rows of a Parquet or Arrow file, from row `skip` of its row group or batch `part` on."""
 
     file: SourceFile
-    groups: tuple[int, ...]
-
-    def _read(self, reader: RowReader) -> Pairs | Chats | Tokens:
-        with open_parquet(self.file) as opened:
-            columns = wanted_columns(self.source, opened.schema_arrow, self.name)
-            table = opened.read_row_groups(self.groups, columns=columns, use_threads=False)
-        return reader.table(table.slice(0, self.rows))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArrowBlock(Block):
-    """Rows of an Arrow file or stream, from row `skip` of its record batch `batch` on."""
-
-    file: SourceFile
-    batch: int
+    part: int
     skip: int
 
-    def _read(self, reader: RowReader) -> Pairs | Chats | Tokens:
+    def _read(self, reader: RowReader, table: OpenTable) -> Pairs | Chats | Tokens:
         assert self.rows is not None
-        pieces, left = [], self.skip + self.rows
-        with open_arrow(self.file, self.source, self.name, start=self.batch) as batches:
-            for batch in batches:
-                pieces.append(batch)
-                left -= len(batch)
-                if left <= 0:
-                    break
-            return reader.table(pa.Table.from_batches(pieces).slice(self.skip, self.rows))
+        rows = table.read(
+            self.file,
+            self.columns,
+            self.name,
+            part=self.part,
+            skip=self.skip,
+            first=self.first,
+            rows=self.rows,
+        )
+        return reader.table(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +127,7 @@ class TableBlock(Block):
 
     data: bytes
 
-    def _read(self, reader: RowReader) -> Pairs | Chats | Tokens:
+    def _read(self, reader: RowReader, _: OpenTable) -> Pairs | Chats | Tokens:
         return reader.table(pa.ipc.open_stream(self.data).read_all().slice(0, self.rows))
 
 
@@ -184,7 +138,7 @@ class TokenBlock(Block):
     files: tuple[SourceFile, ...]
     mask: Path | Literal["all"]
 
-    def _read(self, reader: RowReader) -> Tokens:
+    def _read(self, reader: RowReader, _: OpenTable) -> Tokens:
         assert self.rows is not None
         for file in self.files:
             file.require_unchanged()
@@ -194,73 +148,6 @@ class TokenBlock(Block):
             numbers=np.arange(start + 1, stop + 1, dtype=np.int64),
             examples=read_megatron(self.files[0].path, self.mask, start, stop),
         )
-
-
-@contextmanager
-def open_parquet(file: SourceFile) -> Iterator[Any]:
-    """The Parquet file; `DataError` if it cannot be read or has changed."""
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as opened:
-            yield opened
-        file.require_unchanged()
-    except DataError:
-        file.require_unchanged()
-        raise
-    except (pa.ArrowException, OSError) as error:
-        file.require_unchanged()
-        raise DataError(
-            f"{file.path}: not a Parquet file that can be read ({_first_line(error)})"
-        ) from None
-
-
-@contextmanager
-def open_arrow(
-    file: SourceFile, source: SourceConfig, name: str, *, start: int = 0
-) -> Iterator[Iterator[Any]]:
-    """Record batches of an Arrow file or stream from number `start` on, with the columns needed."""
-    file.require_unchanged()  # before as well: what is mapped and cut short ends the process
-    try:
-        with pa.memory_map(str(file.path)) as mapped:
-            yield _batches(mapped, source, name, start)
-        file.require_unchanged()
-    except DataError:
-        file.require_unchanged()
-        raise
-    except (pa.ArrowException, OSError) as error:
-        file.require_unchanged()
-        raise DataError(
-            f"{file.path}: not an Arrow file or stream that can be read ({_first_line(error)}); "
-            "Feather is read in its version 2"
-        ) from None
-
-
-def _batches(mapped: Any, source: SourceConfig, name: str, start: int) -> Iterator[Any]:
-    is_file = mapped.read(6) == b"ARROW1"
-    open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
-    mapped.seek(0)
-    schema = open_reader(mapped).schema
-    fields = [schema.get_field_index(column) for column in wanted_columns(source, schema, name)]
-    mapped.seek(0)
-    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-    reader = open_reader(mapped, options=options)
-    if is_file:
-        for number in range(start, reader.num_record_batches):
-            yield reader.get_batch(number)
-    else:
-        end = mapped.tell()
-        for number, batch in enumerate(reader):
-            end = mapped.tell()
-            if number >= start:
-                yield batch
-        # Arrow takes the end of the file for that of the stream, also where messages are missing.
-        if mapped.tell() - end not in (4, 8):  # bytes of the marker, before Arrow 0.15 and since
-            raise pa.ArrowInvalid("it ends without the end-of-stream marker: it was cut short")
-        if left := mapped.size() - mapped.tell():
-            raise pa.ArrowInvalid(f"{left} bytes follow the end of its stream")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 Part = Callable[[int | None], Iterator[Block]]

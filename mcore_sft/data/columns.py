@@ -2,15 +2,12 @@
 
     lines of JSON | values of a JSON array | a table -> Pairs | Chats | Tokens
 
-Arrow reads a block at once. Where it finds anything odd, the block is read again row by row by
-Python's json, whose verdict counts and which knows the row and what is wrong with it.
+Arrow reads a block at once. Where it finds anything odd, the block is read again row by row
+(single_row.py), whose verdict counts and which knows the row and what is wrong with it.
 """
 
-import difflib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -18,35 +15,32 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json
 
-from mcore_sft.config import SourceConfig
-from mcore_sft.data import json_text
-from mcore_sft.data.conversation import checked
+from mcore_sft.data.arrow_values import EXTENSION, Values, json_values
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.foreign import is_bridge, read_bridge
+from mcore_sft.data.foreign import BRIDGE, is_bridge, read_bridge
+from mcore_sft.data.known_columns import Columns, missing
 from mcore_sft.data.rows import Chats, Pairs, Tokens, text_offsets
+from mcore_sft.data.single_row import (
+    ANSWER,
+    MAX_ROW_BYTES,
+    TOO_LONG,
+    VOTES,
+    BadRow,
+    MissingColumn,
+    chat,
+    pair,
+    parse_line,
+    require_object,
+)
 
-MAX_ROW_BYTES = 10_000_000
-"""A longer row is no example but an accident, such as a whole file in one line."""
-
-VOTES = ("majority_votes", "total_votes")
-ANSWER = "expected_answer"
-"""Columns beside problem and solution, as NeMo-Skills and OpenMathInstruct-2 name them."""
+MESSAGE_TEXTS = frozenset({"content", "reasoning_content", "thinking"})
+"""Keys of a message that hold text."""
 
 _BOM = b"\xef\xbb\xbf"
-_TOO_LONG = f"a row of more than {MAX_ROW_BYTES // 1_000_000} MB; mend or remove it"
-_PACKED = ("input_ids", "loss_mask", "seq_start_id")
 
 # First bytes of characters that are white space: of a text that begins otherwise, no more is asked.
 _SPACE = np.zeros(256, dtype=np.bool_)
 _SPACE[[chr(code).encode()[0] for code in range(0x3001) if chr(code).isspace()]] = True
-
-
-class BadRow(Exception):
-    """Why a row cannot be used."""
-
-
-class MissingColumn(BadRow):
-    """A row lacks a column, which in the first row means that the configuration is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +51,7 @@ class RowReader:
     `eos` is the token that Megatron-Bridge pads with.
     """
 
-    source: SourceConfig
+    columns: Columns
     name: str
     first: int
     skip_bad: bool
@@ -67,8 +61,8 @@ class RowReader:
         """Lines of JSON, an object each; blank ones are none."""
         if self.first == 1:
             data = data.removeprefix(_BOM)
-        if self.source.messages is None:
-            table = _parse_lines(data, _schema(self.source))
+        if not self.columns.messages:
+            table = _parse_lines(data, _schema(self.columns))
             pairs = None if table is None else self._pairs(table)
             if pairs is not None:
                 return pairs
@@ -77,18 +71,25 @@ class RowReader:
 
     def values(self, values: Sequence[Any]) -> Pairs | Chats:
         """Values of a JSON array."""
-        return self._each(enumerate(values, start=self.first), _require_object)
+        return self._each(enumerate(values, start=self.first), require_object)
 
     def table(self, table: pa.Table) -> Pairs | Chats | Tokens:
         """A table with the columns of `wanted_columns`."""
-        if _is_packed(self.source, table.schema):
+        if _is_packed(self.columns, table.schema):
             examples = read_bridge(table, name=self.name, first=self.first, eos=self.eos)
             return Tokens(name=self.name, numbers=self._numbers(len(table)), examples=examples)
-        if self.source.messages is None and (pairs := self._pairs(table)) is not None:
+        if not self.columns.messages and (pairs := self._pairs(table)) is not None:
             return pairs
-        columns = {name: _whole(table.column(name)) for name in table.column_names}
-        rows = ((self.first + i, i) for i in range(len(table)))
-        return self._each(rows, lambda i: _row_of(columns, i))
+        own = frozenset((self.columns.problem, self.columns.solution, ANSWER))
+        texts = MESSAGE_TEXTS if self.columns.messages else own
+        try:
+            rows = _rows_of(table, texts)
+        except BadRow:  # one by one, to tell which it is
+            return self._each(
+                enumerate(range(len(table)), start=self.first),
+                lambda i: _rows_of(table.slice(i, 1), texts)[0],
+            )
+        return self._each(enumerate(rows, start=self.first), lambda row: row)
 
     def unread(self) -> Pairs | Chats:
         """A line that is too long to be looked at."""
@@ -96,12 +97,12 @@ class RowReader:
 
     def _parse_line(self, line: bytes) -> Mapping[str, Any]:
         try:
-            return _parse_line(line)
+            return parse_line(line)
         except BadRow:
             # Arrow alone reads some numbers, such as Inf, and any depth, in columns that are not
             # read. A row that is good in a block of good rows is so among bad ones too.
-            if self.source.messages is None:
-                table = _parse_lines(line, _schema(self.source))
+            if not self.columns.messages:
+                table = _parse_lines(line, _schema(self.columns))
                 if table is not None and self._pairs(table) is not None:
                     return dict(table.to_pylist()[0])
             raise
@@ -111,14 +112,14 @@ class RowReader:
 
     def _pairs(self, table: pa.Table) -> Pairs | None:
         """The rows of a table in which each is good; None if one is not."""
-        problems = _texts(table, self.source.problem)
-        solutions = _texts(table, self.source.solution)
+        problems = _texts(table, self.columns.problem)
+        solutions = _texts(table, self.columns.solution)
         if problems is None or solutions is None:
             return None
         try:
             answers = _answers(table)
             votes = _votes(table)
-        except (pa.ArrowInvalid, UnicodeError, BadRow):
+        except (ValueError, BadRow):
             return None
         return Pairs(
             name=self.name,
@@ -133,13 +134,13 @@ class RowReader:
         self, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Mapping[str, Any]]
     ) -> Pairs | Chats:
         """Numbered rows, one after another."""
-        pick = _pair if self.source.messages is None else _chat
+        pick = chat if self.columns.messages else pair
         numbers: list[int] = []
         picked: list[tuple[Any, ...]] = []
         bad: dict[int, str] = {}
         for number, raw in rows:
             try:
-                picked.append(pick(parse(raw), self.source))
+                picked.append(pick(parse(raw), self.columns))
             except BadRow as error:
                 said = f"{self.name}:{number}: {error}"
                 wrong_source = isinstance(error, MissingColumn) and self.first == 1 and not picked
@@ -148,13 +149,13 @@ class RowReader:
                 bad[number] = said
             else:
                 numbers.append(number)
-        make = _make_pairs if self.source.messages is None else _make_chats
+        make = _make_chats if self.columns.messages else _make_pairs
         return make(picked, name=self.name, numbers=np.array(numbers, dtype=np.int64), bad=bad)
 
 
-def wanted_columns(source: SourceConfig, schema: pa.Schema, name: str) -> list[str]:
+def wanted_columns(columns: Columns, schema: pa.Schema, name: str) -> list[str]:
     """Columns of a table that are read; `DataError` if one is missing, or is there twice."""
-    wanted = _wanted(source, schema, name)
+    wanted = _wanted(columns, schema, name)
     for column in wanted:
         if (count := schema.names.count(column)) > 1:
             raise DataError(
@@ -164,31 +165,33 @@ def wanted_columns(source: SourceConfig, schema: pa.Schema, name: str) -> list[s
     return wanted
 
 
-def _wanted(source: SourceConfig, schema: pa.Schema, name: str) -> list[str]:
-    if _is_packed(source, schema):
-        return list(_PACKED)
-    if source.messages is None:
-        needed = {source.problem: "problem", source.solution: "solution"}
-    else:
-        needed = {source.messages: "messages"} | ({source.tools: "tools"} if source.tools else {})
-    for column, role in needed.items():
+def _wanted(columns: Columns, schema: pa.Schema, name: str) -> list[str]:
+    if _is_packed(columns, schema):
+        return list(BRIDGE)
+    for column, role in columns.roles.items():
         if column not in schema.names:
-            raise DataError(f"{name}:1: {_missing(schema.names, column, role)}")
-    extra = () if source.messages else (*VOTES, ANSWER)
-    return [column for column in schema.names if column in needed or column in extra]
+            raise DataError(f"{name}:1: {missing(schema.names, column, role)}")
+    extra = () if columns.messages else (*VOTES, ANSWER)
+    return [column for column in schema.names if column in columns.roles or column in extra]
 
 
-def _is_packed(source: SourceConfig, schema: pa.Schema) -> bool:
-    """Whether the table holds tokens, and not the columns that the source names."""
-    texts = {source.messages} if source.messages else {source.problem, source.solution}
-    return not texts & set(schema.names) and is_bridge(schema)
+def _is_packed(columns: Columns, schema: pa.Schema) -> bool:
+    """Whether the table holds tokens, and not the columns that are read."""
+    return columns.roles.keys().isdisjoint(schema.names) and is_bridge(schema)
+
+
+def texts_in(line: bytes, names: Iterable[str]) -> Mapping[str, Any]:
+    """Those of `names` that hold a text in a line which Python's json cannot read, by Arrow."""
+    table = _parse_lines(line, pa.schema(dict.fromkeys(names, pa.large_string())))
+    row = table.to_pylist()[0] if table is not None else {}
+    return {name: text for name, text in row.items() if text is not None}
 
 
 # --- a whole block by Arrow ---
 
 
-def _schema(source: SourceConfig) -> pa.Schema:
-    texts = dict.fromkeys((ANSWER, source.problem, source.solution), pa.large_string())
+def _schema(columns: Columns) -> pa.Schema:
+    texts = dict.fromkeys((ANSWER, columns.problem, columns.solution), pa.large_string())
     return pa.schema(dict.fromkeys(VOTES, pa.float64()) | texts)
 
 
@@ -246,7 +249,7 @@ def _texts(table: pa.Table, column: str) -> pa.LargeStringArray | None:
     if index < 0:
         return None
     try:
-        texts = _as_strings(_whole(table.column(index)))
+        texts = _as_strings(table.column(index), table.schema.field(index))
     except pa.ArrowInvalid:
         return None
     if texts is None or texts.null_count:
@@ -261,8 +264,11 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _as_strings(values: pa.Array) -> pa.LargeStringArray | None:
-    """Strings that are valid UTF-8, or `ArrowInvalid`; None if the values are no strings at all."""
+def _as_strings(column: pa.ChunkedArray, field: pa.Field) -> pa.LargeStringArray | None:
+    """Strings that are valid UTF-8, or `ArrowInvalid`; None if the values are no plain strings."""
+    values = _whole(column)
+    if field.metadata and EXTENSION in field.metadata:
+        return None
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     kind = values.type
@@ -311,12 +317,13 @@ def _answers(table: pa.Table) -> pa.LargeStringArray | None:
     """Expected answers, null where a row has none; None if no row has any."""
     if ANSWER not in table.column_names:
         return None
-    column = _whole(table.column(ANSWER))
+    column, field = table.column(ANSWER), table.schema.field(ANSWER)
     if column.null_count == len(column):
         return None
-    answers = _as_strings(column)
+    answers = _as_strings(column, field)
     if answers is None:
-        shown = [None if value is None else str(value) for value in column.to_pylist()]
+        values = json_values(_whole(column), field, frozenset({ANSWER}))
+        shown = [None if value is None else str(value) for value in values]
         answers = pa.array(shown, pa.large_string())
     return answers
 
@@ -324,61 +331,23 @@ def _answers(table: pa.Table) -> pa.LargeStringArray | None:
 # --- row by row ---
 
 
-def _parse_line(line: bytes) -> Mapping[str, Any]:
-    if len(line) > MAX_ROW_BYTES:
-        raise BadRow(_TOO_LONG)
-    if b"\0" in line:
-        raise BadRow(
-            f"a NUL byte (byte {line.index(0) + 1} of the line), expected text; the file is "
-            "damaged, or is not UTF-8: write it again"
-        )
-    try:
-        return _require_object(json_text.loads(line.decode()))
-    except UnicodeDecodeError as error:
-        raise BadRow(
-            f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x}); mend or "
-            "remove the row, or save the file as UTF-8"
-        ) from None
-    except ValueError as error:
-        raise BadRow(f"broken JSON ({error}); expected one JSON object a line") from None
-
-
-def _require_object(row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise BadRow(f"expected a JSON object, found {type(row).__name__}")
-    return row
-
-
 def _refuse_length(_: None) -> Mapping[str, Any]:
-    raise BadRow(_TOO_LONG)
+    raise BadRow(TOO_LONG)
 
 
-def _row_of(columns: Mapping[str, pa.Array], index: int) -> Mapping[str, Any]:
-    """One row of a table. Arrow gives all structs the same keys: a key without a value is none."""
-    row = {}
-    for name, column in columns.items():
+def _rows_of(table: pa.Table, texts: frozenset[str]) -> list[Mapping[str, Any]]:
+    """The rows of a table; `BadRow` if one of them cannot be read."""
+    columns: list[Values] = []
+    for name in table.column_names:
         try:
-            row[name] = _without_nulls(column[index].as_py())
+            columns.append(json_values(_whole(table[name]), table.schema.field(name), texts))
         except UnicodeDecodeError as error:
             raise BadRow(
                 f"column {name!r} is not UTF-8 ({error}); mend or remove the row"
             ) from None
-    return row
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_nulls(part) for part in value]
-    return value
-
-
-def _pair(row: Mapping[str, Any], source: SourceConfig) -> tuple[Any, ...]:
-    """Problem, solution, two votes or NaN, expected answer or none."""
-    problem = _text(row, source.problem, "problem")
-    solution = _text(row, source.solution, "solution")
-    return problem, solution, *(_number_of_votes(row, name) for name in VOTES), _answer(row)
+        except (ValueError, OverflowError, NotImplementedError) as error:
+            raise BadRow(f"column {name!r}: {error}; mend or remove the row") from None
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _make_pairs(picked: Sequence[tuple[Any, ...]], **rest: Any) -> Pairs:
@@ -396,126 +365,7 @@ def _make_pairs(picked: Sequence[tuple[Any, ...]], **rest: Any) -> Pairs:
     )
 
 
-def _text(row: Mapping[str, Any], column: str, role: str) -> str:
-    if column not in row:
-        raise MissingColumn(_missing(row, column, role))
-    text = row[column]
-    if isinstance(text, bytes):
-        text = _decoded(text, column)
-    if not isinstance(text, str) or not text.strip():
-        found = "nothing" if text is None else _shown(text)
-        if isinstance(text, str):
-            found = "only blanks"
-        raise BadRow(
-            f"column {column!r} holds {found}, expected the text of the {role}; "
-            "mend or remove the row"
-        )
-    if _size(text, column) > MAX_ROW_BYTES:
-        raise BadRow(_TOO_LONG)
-    return text
-
-
-def _decoded(text: bytes, column: str) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise BadRow(f"column {column!r} is not UTF-8 ({error}); mend or remove the row") from None
-
-
-def _size(text: str, column: str) -> int:
-    """Bytes of the text as UTF-8."""
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"column {column!r} is not valid Unicode (position {error.start}); "
-            "mend or remove the row"
-        ) from None
-
-
-def _number_of_votes(row: Mapping[str, Any], column: str) -> float:
-    """NaN where there is none, as pandas has it too."""
-    value = row.get(column)
-    if value is None:
-        return np.nan
-    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    try:
-        number = float(value) if is_number else np.inf
-    except OverflowError:
-        number = np.inf
-    if np.isinf(number):
-        raise BadRow(
-            f"column {column!r} holds {_shown(value)}, expected a number of votes; "
-            "mend or remove the row"
-        )
-    return number
-
-
-def _answer(row: Mapping[str, Any]) -> str | None:
-    value = row.get(ANSWER)
-    if value is None:
-        return None
-    answer = _decoded(value, ANSWER) if isinstance(value, bytes) else str(value)
-    _size(answer, ANSWER)
-    return answer
-
-
-def _chat(row: Mapping[str, Any], source: SourceConfig) -> tuple[Any, ...]:
-    """Messages, and tools or none."""
-    assert source.messages is not None
-    if source.messages not in row:
-        raise MissingColumn(_missing(row, source.messages, "messages"))
-    messages = _objects(row[source.messages], source.messages, "messages (role, content)")
-    if not messages:
-        raise BadRow(
-            f"column {source.messages!r} holds nothing, expected a list of messages "
-            "(role, content); mend or remove the row"
-        )
-    if source.tools and source.tools not in row:
-        raise MissingColumn(_missing(row, source.tools, "tools"))
-    tools = _objects(row[source.tools], source.tools, "tools") if source.tools else None
-    try:
-        return checked(messages), tools
-    except DataError as error:
-        raise BadRow(f"column {source.messages!r}: {error}; mend or remove the row") from None
-
-
 def _make_chats(picked: Sequence[tuple[Any, ...]], **rest: Any) -> Chats:
     tools = [tools for _, tools in picked]
     some = any(each is not None for each in tools)
     return Chats(messages=[said for said, _ in picked], tools=tools if some else None, **rest)
-
-
-def _objects(value: Any, column: str, what: str) -> list[Mapping[str, Any]] | None:
-    """A list of objects, which some datasets hold as JSON text; None if there is none."""
-    found = value
-    if isinstance(value, str):
-        try:
-            found = json_text.loads(value)
-        except ValueError:
-            found = None
-    elif value is None:
-        return None
-    if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
-        raise BadRow(
-            f"column {column!r} holds {_shown(value)}, expected a list of {what}; "
-            "mend or remove the row"
-        )
-    if _size(json.dumps(found, ensure_ascii=False, default=str), column) > MAX_ROW_BYTES:
-        raise BadRow(_TOO_LONG)
-    return found
-
-
-def _shown(value: Any) -> str:
-    """A value as messages show it."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _missing(names: Iterable[str], column: str, role: str) -> str:
-    names = list(map(str, names))
-    near = difflib.get_close_matches(column, names, n=1) or [
-        name for name in names if name in column or column in name
-    ]
-    hint = f"; did you mean {role}: {near[0]}?" if near else f"; name it with {role}: COLUMN"
-    return f"no column {column!r} for the {role}; columns: {', '.join(names) or 'none'}{hint}"

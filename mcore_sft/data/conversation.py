@@ -111,7 +111,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
     if not _is_learned(number, role, plain.pop("weight", None)) and role == "assistant":
         plain["weight"] = 0
-    calls = plain.get("tool_calls") or []
+    calls = _calls(number, plain.get("tool_calls"))
     if calls:
         plain["tool_calls"] = [_call(number, call) for call in calls]
     else:
@@ -156,6 +156,19 @@ def _part(number: int, part: Any) -> str:
             "only text is trained on"
         )
     return text
+
+
+def _calls(number: int, calls: Any) -> Sequence[Any]:
+    """The tool calls of a message, which tables may hold as JSON text."""
+    read = calls or []
+    if isinstance(calls, str):
+        try:
+            read = json_text.loads(calls) if calls.strip() else []
+        except ValueError:
+            read = calls
+    if not isinstance(read, list | tuple):
+        raise UnfitRow(f"message {number}: tool_calls is {calls!r:.60}, expected a list of calls")
+    return read
 
 
 def _call(number: int, call: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mcore_sft.data.duplicates import Hashes, hashes_of, joined, text_hashes
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.filters import Filters, Row
 from mcore_sft.data.indexed import running_sum
+from mcore_sft.data.open_table import OpenTable
 from mcore_sft.data.prompt import UNFIT, Prompt
 from mcore_sft.data.prompt_record import SystemHashes, system_hashes
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows, Tokens
@@ -155,6 +156,7 @@ class Encoder:
         self._recipe = recipe
         self._tokenizer = load_tokenizer(recipe.tokenizer, gigatoken=recipe.gigatoken)
         self._prompt = Prompt.restore(recipe.prompt, self._tokenizer)
+        self._table = OpenTable()
         self._filters = Filters(recipe.filters, self._count_tokens)
         self._benchmark = (
             Contamination(recipe.benchmark, threshold=recipe.threshold)
@@ -166,7 +168,8 @@ class Encoder:
 
     def encode(self, block: Block, source: int = 0) -> Encoded:
         """Examples of all rows that are wanted and that a pack can hold; the rest is counted."""
-        read = block.read(skip_bad=self._recipe.skip_bad, eos=self._tokenizer.eos_id)
+        skip_bad, eos = self._recipe.skip_bad, self._tokenizer.eos_id
+        read = block.read(skip_bad=skip_bad, eos=eos, table=self._table)
         drops = Drops()
         bad = (Sample(f"{read.name}:{number}", said) for number, said in read.bad.items())
         drops.add(BAD, len(read.bad), bad)

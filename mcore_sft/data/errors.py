@@ -5,3 +5,8 @@ from mcore_sft.base.errors import UserError
 
 class DataError(UserError):
     """A source, a tokenizer, a template or a packed dataset cannot be used."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or what kind it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,7 +25,8 @@ Ids = npt.NDArray[np.int64]
 
 _LARGEST = np.iinfo(np.int32).max
 _MEND = "write it again with the tool that made it, or give another source"
-_BRIDGE = ("input_ids", "loss_mask", "seq_start_id")
+BRIDGE = ("input_ids", "loss_mask", "seq_start_id")
+"""Columns of a packed dataset of Megatron-Bridge."""
 
 
 def count_megatron(file: Path) -> int:
@@ -64,7 +65,7 @@ def read_megatron(file: Path, mask: Path | Literal["all"], start: int, stop: int
 def is_bridge(schema: pa.Schema) -> bool:
     """Whether a table is a packed dataset of Megatron-Bridge."""
     names = schema.names
-    return all(name in names and _is_list(schema.types[names.index(name)]) for name in _BRIDGE)
+    return all(name in names and _is_list(schema.types[names.index(name)]) for name in BRIDGE)
 
 
 def read_bridge(table: pa.Table, *, name: str, first: int, eos: int | None) -> Examples:

@@ -9,19 +9,15 @@ from typing import Any
 from mcore_sft.base.files import sha256_of
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, SourceConfig
-from mcore_sft.data.blocks import Block, SourceFile, changed
+from mcore_sft.data.blocks import Block
 from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.encode import Recipe
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.find_files import find_files
 from mcore_sft.data.progress import progress
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.sources import (
-    Survey,
-    problems_alone,
-    source_files,
-    source_size,
-    survey,
-)
+from mcore_sft.data.source_file import SourceFile, changed
+from mcore_sft.data.sources import Survey, source_size, survey
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 
 _ELSEWHERE = {"packed", "root", "workers", "gigatoken"}
@@ -63,7 +59,7 @@ class Job:
     def against(self) -> list[Survey]:
         """What the benchmarks hold; of their rows the problem alone is read."""
         sources = self.config.contamination.against
-        return [self._survey(problems_alone(source)) for source in sources]
+        return [self._survey(source, alone=True) for source in sources]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -97,7 +93,7 @@ class Job:
     def files(self) -> list[Path]:
         """Every file of the sources."""
         sources = (source for sources in self.sources.values() for source in sources)
-        return [file for source in sources for file in source_files(source, root=self.config.root)]
+        return [file for one in sources for file in find_files(one.path, root=self.config.root)]
 
     def size(self, split: str) -> int:
         """Bytes of all sources of `split`; 0 where that is not known."""
@@ -150,8 +146,12 @@ class Job:
                 "mend data.filters.contamination_file"
             ) from None
 
-    def _survey(self, source: SourceConfig) -> Survey:
-        total = source_size(source, root=self.config.root)
+    def _survey(self, source: SourceConfig, *, alone: bool = False) -> Survey:
+        root = self.config.root
         name = f"checksums of {source.path}"
+        total = source_size(source, root=root)
         with progress(name, total=total or None, console=self.console) as advance:
-            return survey(source, root=self.config.root, advance=advance)
+            surveyed = survey(source, root=root, alone=alone, advance=advance)
+        if surveyed.using:
+            self.console.print(f"{source.path}: {surveyed.using}", soft_wrap=True)
+        return surveyed

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mcore_sft.data.columns import MAX_ROW_BYTES
+from mcore_sft.data import json_text
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.json_text import TOO_DEEP, is_too_deep
+from mcore_sft.data.single_row import MAX_ROW_BYTES
 
 _LARGEST = 2 * MAX_ROW_BYTES  # characters, which may be escaped
 _GAP = re.compile(r"[ \t\r\n]*")
@@ -26,7 +26,6 @@ class JsonArray:
         self._read = read
         self._name = name
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._parse = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
         self._number, self._bytes, self._not_utf8 = 1, 0, ""
 
@@ -54,13 +53,13 @@ class JsonArray:
             self._next()
             whole = self._ended or len(self._text) - self._at > _LARGEST
             try:
-                value, end = self._parse(self._text, self._at)
+                value, end = json_text.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 if whole:
                     raise self._refused(error) from None
             else:
-                if is_too_deep(value):
-                    raise self._refused(ValueError(TOO_DEEP))
+                if json_text.is_too_deep(value):
+                    raise self._refused(ValueError(json_text.TOO_DEEP))
                 if (length := end - self._at) > _LARGEST:
                     raise self._too_large()
                 if _AFTER.match(self._text, end) or whole:  # else it may go on: 1 before .5

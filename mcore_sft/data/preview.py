@@ -23,8 +23,10 @@ def preview(job: Job, count: int, *, console: Console) -> None:
     for split, sources in job.sources.items():
         encoder = Encoder(job.recipe(split))
         for source in sources:
-            blocks = peek(source, root=job.config.root)
-            for title, example in islice(_examples_of(blocks, encoder, drops), count):
+            seen = peek(source, root=job.config.root)
+            if seen.using:
+                job.console.print(f"{source.path}: {seen.using}", soft_wrap=True)
+            for title, example in islice(_examples_of(seen.blocks(), encoder, drops), count):
                 console.print(Rule(f"{split}: {title}", align="left"))
                 console.print(coloured(example, job.tokenizer))
     for reason, number in drops.counts.items():

@@ -10,6 +10,7 @@ them, which goes on where it ends. M = examples, S = trained runs.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -53,6 +54,9 @@ Talk = tuple[Messages, Tools | None]
 
 SPECIAL_IN_TEXT = "special token in text"
 """Why a row is dropped whose own text spells a special token."""
+
+_CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<[be]os>|<(?:start|end)_of_turn>")
+"""How control tokens are spelt in the templates of the usual models."""
 
 NO_ANSWER = "no answer at the end"
 """Why a conversation is dropped that an assistant does not end: nothing is ever cut."""
@@ -127,11 +131,13 @@ class Prompt:
                 f"prompt.template {template!r}: a prompt begins with two BOS tokens, expected one; "
                 "mend the template, or the chat template of the tokenizer"
             )
+        if template != "chat" and not self._verbatim:
+            self._require_tokens()
 
     @classmethod
     def load(cls, config: PromptConfig, tokenizer: Tokenizer) -> "Prompt":
         """The prompt that the configuration names; the content of files becomes part of it."""
-        template, instruction = config.template, config.instruction
+        template, instruction = config.template or _own_template(tokenizer), config.instruction
         return cls(
             read_template(template) if is_file(template) else template,
             read_instruction(instruction) if is_file(instruction) else instruction,
@@ -371,6 +377,28 @@ class Prompt:
         places = np.flatnonzero(tokens == self._tokenizer.bos_id)
         pairs = places[:-1][np.diff(places) == 1]
         return np.isin(starts[:-1], pairs) & (np.diff(starts) > 1)
+
+    def _require_tokens(self) -> None:
+        """`DataError` if the markup spells a control token that the tokenizer does not have."""
+        markup = "".join(map(str, read_template(self._template).model_dump().values()))
+        spelt = dict.fromkeys(_CONTROL.findall(markup))
+        if lacking := [token for token in spelt if token not in self._tokenizer.vocab]:
+            name = self._template if isinstance(self._template, str) else "of a file"
+            raise DataError(
+                f"prompt.template {name}: it writes {', '.join(lacking)}, which the "
+                f"tokenizer {self._tokenizer.path} does not have as a token, so that its letters "
+                "would be trained. Fix: another prompt.template, or model.tokenizer=PATH"
+            )
+
+
+def _own_template(tokenizer: Tokenizer) -> str:
+    """The name of the tokenizer's chat template; `DataError` if it has none."""
+    if not tokenizer.has_chat_template:
+        raise DataError(
+            f"{tokenizer.path}: prompt.template is not given, and the tokenizer has no chat "
+            "template of its own. Fix: prompt.template=llama3, chatml, or a .yaml file"
+        )
+    return "chat"
 
 
 def _row(conversation: Conversation) -> Pairs | Chats:

@@ -7,7 +7,8 @@ two BOS tokens, and is in a pack; no pack is longer than a sequence. Nothing is 
 writer said: the tokens are those of the .bin. N = examples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.rows import num_trained
+from mcore_sft.data.trained_parts import Parts
 
 _TOKENS_AT_ONCE = 1 << 21
 _PACKS_AT_ONCE = 1 << 16
@@ -31,8 +33,9 @@ class Proof:
 
     lengths, supervised int64 [longest + 1]: how many examples have so many tokens, and so many
     supervised ones. tokens, supervised_tokens: of an epoch, which shows some examples more often
-    than others. with_bos: examples with a BOS token; None where the tokenizer has none, or ends
-    texts with it too, so that it cannot be told from a stop token.
+    than others. with_bos: examples that begin with a BOS token; None where the tokenizer has none,
+    or others made the tokens. parts: what of them answers, reasons and calls tools
+    (`trained_parts`).
     """
 
     lengths: npt.NDArray[np.int64]
@@ -40,6 +43,7 @@ class Proof:
     tokens: int
     supervised_tokens: int
     with_bos: int | None
+    parts: Mapping[str, int]
 
     @property
     def examples(self) -> int:
@@ -57,6 +61,8 @@ class _Some:
     supervised: npt.NDArray[np.int64]
     trained_to: npt.NDArray[np.int32]
     """Where the last trained run ends; 0 where there is none."""
+    spans: npt.NDArray[np.int64]
+    """Trained runs [S, 2], from where to where in `tokens`."""
 
     @property
     def begins(self) -> npt.NDArray[np.int64]:
@@ -65,7 +71,12 @@ class _Some:
 
 
 def prove(
-    arrays: Arrays, *, sequence_length: int, stop_ids: Sequence[int] | None, bos_id: int | None
+    arrays: Arrays,
+    *,
+    sequence_length: int,
+    stop_ids: Sequence[int] | None,
+    bos_id: int | None,
+    vocab: Mapping[str, int],
 ) -> Proof:
     """Look at every token, span and pack of a split; holds some tens of MB and 4 bytes a row.
 
@@ -76,14 +87,15 @@ def prove(
     longest = int(arrays.tokens.lengths.max(initial=0))
     lengths = np.zeros(longest + 1, dtype=np.int64)
     supervised = np.zeros(longest + 1, dtype=np.int64)
-    bos = None if stop_ids is None or bos_id in stop_ids else bos_id
+    bos = None if stop_ids is None else bos_id
     tokens, supervised_tokens, with_bos = 0, 0, 0
+    parts, found = Parts.of(vocab, stop_ids or ()), Counter[str]()
     for some in _read(arrays):
         _require_supervised(arrays, some)
         if stop_ids is not None:
             _require_trained_stop(arrays, some, stop_ids)
-            _require_begun_once(arrays, some, bos_id)
-        with_bos += _count_with(some, bos)
+        with_bos += _require_one_bos(arrays, some, bos)
+        found.update(parts.count(some.tokens, some.begins, some.spans))
         lengths += np.bincount(some.lengths, minlength=longest + 1)
         supervised += np.bincount(some.supervised, minlength=longest + 1)
         visits = times[some.first : some.first + len(some.lengths)].astype(np.int64)
@@ -95,6 +107,7 @@ def prove(
         tokens=tokens,
         supervised_tokens=supervised_tokens,
         with_bos=None if bos is None else with_bos,
+        parts=found,
     )
 
 
@@ -137,12 +150,14 @@ def _read(arrays: Arrays) -> Iterator[_Some]:
             some = np.diff(offsets) > 0
             trained_to = np.zeros_like(lengths)
             trained_to[some] = spans[offsets[1:][some] - 1, 1]
+            begins = np.repeat(running_sum(lengths)[:-1], np.diff(offsets))
             yield _Some(
                 first=first,
                 lengths=lengths,
                 tokens=np.fromfile(opened, index.dtype, int(lengths.sum(dtype=np.int64))),
                 supervised=np.diff(sums[offsets]),
                 trained_to=trained_to,
+                spans=spans + begins[:, None],
             )
 
 
@@ -168,20 +183,17 @@ def _require_trained_stop(arrays: Arrays, some: _Some, stop_ids: Sequence[int]) 
         )
 
 
-def _require_begun_once(arrays: Arrays, some: _Some, bos: int | None) -> None:
-    first = some.begins[:-1][some.lengths > 1]
-    bad = np.flatnonzero((some.tokens[first] == bos) & (some.tokens[first + 1] == bos))
-    if bos is not None and len(bad):
-        at = some.first + np.flatnonzero(some.lengths > 1)[bad[0]]
-        raise DataError(
-            f"{arrays.file('bin')}: example {at}: begins with two BOS tokens (id {bos}), expected "
-            f"one at most; {_MEND}"
-        )
-
-
-def _count_with(some: _Some, token: int | None) -> int:
-    """How many of the examples have a token."""
-    if token is None:
+def _require_one_bos(arrays: Arrays, some: _Some, bos: int | None) -> int:
+    """How many of the examples begin with a BOS token, of which none begins with two."""
+    if bos is None:
         return 0
-    places = np.flatnonzero(some.tokens == token)
-    return len(np.unique(np.searchsorted(some.begins, places, side="right")))
+    begins = some.begins[:-1]
+    with_bos = some.tokens[begins] == bos
+    second = np.minimum(begins + 1, len(some.tokens) - 1)
+    bad = np.flatnonzero(with_bos & (some.tokens[second] == bos) & (some.lengths > 1))
+    if len(bad):
+        raise DataError(
+            f"{arrays.file('bin')}: example {some.first + bad[0]}: begins with two BOS tokens "
+            f"(id {bos}), expected at most one; {_MEND}"
+        )
+    return int(np.count_nonzero(with_bos))

@@ -102,6 +102,7 @@ def _describe_split(
         sequence_length=sequence_length,
         stop_ids=stop_ids if ours else None,
         bos_id=tokenizer.bos_id,
+        vocab=tokenizer.vocab,
     )
     _require_counts(arrays, proof, counts)
     width = _bin_width(len(proof.lengths) - 1)
@@ -109,7 +110,12 @@ def _describe_split(
         "counts": dict(counts),
         "supervised_share": round(counts["supervised_tokens"] / counts["tokens"], 6),
         "sources": [_source(source, counts, index) for index, source in enumerate(sources)],
-        "proof": {"examples": proof.examples, "stops": ours, "with_bos": proof.with_bos},
+        "proof": {
+            "examples": proof.examples,
+            "stops": ours,
+            "with_bos": proof.with_bos,
+            "trained": dict(proof.parts),
+        },
         "lengths": {
             "tokens": _distribution(proof.lengths, width),
             "supervised": _distribution(proof.supervised, width),

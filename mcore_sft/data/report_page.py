@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from mcore_sft.data.encode import UNTRAINED
 from mcore_sft.data.summary import summary
+from mcore_sft.data.trained_parts import ANSWERS, STOPPED, TAGS
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d1f21; --dim: #666a70;
@@ -98,19 +100,21 @@ def _list(name: str, items: Iterable[str]) -> str:
 def _proof(name: str, split: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     proof, supervised = split["proof"], split["lengths"]["supervised"]
     stops = ", ".join(f"<code>{_text(token)}</code>" for token in report["prompt"]["stop_tokens"])
-    ends = f"every example ends with a stop token that is trained: {stops}"
+    counts, trained = split["counts"], proof["trained"]
+    without = counts["dropped"].get(UNTRAINED, 0)
     if not proof["stops"]:
-        ends = "some examples were tokenized elsewhere; how they end was not looked at"
-        bos = "nor was it counted how many BOS tokens they have"
-    elif proof["with_bos"] is None:
-        bos = "the tokenizer has no BOS token that is not a stop token too; none was looked for"
+        ends = "some examples were tokenized elsewhere; how they begin and end was not looked at"
     else:
-        without = proof["examples"] - proof["with_bos"]
-        bos = f"{proof['with_bos']:,} examples have a BOS token, {without:,} have none"
+        ends = (
+            f"every example ends with a stop token that is trained: {stops}; so do "
+            f"{trained[STOPPED]:,} of {trained[ANSWERS]:,} answers"
+        )
     found = [
-        f"every example has supervised tokens, at least {supervised['shortest']:,}",
+        f"every example has supervised tokens, at least {supervised['shortest']:,}; they are "
+        f"{split['supervised_share']:.1%} of an epoch, and {without:,} rows had none",
         ends,
-        bos,
+        *([_bos(proof)] if proof["stops"] else []),
+        *(_kind(trained, kind) for kind in TAGS),
         f"every example is in a pack, whole, and no pack is longer than "
         f"{report['sequence_length']:,} tokens",
     ]
@@ -118,6 +122,22 @@ def _proof(name: str, split: Mapping[str, Any], report: Mapping[str, Any]) -> st
         f"<h3>{_text(name)}: all {proof['examples']:,} examples, read back from the files</h3>"
         + _list("proof", found)
     )
+
+
+def _bos(proof: Mapping[str, Any]) -> str:
+    if proof["with_bos"] is None:
+        return "the tokenizer has no BOS token; none was looked for"
+    without = proof["examples"] - proof["with_bos"]
+    return (
+        f"BOS is as the template writes it: {proof['with_bos']:,} examples begin with one, "
+        f"{without:,} with none, and none with two"
+    )
+
+
+def _kind(trained: Mapping[str, int], kind: str) -> str:
+    if kind not in trained:
+        return f"{kind}: the tokenizer has no token that opens them, so they were not counted"
+    return f"{kind}: {trained[kind]:,} trained tokens"
 
 
 def _counts(report: Mapping[str, Any]) -> str:

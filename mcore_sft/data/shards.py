@@ -25,7 +25,7 @@ from mcore_sft.data.encode import Drops, Encoded, Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Examples
 
-FORMAT = 4
+FORMAT = 5
 
 _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "tokens": (np.int32, 1),
@@ -144,7 +144,7 @@ def merged(folders: Sequence[Path], split: str) -> Generator[Encoded, None, None
 
 def _cut() -> list[int]:
     """What decides where blocks begin: shards of other sizes do not fit together."""
-    return [text_blocks.BLOCK_BYTES, table_blocks.TABLE_BYTES, table_blocks.LARGEST_GROUP]
+    return [text_blocks.BLOCK_BYTES, table_blocks.TABLE_BYTES]
 
 
 def _read(folder: Path, split: str) -> Iterator[Encoded]:

@@ -318,6 +318,7 @@ def _divide(
     """The examples of each split; counts those that are in none."""
     drops = collector.drops
     rows = _chosen(everything, origins, collector, rules)
+    _require_examples_of_each(split, origins.sources, collector, rules)
     held = rows[:0]
     if rules.holdout.fraction:
         positions, problems = origins.positions, origins.problems
@@ -436,6 +437,20 @@ def _require_some(count: int, split: str, collector: Collector, *, held: int = 0
         raise DataError(
             f"data.{split}: no example is left of {collector.rows} rows ({reasons}); "
             f"give other sources{longer}"
+        )
+
+
+def _require_examples_of_each(
+    split: str, sources: npt.NDArray[np.int16], collector: Collector, rules: SplitRules
+) -> None:
+    """`DataError` for a source without an example, where others have some."""
+    made = np.bincount(sources, minlength=len(rules.weights))
+    for index in np.flatnonzero(made == 0).tolist() if made.any() else ():
+        reasons = ", ".join(by_rule(collector.drops.counts)) or "it holds none"
+        raise DataError(
+            f"{collector.source_files[index]}: source {index} of data.{split} has no example of "
+            f"{collector.source_rows[index]} rows (rows were dropped for: {reasons}). Fix: the "
+            "rows or the filters, or take the source out"
         )
 
 

@@ -1,142 +1,102 @@
 """A file of rows in columns in, its blocks out: Parquet, Arrow, and tokens of Megatron-LM."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from mcore_sft.config import SourceConfig
-from mcore_sft.data.blocks import (
-    ArrowBlock,
-    Block,
-    ParquetBlock,
-    SourceFile,
-    TableBlock,
-    TokenBlock,
-    open_arrow,
-    open_parquet,
-)
+from mcore_sft.data.arrow_sizes import row_sizes
+from mcore_sft.data.blocks import Block, FileBlock, TableBlock, TokenBlock
 from mcore_sft.data.columns import wanted_columns
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.foreign import count_megatron
+from mcore_sft.data.known_columns import Columns
+from mcore_sft.data.open_table import Parquet, open_table
+from mcore_sft.data.source_file import SourceFile
 
 TABLE_BYTES = 16 << 20
-"""Columns of one block of a table, uncompressed."""
+"""Columns of one block of a table, as they are once every row has been read (`row_sizes`)."""
 
-LARGEST_GROUP = 64 << 20
-"""A row group of Parquet that is larger is cut while it is read, as each reader starts afresh."""
-
-
-def _share(file: SourceFile, start: int, stop: int, total: int) -> int:
-    """Bytes of the file for the rows `start` to `stop`; those of all add up to its size."""
-    return file.size * stop // total - file.size * start // total if total else 0
+_ROWS_AT_ONCE = 1000
+"""Rows of a dataset in memory that are measured together."""
 
 
-def parquet_columns(source: SourceConfig, file: SourceFile) -> list[str]:
-    """The columns that are read of a Parquet file; `DataError` if one is missing."""
-    with open_parquet(file) as opened:
-        return wanted_columns(source, opened.schema_arrow, str(file.path))
-
-
-def parquet_blocks(
-    source: SourceConfig, file: SourceFile, columns: Sequence[str], _: int | None
-) -> Iterator[Block]:
-    """Row groups, several small ones together; a very large one is read and cut here."""
-    with open_parquet(file) as opened:
-        groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
-        sizes = [_size_of(group, columns) for group in groups]
-        share = partial(_share, file, total=opened.metadata.num_rows)
+def table_blocks(
+    columns: Columns, file: SourceFile, name: str, *, first: int = 1
+) -> Iterator[FileBlock]:
+    """Row groups or record batches, several small ones together, and a large one in pieces."""
+    with open_table(file) as table:
+        wanted = wanted_columns(columns, table.schema, name)
+        stretches: Iterable[tuple[int, int, int]]
+        if isinstance(table, Parquet):
+            groups = range(table.num_groups)
+            total = table.num_rows
+            stretches = _stretches(table.batches(group, wanted, group + 1) for group in groups)
+        else:
+            stretches = list(_stretches([batch] for batch in table.batches(0, wanted)))
+            total = sum(rows for _, _, rows in stretches)
         done = 0
-        for together in _gathered(sizes):
-            rows = sum(groups[i].num_rows for i in together)
-            if sizes[together[0]] <= LARGEST_GROUP:
-                yield ParquetBlock(
-                    source=source,
-                    name=str(file.path),
-                    first=done + 1,
-                    size=share(done, done + rows),
-                    rows=rows,
-                    file=file,
-                    groups=together,
-                )
-                done += rows
-                continue
-            step = max(1, rows * TABLE_BYTES // sizes[together[0]])
-            for batch in opened.iter_batches(
-                step, row_groups=together, columns=columns, use_threads=False
-            ):
-                size = share(done, done + len(batch))
-                yield _table_block(source, str(file.path), done + 1, size, batch)
-                done += len(batch)
+        for part, skip, rows in stretches:
+            yield FileBlock(
+                columns=columns,
+                name=name,
+                first=first + done,
+                size=_share(file.size, done, done + rows, total),
+                rows=rows,
+                file=file,
+                part=part,
+                skip=skip,
+            )
+            done += rows
 
 
-def _size_of(group: Any, columns: Sequence[str]) -> int:
-    """Uncompressed bytes of the columns of a row group."""
-    chunks = (group.column(i) for i in range(group.num_columns))
-    return sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks
-        if chunk.path_in_schema.split(".")[0] in columns
-    )
+def _share(size: int, start: int, stop: int, total: int) -> int:
+    """Bytes for the rows `start` to `stop`, of `size` for all; those of all add up to it."""
+    return size * stop // total - size * start // total if total else 0
 
 
-def _gathered(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Neighbours that together have at most TABLE_BYTES, or one that has more."""
-    together: list[int] = []
-    size = 0
-    for index, each in enumerate(sizes):
-        if together and size + each > TABLE_BYTES:
-            yield tuple(together)
-            together, size = [], 0
-        together.append(index)
-        size += each
-    if together:
-        yield tuple(together)
+def _stretches(parts: Iterable[Iterable[Any]]) -> Iterator[tuple[int, int, int]]:
+    """(part, rows of it before, rows) of each block, given the record batches of each part."""
+    begin, rows, size = 0, 0, 0  # of small parts that are together
+    for part, batches in enumerate(parts):
+        pieces = _pieces(batches)
+        whole, more = next(pieces, (0, 0)), next(pieces, None)
+        if rows and (more or size + whole[1] > TABLE_BYTES):
+            yield begin, 0, rows
+            rows, size = 0, 0
+        if more is None:
+            begin = begin if rows else part
+            rows, size = rows + whole[0], size + whole[1]
+            continue
+        skip = 0
+        for count, _ in (whole, more, *pieces):
+            yield part, skip, count
+            skip += count
+    if rows:
+        yield begin, 0, rows
 
 
-def _table_block(
-    source: SourceConfig, name: str, first: int, size: int, table: pa.Table | pa.RecordBatch
-) -> TableBlock:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write(table)
-    data = sink.getvalue().to_pybytes()
-    return TableBlock(source=source, name=name, first=first, size=size, rows=len(table), data=data)
-
-
-def arrow_blocks(
-    source: SourceConfig, file: SourceFile, name: str, *, first: int = 1
-) -> list[Block]:
-    """Record batches, several small ones together; of a large one some rows at a time."""
-    rows, sizes = [], []
-    with open_arrow(file, source, name) as batches:
-        for batch in batches:
-            rows.append(len(batch))
-            sizes.append(batch.nbytes)
-    pieces = []
-    for batches_ in _gathered(sizes):
-        count = sum(rows[batch] for batch in batches_)
-        size = sum(sizes[batch] for batch in batches_)
-        step = max(1, count * TABLE_BYTES // max(size, TABLE_BYTES))
-        pieces += [(batches_[0], i, min(step, count - i)) for i in range(0, count, step)]
-    blocks: list[Block] = []
-    done, total = 0, sum(rows)
-    for batch, skip, count in pieces:
-        block = ArrowBlock(
-            source=source,
-            name=name,
-            first=first + done,
-            size=_share(file, done, done + count, total),
-            rows=count,
-            file=file,
-            batch=batch,
-            skip=skip,
-        )
-        blocks.append(block)
-        done += count
-    return blocks
+def _pieces(batches: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """Rows and bytes of each piece: as many rows as have TABLE_BYTES together, or a larger one."""
+    rows, size = 0, 0
+    for batch in batches:
+        ends = np.cumsum(row_sizes(batch))
+        start, before = 0, 0
+        while start < len(ends):
+            stop = int(np.searchsorted(ends, before + TABLE_BYTES - size, side="right"))
+            if stop == start and not rows:
+                stop += 1
+            taken = int(ends[stop - 1]) - before if stop > start else 0
+            rows, size = rows + stop - start, size + taken
+            start, before = stop, before + taken
+            if start < len(ends):
+                yield rows, size
+                rows, size = 0, 0
+    if rows:
+        yield rows, size
 
 
 def token_blocks(source: SourceConfig, files: Sequence[SourceFile], root: Path) -> list[Block]:
@@ -153,10 +113,10 @@ def token_blocks(source: SourceConfig, files: Sequence[SourceFile], root: Path) 
     step = max(1, total * TABLE_BYTES // max(size, 1))
     return [
         TokenBlock(
-            source=source,
+            columns=Columns(),
             name=str(path),
             first=start + 1,
-            size=size * min(start + step, total) // total - size * start // total,
+            size=_share(size, start, min(start + step, total), total),
             rows=min(step, total - start),
             files=tuple(files),
             mask=mask,
@@ -165,12 +125,21 @@ def token_blocks(source: SourceConfig, files: Sequence[SourceFile], root: Path) 
     ]
 
 
-def dataset_blocks(source: SourceConfig, dataset: Any, _: int | None) -> Iterator[Block]:
+def dataset_blocks(columns: Columns, dataset: Any, name: str) -> Iterator[Block]:
     """Blocks of a dataset that is no file, or whose rows are chosen from one."""
-    total, size = len(dataset), dataset.data.nbytes
-    step = max(1, total * TABLE_BYTES // max(size, TABLE_BYTES))
-    for start in range(0, total, step):
-        stop = min(start + step, total)
-        share = size * stop // total - size * start // total
-        name = f"{source.path}[{source.split}]"
-        yield _table_block(source, name, start + 1, share, dataset[start:stop])
+    total, size, done = len(dataset), dataset.data.nbytes, 0
+    starts = range(0, total, _ROWS_AT_ONCE)
+    for rows, _ in _pieces(dataset[start : start + _ROWS_AT_ONCE] for start in starts):
+        sink = pa.BufferOutputStream()
+        table = dataset[done : done + rows]
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write(table)
+        yield TableBlock(
+            columns=columns,
+            name=name,
+            first=done + 1,
+            size=_share(size, done, done + rows, total),
+            rows=rows,
+            data=sink.getvalue().to_pybytes(),
+        )
+        done += rows

@@ -9,8 +9,9 @@ import gzip
 import hashlib
 import io
 import lzma
+import shlex
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,18 +22,20 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from mcore_sft.config import SourceConfig
-from mcore_sft.data.blocks import Block, LineBlock, Part, SourceFile, TextBlock, ValueBlock
-from mcore_sft.data.columns import MAX_ROW_BYTES
+from mcore_sft.data.blocks import Block, LineBlock, Part, TextBlock, ValueBlock
+from mcore_sft.data.columns import texts_in
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.json_array import JsonArray
+from mcore_sft.data.known_columns import Columns
+from mcore_sft.data.single_row import MAX_ROW_BYTES, BadRow, parse_line
+from mcore_sft.data.source_file import SourceFile
 
 BLOCK_BYTES = 8 << 20
 """Text of one block; at most MAX_ROW_BYTES, as a line may be longer than a block."""
 
 
 def survey_lines(
-    source: SourceConfig, file: SourceFile, advance: Callable[[int], None]
+    columns: Columns, file: SourceFile, advance: Callable[[int], None]
 ) -> tuple[str, Part]:
     """Checksum of a file of lines, and where its blocks lie."""
     digest = hashlib.sha256()
@@ -48,7 +51,7 @@ def survey_lines(
 
         for size, data in _whole_lines(read):
             block = LineBlock(
-                source=source,
+                columns=columns,
                 name=str(file.path),
                 first=line,
                 size=size,
@@ -61,9 +64,32 @@ def survey_lines(
             line += _count_lines(data)
 
     def part(most: int | None) -> Iterator[Block]:
-        return iter(blocks) if most is None else text_blocks(source, file, most)
+        return iter(blocks) if most is None else text_blocks(columns, file, most)
 
     return digest.hexdigest(), part
+
+
+def first_row(file: SourceFile, texts: Iterable[str]) -> Mapping[str, Any] | None:
+    """The first row of a file; of one that Arrow alone can read, those of `texts`.
+
+    None if there is no row; `DataError` if none of the first block can be used.
+    """
+    block = next(text_blocks(Columns(), file, None), None)
+    if isinstance(block, ValueBlock):
+        return next((value for value in block.values if isinstance(value, dict)), {})
+    data = block.data if isinstance(block, TextBlock) else b""
+    wrong: list[str] = []
+    for number, line in enumerate(io.BytesIO(data.removeprefix(codecs.BOM_UTF8)), start=1):
+        try:
+            if line.strip():
+                return parse_line(line)
+        except BadRow as error:
+            if row := texts_in(line, texts):
+                return row
+            wrong.append(f"{file.path}:{number}: {error}")
+    if wrong:
+        raise DataError(wrong[0])
+    return None
 
 
 def _whole_lines(read: Callable[[int], bytes]) -> Iterator[tuple[int, bytes]]:
@@ -83,16 +109,16 @@ def _count_lines(data: bytes) -> int:
     return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")))
 
 
-def text_blocks(source: SourceConfig, file: SourceFile, most: int | None) -> Iterator[Block]:
+def text_blocks(columns: Columns, file: SourceFile, most: int | None) -> Iterator[Block]:
     """Blocks of lines, or of a JSON array, that are read from the beginning on."""
     file.require_unchanged()
     with _opened(file) as (stream, position):
         inner = Path(file.path.stem).suffix.lower() if file.kind in COMPRESSED else file.kind
         begin = stream.read(BLOCK_BYTES) if inner == ".json" else b""
         if begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            blocks = _value_blocks(source, file, _after(begin, stream))
+            blocks = _value_blocks(columns, file, _after(begin, stream))
         else:
-            blocks = _line_blocks(source, file, _after(begin, stream), most)
+            blocks = _line_blocks(columns, file, _after(begin, stream), most)
         done = 0
         for block in blocks:
             file.require_unchanged()
@@ -109,7 +135,7 @@ def _after(begin: bytes, stream: IO[bytes]) -> Callable[[int], bytes]:
 
 
 def _line_blocks(
-    source: SourceConfig, file: SourceFile, read: Callable[[int], bytes], most: int | None
+    columns: Columns, file: SourceFile, read: Callable[[int], bytes], most: int | None
 ) -> Iterator[Block]:
     line, left = 1, most
     for _, data in _whole_lines(read):
@@ -119,7 +145,7 @@ def _line_blocks(
             data, rows = _first_rows(data, left)
             left -= rows
         yield TextBlock(
-            source=source, name=str(file.path), first=line, size=0, rows=rows, data=data
+            columns=columns, name=str(file.path), first=line, size=0, rows=rows, data=data
         )
         line += lines
 
@@ -136,24 +162,24 @@ def _first_rows(data: bytes, most: int) -> tuple[bytes, int]:
 
 
 def _value_blocks(
-    source: SourceConfig, file: SourceFile, read: Callable[[int], bytes]
+    columns: Columns, file: SourceFile, read: Callable[[int], bytes]
 ) -> Iterator[Block]:
     first, values, characters = 1, [], 0
     for value, length in JsonArray(lambda: read(BLOCK_BYTES), str(file.path)):
         values.append(value)
         characters += length
         if characters >= BLOCK_BYTES:
-            yield _value_block(source, file, first, values)
+            yield _value_block(columns, file, first, values)
             first, values, characters = first + len(values), [], 0
     if values:
-        yield _value_block(source, file, first, values)
+        yield _value_block(columns, file, first, values)
 
 
 def _value_block(
-    source: SourceConfig, file: SourceFile, first: int, values: Sequence[Any]
+    columns: Columns, file: SourceFile, first: int, values: Sequence[Any]
 ) -> ValueBlock:
     return ValueBlock(
-        source=source,
+        columns=columns,
         name=str(file.path),
         first=first,
         size=0,
@@ -176,10 +202,21 @@ def _opened(file: SourceFile) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
         raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         file.require_unchanged()
-        raise DataError(
-            f"{file.path}: cannot be read ({str(error) or type(error).__name__}); it is damaged or "
-            "cut short: write it again"
-        ) from None
+        raise DataError(f"{file.path}: {_what_is_wrong(file, error)}") from None
+
+
+def _what_is_wrong(file: SourceFile, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror})"
+    if "too much memory" in str(error):
+        return (
+            "compressed with a longer window than is read (`zstd --long`). Fix: unpack it, as with "
+            f"`zstd -d --long=31 {shlex.quote(file.path.name)}`, and give the unpacked file"
+        )
+    return (
+        f"cannot be read ({str(error) or type(error).__name__}); it is damaged or cut short: "
+        "write it again"
+    )
 
 
 class _Streams(io.RawIOBase):

@@ -128,7 +128,9 @@ def _stated(asked: Asked, trained: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in set_there.items()
-        if name not in asked.keys and _part(name, value) != _part(name, trained.get(name))
+        if name not in asked.keys
+        and not (name == "template" and value is None)  # whichever was trained
+        and _part(name, value) != _part(name, trained.get(name))
     }
 
 
@@ -191,7 +193,7 @@ def _nothing(model: Path, tokenizer: Tokenizer) -> str:
     )
     return (
         f"{model}: nothing says how to ask this model (no {MODEL_FILE}); give --config FILE, or "
-        f"{hint} and prompt.instruction=generic/math (or =null for the bare problem)"
+        f"{hint}, with prompt.instruction=generic/math where problems of mathematics are asked so"
     )
 
 

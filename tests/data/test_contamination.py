@@ -8,7 +8,7 @@ from mcore_sft.config import SourceConfig
 from mcore_sft.data import contamination
 from mcore_sft.data.contamination import Contamination, distinct, read_benchmarks
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.sources import problems_alone, survey
+from mcore_sft.data.sources import survey
 
 WORDS = [chr(ord("a") + i) * 3 for i in range(14)]
 """aaa, bbb, ccc, ..."""
@@ -101,7 +101,7 @@ def surveyed(file, problems):
     """A benchmark of these problems, as a source."""
     file.write_text("".join(json.dumps({"problem": problem}) + "\n" for problem in problems))
     source = SourceConfig(path=file.name, problem="problem")
-    return survey(problems_alone(source), root=file.parent)
+    return survey(source, root=file.parent, alone=True)
 
 
 def test_benchmarks_are_read_with_the_place_of_each_problem(tmp_path):
@@ -118,7 +118,7 @@ def test_benchmarks_are_read_with_the_place_of_each_problem(tmp_path):
 def test_benchmark_without_a_problem_is_an_error(others, tmp_path):
     some = [surveyed(tmp_path / f"{name}.jsonl", [name]) for name in others]
     empty = surveyed(tmp_path / "empty.jsonl", [])
-    with pytest.raises(DataError, match=r"benchmark 'empty\.jsonl': it holds no problem"):
+    with pytest.raises(DataError, match=r"'empty\.jsonl': it holds no"):
         read_benchmarks([*some, empty])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.config import DataConfig
 from mcore_sft.data import damage
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.damage import find_damage, find_structural_damage
@@ -16,6 +16,7 @@ from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import prepare
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
+from tests.prompts import MathPrompt
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 QUIET = Console(file=io.StringIO())
@@ -28,7 +29,7 @@ def sound(tmp_path_factory):
     tokenizer = load_tokenizer(FIXTURES / "tokenizer")
     rows = {"path": "rows.jsonl", "limit": 40}
     data = {"root": FIXTURES, "train": [rows], "sequence_length": 512, "workers": 1}
-    prompt = Prompt.load(PromptConfig(), tokenizer)
+    prompt = Prompt.load(MathPrompt(), tokenizer)
     config = DataConfig.model_validate(data)
     prepare(Job(config=config, prompt=prompt, tokenizer=tokenizer, console=QUIET), folder)
     return folder

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.config import DataConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.fit import check_fit
@@ -20,6 +20,7 @@ from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.report import show_manifest
 from mcore_sft.data.tokenizer import load_tokenizer
+from tests.prompts import MathPrompt
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -32,7 +33,7 @@ def config(root: Path = FIXTURES, **settings) -> DataConfig:
 def job(data: DataConfig, *, tokenizer=None) -> Job:
     console = Console(file=io.StringIO(), width=200)
     tokenizer = tokenizer or load_tokenizer(FIXTURES / "tokenizer")
-    prompt = Prompt.load(PromptConfig(), tokenizer)
+    prompt = Prompt.load(MathPrompt(), tokenizer)
     return Job(config=data, prompt=prompt, tokenizer=tokenizer, console=console)
 
 
@@ -56,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_dataset_holds_what_the_prompt_makes_of_the_rows(packed):
     dataset = PackedDataset(packed)
     tokenizer = load_tokenizer(FIXTURES / "tokenizer")
-    prompt = Prompt.load(PromptConfig(), tokenizer)
+    prompt = Prompt.load(MathPrompt(), tokenizer)
     rows = map(json.loads, (FIXTURES / "rows.jsonl").read_text(encoding="utf-8").splitlines())
     distinct = dict.fromkeys((row["problem"], row["generated_solution"]) for row in rows)
     expected = [

@@ -3,12 +3,13 @@ import json
 from pathlib import Path
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.config import DataConfig
 from mcore_sft.data import sources
 from mcore_sft.data.job import Job
 from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
+from tests.prompts import MathPrompt
 
 TOKENIZER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
 
@@ -17,7 +18,7 @@ def shown(folder: Path, count: int, **data: object) -> list[str]:
     """The lines of a preview of the sources in `folder`."""
     console = Console(file=io.StringIO(), width=200)
     tokenizer = load_tokenizer(TOKENIZER)
-    prompt = Prompt.load(PromptConfig(), tokenizer)
+    prompt = Prompt.load(MathPrompt(), tokenizer)
     config = DataConfig.model_validate({"root": folder, **data})
     job = Job(config=config, prompt=prompt, tokenizer=tokenizer, console=console)
     preview(job, count, console=console)

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mcore_sft.config import PromptConfig
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prompt import MANY_BOS, NO_ANSWER, NO_STOP, SPECIAL_IN_TEXT, Prompt
 from mcore_sft.data.render import read_instruction
 from mcore_sft.data.rows import Chats, Examples, Pairs
 from mcore_sft.data.tokenizer import load_tokenizer
+from tests.prompts import MathPrompt as PromptConfig
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
 SEED = (
@@ -243,7 +243,7 @@ def test_shipped_names_describe_themselves(prompt, tokenizer):
     assert prompt.describe() == {"template": "llama3-instruct", "instruction": "generic/math"}
     plain = Prompt.load(PromptConfig(instruction=None), tokenizer)
     assert plain.fingerprint != prompt.fingerprint
-    known = r"expected chatml, llama3-instruct, passthrough, chat, or a \.yaml file"
+    known = r"expected chatml, llama3, llama3-instruct, passthrough, chat, or a \.yaml file"
     with pytest.raises(DataError, match=known):
         Prompt.load(PromptConfig(template="llama4"), tokenizer)
     with pytest.raises(DataError, match=r"expected generic/math, nemo_rl/math, or a \.yaml"):

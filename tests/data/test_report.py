@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.config import PromptConfig
 from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.encode import Sample
 from mcore_sft.data.errors import DataError
@@ -19,10 +18,12 @@ from mcore_sft.data.proof import prove
 from mcore_sft.data.report import show_manifest, write_report
 from mcore_sft.data.report_page import _contamination
 from mcore_sft.data.tokenizer import load_tokenizer
+from tests.prompts import MathPrompt
 
 TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "fixtures" / "tokenizer")
-PROMPT = Prompt.load(PromptConfig(), TOKENIZER)
+PROMPT = Prompt.load(MathPrompt(), TOKENIZER)
 BOS, STOP = TOKENIZER.token_id("<|begin_of_text|>"), TOKENIZER.token_id("<|eot_id|>")
+VOCAB = {"<think>": 290, "</think>": 291, "<tool_call>": 292, "</tool_call>": 293}
 EVIL = "<script>alert('x')</script> & \ud800"
 
 
@@ -47,7 +48,7 @@ def write(folder: Path, examples: list[tuple[list[int], list[list[int]]]], packs
 
 
 def proved(folder: Path, **settings):
-    options = {"sequence_length": 10, "stop_ids": (STOP,), "bos_id": BOS, **settings}
+    options = {"sequence_length": 10, "stop_ids": (STOP,), "bos_id": BOS, "vocab": VOCAB} | settings
     return prove(Arrays.open(folder, "train"), **options)
 
 
@@ -75,7 +76,34 @@ def test_what_is_proved_is_counted(tmp_path):
     assert found.supervised.tolist() == [0, 1, 2, 0, 0, 0]
     assert (found.tokens, found.supervised_tokens) == (4 + 3 + 5 + 4, 2 + 1 + 2 + 2)
     assert found.with_bos == 2
-    assert proved(tmp_path, stop_ids=(STOP, BOS)).with_bos is None
+    assert proved(tmp_path, stop_ids=(STOP, BOS)).with_bos == 2
+    assert proved(tmp_path, stop_ids=None).with_bos is None
+    assert found.parts == {"answers": 4, "answers that stop": 3, "reasoning": 0, "tool calls": 0}
+
+
+@pytest.mark.usefixtures("chunk")
+def test_trained_tokens_that_reason_or_call_tools_are_counted(tmp_path):
+    """From the tag that opens them, wherever it stands, to the one that closes them or the end."""
+    examples = [
+        ([BOS, 290, 300, 301, 291, 302, STOP], [[2, 7]]),  # the prompt opens the thoughts
+        ([290, 300, 291, 300, 290, 301, 291, STOP], [[4, 8]]),  # earlier ones are not trained
+        ([300, 290, 301, STOP, 300, STOP], [[1, 4], [5, 6]]),  # never closed
+        ([300, 292, 301, 302, 293, 292, 301, 293, STOP], [[1, 9]]),
+    ]
+    write(tmp_path, examples, [[i] for i in range(4)])
+    found = proved(tmp_path).parts
+    assert found == {
+        "answers": 5,
+        "answers that stop": 5,
+        "reasoning": 3 + 3 + 4,
+        "tool calls": 4 + 3,
+    }
+    python = {"<|python_tag|>": 300}  # which the end of the answer closes
+    assert proved(tmp_path, vocab=python).parts == {
+        "answers": 5,
+        "answers that stop": 5,
+        "tool calls": 4 + 3 + 2 + 7,
+    }
 
 
 BROKEN = {
@@ -186,7 +214,8 @@ def test_report_tells_what_the_files_hold(made):
     assert found["inputs"] == INPUTS
     train = found["splits"]["train"]
     assert train["counts"] == counts
-    assert train["proof"] == {"examples": 5, "stops": True, "with_bos": 5}
+    trained = {"answers": 5, "answers that stop": 5}  # the tokenizer has no tags for the rest
+    assert train["proof"] == {"examples": 5, "stops": True, "with_bos": 5, "trained": trained}
     assert train["supervised_share"] == round(counts["supervised_tokens"] / counts["tokens"], 6)
     lengths = Arrays.open(folder, "train").tokens.lengths
     of = train["lengths"]["tokens"]

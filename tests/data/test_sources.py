@@ -15,12 +15,14 @@ import pytest
 
 from mcore_sft.config import SourceConfig
 from mcore_sft.data import table_blocks, text_blocks
-from mcore_sft.data.blocks import SourceFile, open_arrow, open_parquet
 from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.find_files import find_files
 from mcore_sft.data.indexed import write_index
+from mcore_sft.data.open_table import open_table
 from mcore_sft.data.rows import Chats, Pairs, Tokens
-from mcore_sft.data.sources import problems_alone, source_files, source_size, survey
+from mcore_sft.data.source_file import SourceFile
+from mcore_sft.data.sources import source_size, survey
 
 TEXT_KINDS = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"]
 TEXT_KINDS += ["a.jsonl.zst", "list.json.gz"]
@@ -37,7 +39,7 @@ COMPRESS = {
 
 
 def problems_of(folder: Path, **source) -> list[str]:
-    benchmark = survey(problems_alone(SourceConfig(**source)), root=folder)
+    benchmark = survey(SourceConfig(**source), root=folder, alone=True)
     return list(read_benchmarks([benchmark]))
 
 
@@ -122,7 +124,7 @@ def test_endings_in_upper_case(name, tmp_path):
     file = write(tmp_path / name, rows(5))
     file.rename(tmp_path / name.upper())
     assert pairs(tmp_path, path=name.upper()) == expected(rows(5))
-    with pytest.raises(DataError, match="no such file under"):
+    with pytest.raises(DataError, match="no such file \\("):
         survey(SourceConfig(path=f"absent{file.suffix.upper()}"), root=tmp_path)
 
 
@@ -162,9 +164,8 @@ def test_glob_reads_files_in_order_of_name(tmp_path):
     assert pairs(tmp_path, path="part-*") == expected(rows(4))
 
 
-def test_large_row_group_is_cut_while_it_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(table_blocks, "LARGEST_GROUP", 100)
-    monkeypatch.setattr(table_blocks, "TABLE_BYTES", 300)
+def test_large_row_group_is_cut(monkeypatch, tmp_path):
+    monkeypatch.setattr(table_blocks, "TABLE_BYTES", 100)
     pq.write_table(pa.Table.from_pylist(rows(50)), tmp_path / "a.parquet")
     blocks = blocks_of(tmp_path, path="a.parquet")
     assert len(blocks) > 2
@@ -200,8 +201,10 @@ def test_no_rows_are_no_blocks(name, tmp_path):
         write_table(tmp_path / name, pa.Table.from_pylist(rows(1)).slice(0, 0))
     else:
         write(tmp_path / name, [])
-    assert [len(each) for each in read(tmp_path, path=name)] in ([], [0])
-    assert survey(SourceConfig(path=name), root=tmp_path).size == os.stat(tmp_path / name).st_size
+    seen = survey(SourceConfig(path=name), root=tmp_path)
+    assert seen.size == os.stat(tmp_path / name).st_size
+    with pytest.raises(DataError, match=rf"source '{name}': it holds no row"):
+        list(seen.blocks())
 
 
 # --- columns ---
@@ -395,6 +398,15 @@ def test_damaged_compressed_files_are_named(name, tmp_path):
             read(tmp_path, path=name)
 
 
+def test_a_long_window_of_zstd_is_named(tmp_path):
+    """A frame that asks for 2 GB, as `zstd --long=31` writes it, with one byte of text."""
+    frame = bytes.fromhex("28b52ffd 00 a8 09 0000 0a")
+    (tmp_path / "a b.jsonl.zst").write_bytes(frame)
+    with pytest.raises(DataError, match=r"`zstd -d --long=31 'a b\.jsonl\.zst'`") as told:
+        survey(SourceConfig(path="a b.jsonl.zst"), root=tmp_path)
+    assert "damaged" not in str(told.value)
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_streams_end_to_end_are_one_file(ending, small, tmp_path):
     """As pbzip2, pigz, `xz` by several threads and `cat` leave them."""
@@ -527,10 +539,10 @@ def test_what_was_broken_by_a_change_is_not_called_broken(name, monkeypatch, tmp
 @pytest.mark.parametrize("name", TABLE_KINDS)
 def test_bad_row_of_a_table_that_changes_is_blamed_on_the_change(name, tmp_path):
     path = write(tmp_path / name, rows(2))
-    file, source = SourceFile.of(path), SourceConfig(path=name)
+    file = SourceFile.of(path)
 
     def read_a_bad_row():
-        with open_parquet(file) if name == "a.parquet" else open_arrow(file, source, name):
+        with open_table(file):
             os.utime(path, (1, 1))
             raise DataError("a bad row")
 
@@ -540,7 +552,7 @@ def test_bad_row_of_a_table_that_changes_is_blamed_on_the_change(name, tmp_path)
 
 @pytest.mark.parametrize("path", ["absent.jsonl", "part-*.jsonl", "./absent", "a.jsonl.zst"])
 def test_absent_files_are_named(path, tmp_path):
-    with pytest.raises(DataError, match="no such file under"):
+    with pytest.raises(DataError, match="no such file \\("):
         survey(SourceConfig(path=path), root=tmp_path)
 
 
@@ -548,13 +560,13 @@ def test_a_glob_under_a_folder_with_brackets(tmp_path):
     folder = tmp_path / "sp ace [x]"
     folder.mkdir()
     file = write(folder / "a.jsonl", rows(1))
-    assert source_files(SourceConfig(path="*.jsonl"), root=folder) == [file]
+    assert find_files("*.jsonl", root=folder) == [file]
 
 
 def test_a_folder_is_no_source(tmp_path):
     (tmp_path / "rows").mkdir()
     with pytest.raises(DataError, match=r"is a folder; name its files, such as rows/\*\.jsonl"):
-        source_files(SourceConfig(path="rows"), root=tmp_path)
+        find_files("rows", root=tmp_path)
 
 
 # --- tokens ---
@@ -671,7 +683,7 @@ def test_dataset_that_is_kept_in_files_is_read_from_them(hub, small, tmp_path):
     hub["dataset"] = datasets.load_from_disk(folder)
     assert len(hub["dataset"].cache_files) == 2
     blocks = blocks_of(tmp_path, path="owner/name")
-    assert {type(block).__name__ for block in blocks} == {"ArrowBlock"}
+    assert {type(block).__name__ for block in blocks} == {"FileBlock"}
     assert pairs(tmp_path, path="owner/name") == expected(rows(9))
     assert [n for b in blocks for n in b.read(skip_bad=False).numbers] == list(range(1, 10))
     seen = survey(SourceConfig(path="owner/name"), root=tmp_path)
@@ -688,10 +700,30 @@ def test_dataset_that_cannot_be_had_is_named(monkeypatch, tmp_path):
         raise datasets.exceptions.DatasetNotFoundError("it is not on the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"owner/name.*neither a file nor.*not on the hub"):
+    said = rf"neither a file \({tmp_path}/owner/name\) nor a Hugging Face dataset .*not on the hub"
+    with pytest.raises(DataError, match=said):
         survey(SourceConfig(path="owner/name"), root=tmp_path)
     with pytest.raises(DataError, match=r"split 'train\[:5%\]' is not the name of one split"):
         survey(SourceConfig(path="owner/name", split="train[:5%]"), root=tmp_path)
+
+
+def test_configurations_of_a_dataset_are_all_named(monkeypatch, tmp_path):
+    import datasets
+
+    names = [f"config-{i}" for i in range(200)]
+
+    def load_dataset(path, name, *, split):
+        raise ValueError(
+            f"Config name is missing.\nPlease pick one among the available configs: {names}\n"
+            "Example of usage:\n\t`load_dataset('owner/name', 'config-0')`"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as told:
+        survey(SourceConfig(path="owner/name"), root=tmp_path)
+    assert str(told.value).endswith(
+        f"missing. Please pick one among the available configs: {names}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,15 +159,19 @@ def test_weight_that_leaves_none_of_a_source_is_an_error(holdout, tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
-def test_source_without_examples_is_counted_as_such(tmp_path):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_source_that_makes_no_example_is_an_error(split, tmp_path):
+    """Empty, or with no row that is left: here the rows of b repeat those of a."""
     write_rows(tmp_path / "a.jsonl", ROWS[:100])
-    write_rows(tmp_path / "b.jsonl", ROWS[:30])
-    sources = [{"path": "a.jsonl", "weight": 1.5}, {"path": "b.jsonl", "weight": 0.001}]
-    made, _ = run(config(tmp_path, train=sources), tmp_path / "packed")
-    counts = made["splits"]["train"]
-    assert counts["source_rows"] == [100, 30]
-    assert counts["source_examples"] == [100, 0]
-    assert counts["source_visits"] == [150, 0]
+    sources = {"train": [{"path": "a.jsonl"}], split: [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}
+    for rows, said in (
+        ([], r"'b\.jsonl': it holds no row"),
+        (ROWS[:30], r"b\.jsonl: source 1 of .*"),
+    ):
+        write_rows(tmp_path / "b.jsonl", rows)
+        with pytest.raises(DataError, match=said):
+            run(config(tmp_path, **sources), tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_held_out_is_not_dropped_and_knows_its_sources(tmp_path):
@@ -281,5 +285,5 @@ def test_empty_benchmark_ends_the_run(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS[:5])
     write_rows(tmp_path / "test.jsonl", [])
     against = {"against": [{"path": "test.jsonl"}]}
-    with pytest.raises(DataError, match=r"benchmark 'test\.jsonl': it holds no problem"):
+    with pytest.raises(DataError, match=r"'test\.jsonl': it holds no row"):
         run(config(tmp_path, contamination=against), tmp_path / "packed")

@@ -290,7 +290,8 @@ FLAG = r"\(weight: 0 marks an answer that is not to be trained\)"
 def test_keys_that_no_template_knows_are_named(template, key, value, error, content, tmp_path):
     made = prompt(CHATML, tmp_path)
     if template != CHATML:
-        made = Prompt.load(PromptConfig(template=template), load_tokenizer(FOLDER))
+        wanted = PromptConfig(template=template, instruction="generic/math")
+        made = Prompt.load(wanted, load_tokenizer(FOLDER))
     answer = said("assistant", content, **{key: value})
     with pytest.raises(
         DataError, match=rf"^a\.jsonl:7: message 2: .* makes nothing of its {error}"
