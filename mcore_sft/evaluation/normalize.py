@@ -213,7 +213,7 @@ def _in_one_line(text: str) -> str:
 
 
 _REMARK = re.compile(
-    r"(?<=[\d)}\]%a-zA-Z])\s*(?:"
+    r"(?<=[\d)}\]%a-zA-Z])\s*(?!.*\b(?:not|never|wrong|incorrect|false|impossible)\b)(?:"
     r",?\s*(?:and|but)\s+(?:no\s+(?:others?|more)|nothing\s+else|none\s+other)"
     r"|,\s*(?:as|which|so|since|because|respectively|exactly|only|in\s+(?:all|total)|altogether)\b"
     r"[a-z\s]*|\s(?:respectively|only|exactly)"

@@ -83,10 +83,11 @@ def _stands_for(gold: Number, given: Number) -> bool:
         return True
     error = abs(gold.value - given.value)
     if gold.unit is not None:
-        return not given.is_decimal and given.value.denominator > 1 and error <= gold.unit / 2
-    if given.unit is None or given.significant < ENOUGH or is_finite(gold.value):
+        return not given.is_decimal and error <= gold.unit / 2
+    if given.unit is None or is_finite(gold.value):
         return False
-    return error <= _last_that_counts(given.unit, given.significant) / 2
+    near = error < _last_that_counts(given.unit, given.significant) / 2
+    return near and given.significant >= ENOUGH
 
 
 _POINT = re.compile(r"\d*\.\d+")

@@ -75,7 +75,7 @@ def pass_at_k(right: Sequence[bool], k: int) -> float:
     n, c = len(right), sum(right)
     if k > n:
         raise ValueError(f"pass@{k} of {n} answers: k may be at most their number")
-    return 1.0 if n - c < k else 1.0 - prod(1.0 - k / place for place in range(n - c + 1, n + 1))
+    return 1.0 - prod(1.0 - k / place for place in range(n - c + 1, n + 1))
 
 
 def majority(classes: Sequence[int], right: Sequence[bool]) -> float:

@@ -4,6 +4,7 @@ import pytest
 
 from mcore_sft.evaluation.number import (
     Number,
+    has_decimal,
     is_finite,
     last_half,
     read_number,
@@ -95,6 +96,7 @@ def test_the_last_digit_of_a_decimal(written: str, unit: Fraction | None, signif
         # the rounding of a gold that no decimal is
         ("1/3", "0.333333"),
         ("2/3", "0.666667"),
+        ("3/7", "0.428571"),
         ("100/3", "33.3333"),
         ("1/300", "0.00333333"),
         (r"0.\overline{3}", "0.333333"),
@@ -153,6 +155,11 @@ def same(gold: str, given: str) -> bool:
     assert left is not None
     assert right is not None
     return same_number(left, right)
+
+
+def test_a_decimal_in_an_expression() -> None:
+    assert has_decimal("x + .5") is True
+    assert has_decimal("x + 5.") is False
 
 
 def test_how_far_off_the_numbers_of_an_expression_may_be() -> None:

@@ -68,6 +68,11 @@ def test_majority_averages_ties(classes: list[int], right: list[bool], value: fl
     assert majority(classes, right) == value
 
 
+def test_a_vote_has_a_voter() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        majority([0, 0], [True])
+
+
 def test_mean_has_the_error_between_problems() -> None:
     mean = Mean(values=(1.0, 0.0, 0.5, 0.5))
     assert mean.percent == 50
