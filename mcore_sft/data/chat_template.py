@@ -86,7 +86,7 @@ class ChatTemplate:
                 generation_marks=marks,
                 **self._spelt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # as the template may do
+        except Exception as error:  # a template is a program
             roles = ", ".join(message["role"] for message in messages)
             raise UnfitRow(
                 f"{self._where}: the chat template refuses messages of {roles}: {error}"

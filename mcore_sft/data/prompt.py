@@ -122,7 +122,7 @@ class Prompt:
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
         self._reserved = np.union1d(tokenizer.special_ids, self.stop_ids)
         self._num_bos = self._count_bos()
-        if not self._verbatim:
+        if template != "chat" and not self._verbatim:
             self._require_tokens()
 
     @classmethod
@@ -371,9 +371,7 @@ class Prompt:
 
     def _require_tokens(self) -> None:
         """`DataError` if the markup spells a control token that the tokenizer does not have."""
-        markup = self.text("1 + 1") + self.answer("1 + 1", "2")
-        if self._template != "chat":
-            markup += "".join(map(str, read_template(self._template).model_dump().values()))
+        markup = "".join(map(str, read_template(self._template).model_dump().values()))
         spelt = dict.fromkeys(_CONTROL.findall(markup))
         if lacking := [token for token in spelt if token not in self._tokenizer.vocab]:
             name = self._template if isinstance(self._template, str) else "of a file"

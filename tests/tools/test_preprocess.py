@@ -86,10 +86,11 @@ def many(tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"rows-{number:02}.jsonl").write_text(text, encoding="utf-8")
     file = tmp_path / "experiment.yaml"
+    source = "{path: rows-*.jsonl, problem: problem, solution: generated_solution}"
     file.write_text(
         f"name: many\noutput: {tmp_path / 'run'}\n"
         f"model: {{path: {FIXTURES / 'tokenizer'}}}\n"
-        f"data: {{root: {tmp_path}, train: [{{path: rows-*.jsonl}}], workers: 2}}\n",
+        f"data: {{root: {tmp_path}, train: [{source}], workers: 2}}\n",
         encoding="utf-8",
     )
     return file
