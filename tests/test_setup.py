@@ -227,6 +227,28 @@ def test_missing_cuda_operators_are_one_line(clone: Clone) -> None:
     assert clone.make().endswith("setup: the CUDA operators were not built: nvcc is of CUDA 12\n")
 
 
+# More numbers for each of 2048 threads than a multiprocessor has registers.
+SPILL = """
+__global__ void __launch_bounds__(1024, 2) spill(float* x) {
+  float kept[64], total = 0;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) total += kept[i] = x[i * 1024 + threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = kept[i] * total;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not there")
+def test_registers_that_spill_fail_the_check(clone: Clone) -> None:
+    clone.have(python3="{}.{}".format(*sys.version_info))  # it imports torch
+    clone.make()
+    source = clone.folder / "csrc" / "cuda" / "spill.cu"
+    source.parent.mkdir()
+    source.write_text(SPILL)
+    assert "Registers are spilled" in clone.make("check-cuda", fails=True)
+
+
 # ---- setup.py
 
 

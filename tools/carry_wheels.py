@@ -30,6 +30,7 @@ from gpu_report import KIT, SUMS, commit, sources
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import setup
 from mcore_sft import command
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Parser, say
@@ -174,8 +175,16 @@ def build_extension(python: Path, version: str) -> Path:
 def building(python: Path) -> dict[str, str]:
     """The variables by which the extension is built where there is no GPU.
 
-    The headers of cuDNN and NCCL come with torch, in packages that no compiler knows of.
+    The headers of cuDNN and NCCL come with torch, in packages that no compiler knows of. Those of
+    CUDA are not all there: the rest is nvcc's, whose toolkit nothing finds behind a script.
     """
+    nvcc = setup.find_nvcc()
+    if nvcc is None:
+        raise CarryError("no nvcc was found; put one on PATH, or name its toolkit by CUDA_HOME")
+    try:
+        toolkit, _ = setup.find_toolkit(nvcc)
+    except setup.NoCudaError as error:
+        raise CarryError(str(error)) from None
     program = "import nvidia; print(*nvidia.__path__, sep='\\n')"
     told = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
     roots = [Path(line) for line in told.stdout.splitlines()]
@@ -187,6 +196,7 @@ def building(python: Path) -> dict[str, str]:
     ]
     cudnn = [str(root / "cudnn") for root in roots if (root / "cudnn").is_dir()]
     return {
+        "CUDA_HOME": str(toolkit),
         "NVTE_FRAMEWORK": "pytorch",
         "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
         "MAX_JOBS": str(len(os.sched_getaffinity(0))),

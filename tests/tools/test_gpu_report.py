@@ -270,6 +270,25 @@ def test_an_environment_without_the_machine_s_torch_is_refused(
         carry_wheels.ask(python)
 
 
+def test_the_extension_is_built_with_the_toolkit_that_nvcc_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nvcc on PATH is a script, nothing else finds it."""
+    toolkit = tmp_path / "cuda"
+    write(toolkit, {"lib64/libcudart.so": ""})
+    nvcc = tmp_path / "bin" / "nvcc"
+    write(nvcc.parent, {nvcc.name: f"#!/bin/sh\necho '#$ TOP={toolkit}' >&2\n"})
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    found = carry_wheels.building(Path(sys.executable))
+    assert found["CUDA_HOME"] == str(toolkit)
+    (toolkit / "lib64" / "libcudart.so").unlink()
+    with pytest.raises(carry_wheels.CarryError, match=r"has no libcudart\.so"):
+        carry_wheels.building(Path(sys.executable))
+
+
 # ---- what is made of it there
 
 
