@@ -213,10 +213,36 @@ def test_weights_in_8_bits_are_kept_twice_beside_those_in_16():
     assert [one.copies for one in plain] == [0, 0]
     assert [one.copies for one in eight] == [2 * 16 * layer] * 2
     assert [one.copies for one in ends] == [2 * 13 * layer] * 2
-    assert eight[0] == replace(plain[0], copies=eight[0].copies)
-    assert eight[0].total == plain[0].total + eight[0].copies
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(eight[0], part) == getattr(plain[0], part)
     whole = stage_memory(SHAPE_8B, run_config("train.fp8=delayed"), Layout(), LOAD)[0]
     assert whole.copies == pytest.approx(14e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "scales", "again"), [("tensorwise", 0, 0), ("blockwise", 4 / 128, 0), ("delayed", 0, 1)]
+)
+def test_what_products_of_8_bits_read_is_kept_in_them(fp8: str, scales: float, again: int):
+    layout = Layout(pipeline=2, tensor=2)
+    plain, eight = (
+        stage_memory(SHAPE_8B, run_config(*keys), layout, LOAD)
+        for keys in ((), (f"train.fp8={fp8}",))
+    )
+    # Of each token two norms' outputs, and half of SwiGLU's product and of attention's output.
+    saved = (1 - scales) * (2 * 4096 + 14_336 / 2) - again * 4096 / 2
+    for stage, (wide, narrow) in enumerate(zip(plain, eight, strict=True)):
+        in_flight = 2 - stage
+        assert wide.activations - narrow.activations == in_flight * 16 * 4096 * saved
+
+
+def test_layers_that_stay_in_bf16_keep_what_bf16_keeps():
+    keys = ("train.fp8=tensorwise", "train.fp8_bf16_ends=3")
+    plain, eight, ends = (
+        stage_memory(SHAPE_8B, run_config(*some), Layout(), LOAD)[0]
+        for some in ((), keys[:1], keys)
+    )
+    kept = (plain.activations - ends.activations) / (plain.activations - eight.activations)
+    assert kept == pytest.approx((32 - 2 * 3) / 32)
 
 
 def test_what_a_run_refuses_is_not_planned():

@@ -4,14 +4,14 @@ Architecture + RunConfig + Layout + Workload -> Memory of each pipeline stage
 
 Nothing here is measured; `train.py --dry-run` counts the first three from the real objects instead.
 rows = tokens of a micro-batch on one rank; t, p, v, c, d = sizes of the tensor, pipeline, virtual,
-context and data axes; wide = bytes of a number in the run's precision
+context and data axes; wide = bytes of a number in the run's precision; fp8 = `train.fp8`
 """
 
 from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from mcore_sft.config import RunConfig, TrainConfig
+from mcore_sft.config import RunConfig
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.plan.layout import Layout, Workload
 from mcore_sft.runtime.hardware import chosen_layers
@@ -59,18 +59,11 @@ def stage_memory(
             supervised=load.supervised / config.data.sequence_length,
             micro_batches=filling.micro_batches,
             layers="local" if chosen == "apex" else chosen,
-            eight_bits=_eight_bit_layers(a, config.train, layout, stage),
+            fp8=config.train.fp8,
+            bf16_ends=config.train.fp8_bf16_ends,
         )
         for stage in range(layout.pipeline)
     ]
-
-
-def _eight_bit_layers(a: Architecture, train: TrainConfig, layout: Layout, stage: int) -> int:
-    """Layers of `stage` whose products are of 8 bits."""
-    if train.fp8 == "none":
-        return 0
-    ends = (stage == 0) + (stage == layout.pipeline - 1)
-    return a.layers // layout.pipeline - ends * train.fp8_bf16_ends
 
 
 def parameters(a: Architecture, layout: Layout, stage: int) -> int:
@@ -105,30 +98,38 @@ def memory(
     supervised: float,
     micro_batches: int,
     layers: str = "transformer_engine",
-    eight_bits: int = 0,
+    fp8: str = "none",
+    bf16_ends: int = 0,
 ) -> Memory:
     """Bytes on one rank of `stage`, by part.
 
     Weights in the run's precision, gradients in fp32, two fp32 moments and, under bf16, fp32 main
     weights; the distributed optimizer keeps 1/(c d) of the latter on each rank (ZeRO stage 1,
-    Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Of `eight_bits` layers, Transformer
-    Engine keeps the weights in 8 bits too, twice: Hopper multiplies along rows alone.
+    Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Under `fp8`, Transformer Engine keeps
+    the weights in 8 bits too, twice: Hopper multiplies along rows alone. The `bf16_ends` layers at
+    either end of the model stay in bf16; those of a stage count evenly in its chunks.
     """
     count = parameters(a, layout, stage)
     wide = 2 if precision == "bf16" else 4
     states = 12 if precision == "bf16" else 8
     owners = layout.data * layout.context if layout.distributed_optimizer else 1
     rows = sequence_length * layout.micro_batch / layout.context
-    kept = layer_activations(a, layout, rows, wide, layers)
     chunks = chunks_in_flight(layout, stage, micro_batches)
-    depth = a.layers / (layout.pipeline * layout.virtual)
     last = stage == layout.pipeline - 1
+    depth = a.layers // layout.pipeline
+    eight = 0 if fp8 == "none" else depth - ((stage == 0) + last) * bf16_ends
+
+    def kept(layers_of_stage: int, fp8: str, at: Layout) -> float:
+        return layers_of_stage * layer_activations(a, at, rows, wide, layers, fp8)
+
+    of_all = kept(depth - eight, "none", layout) + kept(eight, fp8, layout)
     stream = rows * a.hidden / (layout.tensor if layout.sequence else 1)
     # What is sent on stays until its gradient has come back; the last chunk sends nothing on.
-    activations = chunks * depth * kept + (chunks - last) * wide * stream
-    workspace = backward_workspace(a, layout, rows, wide)
+    activations = chunks * of_all / layout.virtual + (chunks - last) * wide * stream
+    workspace = backward_workspace(a, layout, rows, wide, fp8 if eight else "none")
     if layout.recompute == "full":
-        workspace += layer_activations(a, replace(layout, recompute="none"), rows, wide, layers)
+        one = replace(layout, recompute="none")
+        workspace += kept(1, fp8 if eight == depth else "none", one)
     if last:
         norm = norm_activations(stream, wide, layers)
         activations += norm
@@ -139,24 +140,32 @@ def memory(
         weights=wide * count,
         gradients=4 * count,
         optimizer=states * count / owners,
-        copies=2 * eight_bits * layer_matrices(a, layout.tensor),
+        copies=2 * eight * layer_matrices(a, layout.tensor),
         activations=activations,
         workspace=workspace,
     )
 
 
-def norm_activations(elements: float, wide: int, layers: str) -> float:
-    """Bytes that a norm of so many elements keeps: its input and output.
+def norm_activations(elements: float, wide: int, layers: str, fp8: str = "none") -> float:
+    """Bytes that a norm of so many elements keeps: its input, and its output for a product.
 
     Ours, of the local layers, normalizes in fp32: input, result in fp32 and in `wide`, output.
     """
     if layers == "transformer_engine":
-        return 2 * wide * elements
+        return (wide + operand_bytes(fp8, wide)) * elements
     return (4 + wide + wide) * elements
 
 
+def operand_bytes(fp8: str, wide: int) -> float:
+    """Bytes of a number that a product of the backward pass reads, with its share of a scale.
+
+    The one along the rows alone is kept; blockwise scaling has a scale in fp32 for 128 rows.
+    """
+    return {"none": wide, "blockwise": 1 + 4 / 128}.get(fp8, 1)
+
+
 def layer_activations(
-    a: Architecture, layout: Layout, rows: float, wide: int, layers: str
+    a: Architecture, layout: Layout, rows: float, wide: int, layers: str, fp8: str = "none"
 ) -> float:
     """Bytes that one layer keeps of `rows` tokens for its backward pass.
 
@@ -166,10 +175,13 @@ def layer_activations(
     regions is divided by t under sequence parallelism only.
 
     Transformer Engine keeps queries and keys as they are turned, values, attention's output, and of
-    SwiGLU both projections and the product. The local layers keep queries and keys before that too,
-    with the sines and cosines of each token, the gate's activation, a copy of the other projection,
-    and the documents' outputs twice, apart and joined. Norms of queries and keys keep one more of
-    each, ours in fp32 too. `selective` repeats attention alone, and so saves those sums and what is
+    SwiGLU both projections and the product. Under `fp8`, what products read is kept in 8 bits: the
+    norms' outputs and SwiGLU's product. Attention reads its output in `wide`, and the product after
+    it reads the same, but that delayed scaling, whose scale would be another the second time, keeps
+    it in 8 bits besides. The local layers keep queries and keys before they are turned too, with
+    the sines and cosines of each token, the gate's activation, a copy of the other projection, and
+    the documents' outputs twice, apart and joined. Norms of queries and keys keep one more of each,
+    ours in fp32 too. `selective` repeats attention alone, and so saves those sums and what is
     apart; `full` keeps the layer's input.
     """
     t = layout.tensor
@@ -177,13 +189,14 @@ def layer_activations(
     if layout.recompute == "full":
         return wide * stream
     queries, keys, local = a.heads * a.head_dim, a.kv_heads * a.head_dim, layers == "local"
-    inside = wide * ((2 + local) * (queries + keys) + (3 + 2 * local) * a.intermediate)
+    inside: float = wide * ((2 + local) * (queries + keys) + (2 + 2 * local) * a.intermediate)
+    inside += operand_bytes(fp8, wide) * a.intermediate + (fp8 == "delayed") * queries
     if layout.recompute == "none":
         inside += 4 * a.heads + wide * queries * local
     if a.qk_norm:
         inside += (wide + 4 * local) * (queries + keys)
     turning = wide * 4 * a.head_dim * rows * local
-    return rows * inside / t + turning + 2 * norm_activations(stream, wide, layers)
+    return rows * inside / t + turning + 2 * norm_activations(stream, wide, layers, fp8)
 
 
 def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
@@ -216,17 +229,21 @@ def loss_workspace(
     return buffers * chunk + wide * a.hidden * (2 * supervised + rows / share)
 
 
-def backward_workspace(a: Architecture, layout: Layout, rows: float, wide: int) -> float:
+def backward_workspace(
+    a: Architecture, layout: Layout, rows: float, wide: int, fp8: str = "none"
+) -> float:
     """Bytes where a layer's backward pass holds most: the gradients of one SwiGLU.
 
-    Those of both its factors, that of its product in the place of the product, and that of the
-    layer's output. Sequence parallelism gathers the last (Korthikanti et al. 2022, section 4.2.2),
-    and has done with it before there are those of the factors.
+    Those of both its factors, that of its product in the place of the product, which is smaller
+    where it is kept in 8 bits, and that of the layer's output. The last is there twice, gathered by
+    sequence parallelism (Korthikanti et al. 2022, section 4.2.2) or in 8 bits along both ways,
+    until there are those of the factors.
     """
     inside = a.intermediate / layout.tensor
-    if layout.sequence:
-        return wide * rows * (inside + max(inside, a.hidden) + a.hidden / layout.tensor)
-    return wide * rows * (2 * inside + a.hidden)
+    factors = 2 * wide * inside + (wide - operand_bytes(fp8, wide)) * inside
+    twice = wide * a.hidden if layout.sequence or fp8 != "none" else 0.0
+    output = wide * a.hidden / (layout.tensor if layout.sequence else 1)
+    return rows * (max(factors, wide * inside + twice) + output)
 
 
 def table(stages: list[Memory], title: str) -> Table:
