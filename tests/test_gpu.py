@@ -30,14 +30,15 @@ GPU = "cpu" if EMULATED else "cuda"
 
 
 @pytest.fixture(autouse=True)
-def _ranks_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def _all_run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of all layers, one after another, though Megatron-core notes the attention of one in
+    the environment and refuses another; over the emulation too."""
     if EMULATED:
         monkeypatch.setattr(
             build, "layer_implementation", lambda *asked: chosen_layers(*asked[:2], gpu=True)
         )
         monkeypatch.setattr(build, "attention_backend", lambda device: "fused")
-    else:
-        monkeypatch.setattr(distributed, "METHOD", "spawn")
+    monkeypatch.setattr(distributed, "METHOD", "spawn")
     # What `be_deterministic` asks of the libraries: bits are compared.
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
