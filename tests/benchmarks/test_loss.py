@@ -1,11 +1,16 @@
 """The benchmark of the loss runs from end to end; what it measures is nobody's business here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import loss
+from mcore_sft.ops import devices
+from mcore_sft.ops.head import Head, Inputs, Machine, Options
 
 
 def test_small_cases_are_measured_printed_and_written(
@@ -32,3 +37,28 @@ def test_what_is_wrong_is_shown_as_wrong_and_not_timed(
     monkeypatch.setattr(loss, "CONTESTANTS", (loss.CONTESTANTS[0], wrong))
     assert loss.main(["--quick"]) == 1
     assert "ours: WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("masked", [0, 35])
+@pytest.mark.parametrize("into_main_grad", [True, False])
+def test_the_memory_that_is_asked_for_is_that_of_the_chunks(
+    masked: int, into_main_grad: bool
+) -> None:
+    case = replace(loss.H100, masked=masked)
+    made: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    hidden = torch.empty(case.supervised, case.width, **made)
+    weight = torch.empty(case.vocab, case.width, **made)
+    labels = torch.empty(case.supervised, device="meta", dtype=torch.int64)
+    cuda = Machine(devices._chunk_rows_cuda, 128, *2 * [devices._add_product_cuda])
+    main_grad = torch.empty_like(weight, dtype=torch.float32) if into_main_grad else None
+    inputs, options = Inputs(hidden, weight, labels, None), Options(case.vocab, "", False)
+    head = Head(cuda, inputs, options, True, True, main_grad=main_grad)
+    rows = max(chunk.stop - chunk.start for chunk in head.chunks)
+    needed = rows * case.vocab * 2 + 2 * hidden.nbytes
+    assert head.grad_weight.dtype == (torch.float32 if into_main_grad else torch.bfloat16)
+    (asked,) = [
+        goal
+        for goal in loss.goals_of(case, into_main_grad=into_main_grad)
+        if goal.figure == "memory"
+    ]
+    assert needed <= asked.limit < 1.03 * needed
