@@ -5,7 +5,7 @@
 Each document is a Markov chain: with probability 0.9 the current token determines the next one;
 otherwise the next is drawn at random. The loss falls from the logarithm of the vocabulary towards
 1.2 nats within a few hundred steps. Each step takes new packs. On a CPU, a tiny shape is trained,
-in bf16 only.
+in bf16 only, but under `python -m tests.te`.
 """
 
 import gc
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, require
+from machine import EMULATED, machine, require
 from train_step import TINY, architecture
 from train_step_turn import RandomWeights
 
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = machine(*packages, device=torch.cuda.get_device_name() if cuda else None)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()), soft_wrap=True)
     curves: dict[str, dict[str, Any]] = {}
-    for name in ("none", *(options.fp8 if cuda else ())):
+    for name in ("none", *(options.fp8 if cuda or EMULATED else ())):
         try:
             curves[name] = curve(options.device, name, options.steps)
             found = judged(name, curves)

@@ -13,6 +13,9 @@ from typing import Any
 
 from mcore_sft.base.terminal import Parser
 
+EMULATED = "tests.te.plugin" in sys.modules
+"""Whether Transformer Engine's own Python runs on the CPU here: `python -m tests.te FILE`."""
+
 
 def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
     """The `device` (the CPU where none is named), its cores, versions, commit, date and command."""

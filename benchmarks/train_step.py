@@ -4,10 +4,11 @@
                                     [--json FILE]
 
 As many layers as fit, random weights, synthetic packs; on the CPU a tiny shape, whose figures say
-nothing. Every turn of a contestant is a process of its own (train_step_turn.py), since only one
-model with AdamW's states fits; turns are interleaved, in a new order each round, and a turn's first
-steps do not count. In each turn, loss and gradient norm of the first step are first compared with
-those of transformers in fp32, document by document; what is wrong is shown and not timed.
+nothing, and FP8 under `python -m tests.te` alone. Every turn of a contestant is a process of its
+own (train_step_turn.py), since only one model with AdamW's states fits; turns are interleaved, in a
+new order each round, and a turn's first steps do not count. In each turn, loss and gradient norm of
+the first step are first compared with those of transformers in fp32, document by document; what is
+wrong is shown and not timed.
 
 Documents are log-normal in length, with a mean of 512 tokens as OpenMathInstruct-2 has (about 8 in
 4,096), and 20 to 45 % of each is prompt, which is masked. A step is 32,768 tokens: what each of 8
@@ -34,7 +35,7 @@ from typing import Any
 import kernels
 import numpy as np
 import torch
-from machine import machine, require
+from machine import EMULATED, machine, require
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -273,7 +274,7 @@ def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, str(TURN), str(file)],
+            [sys.executable, *(("-m", "tests.te") if EMULATED else ()), str(TURN), str(file)],
             env=environment,
             capture_output=True,
             text=True,
@@ -286,14 +287,20 @@ def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
+def runs_on(device: str, contestant: Contestant) -> bool:
+    """Whether a contestant can run there: FP8 takes Transformer Engine, Liger a GPU."""
+    if contestant.fp8 != "none" and EMULATED:
+        return True
+    return device == "cuda" or (contestant.fp8 == "none" and contestant.kind != "liger")
+
+
 def measure(
     case: Case, contestants: Sequence[Contestant], rounds: int, reference: dict[str, float]
 ) -> list[Result]:
     """All contestants, taking turns; who fails once has no further turn."""
     results = [Result(contestant, case.length) for contestant in contestants]
     for result in results:
-        of_a_gpu = result.contestant.fp8 != "none" or result.contestant.kind == "liger"
-        if case.device == "cpu" and of_a_gpu:
+        if not runs_on(case.device, result.contestant):
             result.reason = "not run: it takes an NVIDIA GPU"
     order = random.Random(0)
     for number in range(rounds):
@@ -486,7 +493,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in report["rows"]
         if row["contestant"].startswith("ours")
         and row["reason"]
-        and (options.device == "cuda" or row["fp8"] == "none")
+        and (options.device == "cuda" or EMULATED or row["fp8"] == "none")
     ]
     return int(bool(failed))
 
