@@ -14,6 +14,7 @@ needs nothing but Python: what it installs may fail.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -311,6 +314,23 @@ def earlier(where: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
     return dict(found.get("parts", {}))
 
 
+def open_loopback() -> None:
+    """Let processes of this machine meet: under `unshare -n` 127.0.0.1 itself is down."""
+    get_flags, set_flags, is_up, layout = 0x8913, 0x8914, 1, "16sH14x"  # linux/sockios.h, net/if.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        told = fcntl.ioctl(one, get_flags, struct.pack(layout, b"lo", 0))
+        flags = struct.unpack(layout, told)[1]
+        if flags & is_up:
+            return
+        try:
+            fcntl.ioctl(one, set_flags, struct.pack(layout, b"lo", flags | is_up))
+        except OSError as error:
+            raise SystemExit(
+                f"error: the interface lo is down ({error}), and ranks meet over it; run `ip link "
+                "set lo up` as root"
+            ) from None
+
+
 def make_report(wanted: Sequence[Part], where: dict[str, str], folder: Path) -> int:
     """Run the parts, write the report after each, and say what failed; the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -444,6 +464,7 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"error: {error}") from None
         return 0
+    open_loopback()
     where = gpu() if options.device == "cuda" else {"device": options.device}
     scratch = ROOT / "results" / "gpu_report"
     scratch.mkdir(parents=True, exist_ok=True)
