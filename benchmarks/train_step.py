@@ -1,7 +1,7 @@
 """The training step of Llama-3.1-8B's layers against transformers and Megatron-core's own loss.
 
     python benchmarks/train_step.py [--device cuda|cpu] [--quick] [--layers N] [--only NAME ...]
-                                    [--json FILE]
+                                    [--minutes N] [--json FILE]
 
 As many layers as fit, random weights, synthetic packs; on the CPU a tiny shape, whose figures say
 nothing, and FP8 under `python -m tests.te` alone. Every turn of a contestant is a process of its
@@ -35,7 +35,7 @@ from typing import Any
 import kernels
 import numpy as np
 import torch
-from machine import EMULATED, machine, require
+from machine import EMULATED, Deadline, machine, require
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -265,21 +265,27 @@ def cases_of(device: str, *, quick: bool, layers: int | None) -> list[Case]:
 # ---- how it is measured
 
 
-def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
+def in_own_process(job: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
     """What train_step_turn.py tells of `job`, or why it tells nothing."""
+    if deadline.over:
+        return {"reason": deadline.reason, "late": True}
     environment = dict(os.environ)
     if job["case"]["device"] == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(job))
-        done = subprocess.run(
-            [sys.executable, *(("-m", "tests.te") if EMULATED else ()), str(TURN), str(file)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, *(("-m", "tests.te") if EMULATED else ()), str(TURN), str(file)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=deadline.left,
+            )
+        except subprocess.TimeoutExpired:
+            return {"reason": f"{deadline.reason}, and it was not done", "late": True}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return {"reason": f"not run: exit code {done.returncode}: {last}"}
@@ -295,24 +301,34 @@ def runs_on(device: str, contestant: Contestant) -> bool:
 
 
 def measure(
-    case: Case, contestants: Sequence[Contestant], rounds: int, reference: dict[str, float]
+    case: Case,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    reference: dict[str, float],
+    deadline: Deadline,
 ) -> list[Result]:
-    """All contestants, taking turns; who fails once has no further turn."""
+    """All contestants, taking turns; who fails once has no further turn.
+
+    The first round goes as they are named: where time is short, what is asked first has run. Later
+    ones that it does not suffice for are left out.
+    """
     results = [Result(contestant, case.length) for contestant in contestants]
     for result in results:
         if not runs_on(case.device, result.contestant):
             result.reason = "not run: it takes an NVIDIA GPU"
     order = random.Random(0)
     for number in range(rounds):
-        for result in order.sample(results, len(results)):
-            if result.reason:
+        for result in order.sample(results, len(results)) if number else results:
+            if result.reason or (number and deadline.over):
                 continue
             name = result.contestant.name
             console.print(f"{case.length} tokens, round {number + 1} of {rounds}: {name}")
             tolerance = TOLERANCE["none" if result.contestant.fp8 == "none" else "fp8"]
             job = {"contestant": asdict(result.contestant), "case": asdict(case)}
             expected = {"reference": reference, "tolerance": tolerance}
-            result.add(in_own_process(job | expected))
+            told = in_own_process(job | expected, deadline)
+            if not (told.pop("late", False) and result.seconds):
+                result.add(told)
     return results
 
 
@@ -460,11 +476,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", nargs="+", metavar="NAME", help=f"whose names begin so, and {OURS}"
     )
     parser.add_argument("--layers", type=int, help="default: as many as fit; 2 on the CPU")
+    Deadline.add_to(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     if options.layers is not None and options.layers < 1:
         parser.error(f"--layers: expected at least 1, given {options.layers}")
     require(options.device, parser)
+    deadline = Deadline(options.minutes)
     asked = (OURS, *options.only) if options.only else ("",)
     contestants = [one for one in CONTESTANTS if one.name.startswith(asked)]
     packages = ("torch", "transformers", "megatron-core", "transformer-engine", "flash-attn")
@@ -476,12 +494,15 @@ def main(arguments: list[str] | None = None) -> int:
     report |= {"cases": [], "rows": []}
     for case in cases_of(options.device, quick=options.quick, layers=options.layers):
         work = workload(case)
-        reference = in_own_process({"contestant": {"kind": "reference"}, "case": asdict(case)})
+        reference = in_own_process(
+            {"contestant": {"kind": "reference"}, "case": asdict(case)}, deadline
+        )
         if "reason" in reference:
             console.print(f"{case.length} tokens: the reference was {reference['reason']}")
             reference = {"loss": float("nan"), "grad_norm": float("nan")}
         console.print(describe(work, reference))
-        results = measure(case, contestants, 1 if options.quick else 3, reference)
+        rounds = 1 if options.quick else 3
+        results = measure(case, contestants, rounds, reference, deadline)
         report["cases"].append(asdict(case) | {"workload": work, "reference": reference})
         report["rows"] += rows_of(case, results, peak)
     report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []

@@ -107,6 +107,8 @@ def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool)
     ) -> Part:
         words = ("--device", "cpu" if emulated else device, *words)
         words = (*over, f"benchmarks/{script}.py", *words, *(short.split() if quick else ()))
+        if script != "head":  # which is short
+            words = (*words, "--minutes", f"{0.9 * limited(quickly, minutes):g}")
         return writing(name, *words, quickly=quickly, minutes=minutes)
 
     this = (sys.executable, str(Path(__file__).resolve()))
@@ -194,8 +196,8 @@ def run(part: Part, log: Path | None = None) -> Outcome:
 
         # In a thread: a process that has left the group may hold the output open.
         reader = threading.Thread(target=read, daemon=True)
-        reader.start()
         try:
+            reader.start()
             code = process.wait(60 * part.minutes)
             ended = f"exit code {code}" if code > 0 else f"signal {-code}" if code else "passed"
         except subprocess.TimeoutExpired:
@@ -464,6 +466,7 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"error: {error}") from None
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends what it runs
     open_loopback()
     where = gpu() if options.device == "cuda" else {"device": options.device}
     scratch = ROOT / "results" / "gpu_report"

@@ -58,6 +58,25 @@ def test_what_fails_crashes_or_hangs_is_told_and_the_rest_goes_on(
     assert not mark.exists(), "what a part that hangs has started must end with it"
 
 
+def test_a_report_that_is_ended_ends_what_it_runs(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import gpu_report\n"
+        "sleep = ('sh', '-c', 'echo $$; exec sleep 60')\n"
+        "only = gpu_report.Part(name='ops', command=sleep, minutes=5)\n"
+        "gpu_report.parts = lambda *_, **__: [only]\n"
+        f"sys.argv[1:] = ['--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
+        "gpu_report.main()"
+    )
+    command = [sys.executable, "-u", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as report:
+        assert report.stdout is not None
+        pid = next(int(line) for line in report.stdout if line.strip().isdigit())
+        report.terminate()
+        report.wait(20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
 @pytest.mark.parametrize(
     ("then", "ended"), [("", "passed"), ("time.sleep(60)", "no end within 0.0666667 min")]
 )
