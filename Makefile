@@ -50,6 +50,9 @@ test: setup ## run the tests
 test-layouts: setup ## the equalities of every layout, which `make test` takes a part of
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_equalities.py -k every_layout
 
+# OLDEST=1 takes the oldest release that is allowed.
+test-te fetch-te: export TE_OLDEST = $(OLDEST)
+
 test-te: fetch-te ## Transformer Engine's own Python over kernels on the CPU; SLOW=1 runs all of it
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.te.plugin \
 		-m 'te$(if $(SLOW),, and not slow)' $(TE_TESTS)
@@ -88,7 +91,7 @@ sanitize: setup ## the tests of the CPU operators under the address and undefine
 
 .PHONY: lane canary compatibility
 lane: setup ## the tests that depend on versions, and a short demo; RECORD=DIR keeps a record of it
-	@$(BIN)/python tools/lane.py $(if $(RECORD),--record '$(RECORD)')
+	@$(BIN)/python tools/lane.py $(if $(RECORD),--record '$(RECORD)') $(if $(ONLY),--only "$(ONLY)")
 
 canary: setup ## the lane with the newest release of everything, in an environment that is thrown away
 	@$(BIN)/python tools/canary.py $(if $(RECORD),--record '$(RECORD)')

@@ -1,11 +1,12 @@
 """Llama-3.2-1B's shape trained in bf16 and in FP8 from the same random weights: curves compared.
 
-    python benchmarks/converge.py [--device cuda|cpu] [--steps N] [--fp8 NAME ...] [--json FILE]
+    python benchmarks/converge.py [--device cuda|cpu] [--steps N] [--fp8 NAME ...]
+                                  [--minutes N] [--json FILE]
 
 Each document is a Markov chain: with probability 0.9 the current token determines the next one;
 otherwise the next is drawn at random. The loss falls from the logarithm of the vocabulary towards
 1.2 nats within a few hundred steps. Each step takes new packs. On a CPU, a tiny shape is trained,
-in bf16 only.
+in bf16 only, but under `python -m tests.te`.
 """
 
 import gc
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, require
+from machine import EMULATED, Deadline, machine, require
 from train_step import TINY, architecture
 from train_step_turn import RandomWeights
 
@@ -148,15 +149,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--fp8", nargs="*", default=["blockwise", "delayed", "tensorwise"])
+    Deadline.add_to(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
     require(options.device, parser)
+    deadline = Deadline(options.minutes)
     packages = ("torch", "megatron-core", "transformer-engine")
     where = machine(*packages, device=torch.cuda.get_device_name() if cuda else None)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()), soft_wrap=True)
     curves: dict[str, dict[str, Any]] = {}
-    for name in ("none", *(options.fp8 if cuda else ())):
+    for name in ("none", *(options.fp8 if cuda or EMULATED else ())):
+        if deadline.over:
+            curves[name] = {"met": False, "said": deadline.reason}
+            continue
         try:
             curves[name] = curve(options.device, name, options.steps)
             found = judged(name, curves)

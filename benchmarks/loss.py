@@ -1,6 +1,7 @@
 """The output layer and its loss against their peers: one table of time and memory.
 
-    python benchmarks/loss.py [--device cuda] [--quick] [--only NAME ...] [--json FILE]
+    python benchmarks/loss.py [--device cuda] [--quick] [--only NAME ...] [--minutes N]
+                              [--json FILE]
 
 Every contestant is first compared with an fp64 reference: its gradients may be as far off as those
 of eager torch in the same precision, and no more. What is wrong is shown as wrong and not timed.
@@ -25,14 +26,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby, product
+from itertools import chain, groupby, product, takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import machine, require
+from machine import Deadline, machine, require
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
@@ -680,14 +681,16 @@ def show(results: list[Result]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; 1 if ours is wrong anywhere."""
+    """Measure and print; 1 if ours is wrong anywhere, or if time was too short."""
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, about a minute")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="whose names begin so, and eager")
+    Deadline.add_to(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     require(options.device, parser)
+    deadline = Deadline(options.minutes)
     if options.device == "cuda":
         library.load_cuda()
     asked = ("eager", *options.only) if options.only else ("",)
@@ -696,12 +699,15 @@ def main(arguments: list[str] | None = None) -> int:
     where = machine("torch", device=device) | {"threads": torch.get_num_threads()}
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     results: list[Result] = []
+    measured = 0
     best: Best = {}
     seconds = 1.0 if options.quick else 3.0
     cases = cases_of(options.device, quick=options.quick)
     with fresh_processes() as processes:
-        for _, group in groupby(cases, key=lambda case: replace(case, masked=0)):
+        begun = takewhile(lambda _: not deadline.over, cases)
+        for _, group in groupby(begun, key=lambda case: replace(case, masked=0)):
             of_shape = [measure(case, contestants, seconds, processes, best) for case in group]
+            measured += len(of_shape)
             results += chain.from_iterable(of_shape)
             show([*chain.from_iterable(of_shape)])
             if options.json:
@@ -712,7 +718,9 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"goals: {sum(verdicts)} of {len(verdicts)} met; wrong or not run: {len(wrong)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 1 if wrong else 0
+    for case in cases[measured:]:
+        console.print(f"{case}, {case.masked} % masked: {deadline.reason}")
+    return int(bool(wrong or cases[measured:]))
 
 
 if __name__ == "__main__":

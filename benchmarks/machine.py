@@ -1,4 +1,4 @@
-"""Nothing in, where and with what a benchmark is measured out."""
+"""Nothing in, where, with what and for how long a benchmark is measured out."""
 
 import os
 import platform
@@ -6,12 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mcore_sft.base.terminal import Parser
+
+EMULATED = "tests.te.plugin" in sys.modules
+"""Whether Transformer Engine's own Python runs on the CPU here: `python -m tests.te FILE`."""
 
 
 def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
@@ -24,6 +28,35 @@ def machine(*packages: str, device: str | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+class Deadline:
+    """`--minutes N` of a command line, after which nothing begins; without it there is time."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @staticmethod
+    def add_to(parser: Parser) -> None:
+        """Let `parser` know the option."""
+        told = "begin nothing after so many; what is not measured says so"
+        parser.add_argument("--minutes", type=float, metavar="N", help=told)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, at least none; None where there is no end."""
+        return None if self.end is None else max(0.0, self.end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether no time is left."""
+        return self.left == 0.0
+
+    @property
+    def reason(self) -> str:
+        """Why what comes later is not measured."""
+        return f"not run: the {self.minutes:g} min were over"
 
 
 def require(device: str, parser: Parser) -> None:

@@ -1,13 +1,14 @@
 """The training step of Llama-3.1-8B's layers against transformers and Megatron-core's own loss.
 
     python benchmarks/train_step.py [--device cuda|cpu] [--quick] [--layers N] [--only NAME ...]
-                                    [--json FILE]
+                                    [--minutes N] [--json FILE]
 
 As many layers as fit, random weights, synthetic packs; on the CPU a tiny shape, whose figures say
-nothing. Every turn of a contestant is a process of its own (train_step_turn.py), since only one
-model with AdamW's states fits; turns are interleaved, in a new order each round, and a turn's first
-steps do not count. In each turn, loss and gradient norm of the first step are first compared with
-those of transformers in fp32, document by document; what is wrong is shown and not timed.
+nothing, and FP8 under `python -m tests.te` alone. Every turn of a contestant is a process of its
+own (train_step_turn.py), since only one model with AdamW's states fits; turns are interleaved, in a
+new order each round, and a turn's first steps do not count. In each turn, loss and gradient norm of
+the first step are first compared with those of transformers in fp32, document by document; what is
+wrong is shown and not timed.
 
 Documents are log-normal in length, with a mean of 512 tokens as OpenMathInstruct-2 has (about 8 in
 4,096), and 20 to 45 % of each is prompt, which is masked. A step is 32,768 tokens: what each of 8
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import Any
 import kernels
 import numpy as np
 import torch
-from machine import machine, require
+from machine import EMULATED, Deadline, machine, require
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -264,21 +265,27 @@ def cases_of(device: str, *, quick: bool, layers: int | None) -> list[Case]:
 # ---- how it is measured
 
 
-def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
+def in_own_process(job: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
     """What train_step_turn.py tells of `job`, or why it tells nothing."""
+    if deadline.over:
+        return {"reason": deadline.reason, "late": True}
     environment = dict(os.environ)
     if job["case"]["device"] == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(job))
-        done = subprocess.run(
-            [sys.executable, str(TURN), str(file)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, *(("-m", "tests.te") if EMULATED else ()), str(TURN), str(file)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=deadline.left,
+            )
+        except subprocess.TimeoutExpired:
+            return {"reason": f"{deadline.reason}, and it was not done", "late": True}
     try:
         told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -289,35 +296,43 @@ def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
+def runs_on(device: str, contestant: Contestant) -> bool:
+    """Whether a contestant can run there: FP8 takes Transformer Engine, Liger a GPU."""
+    if contestant.fp8 != "none" and EMULATED:
+        return True
+    return device == "cuda" or (contestant.fp8 == "none" and contestant.kind != "liger")
+
+
 def measure(
     case: Case,
     contestants: Sequence[Contestant],
     rounds: int,
     reference: dict[str, float],
-    keep: Callable[[list[Result]], None],
-) -> None:
-    """Let all contestants take turns, and `keep` what is known after each.
+    deadline: Deadline,
+) -> list[Result]:
+    """All contestants, taking turns; who fails once has no further turn.
 
-    One that fails has no further turn. A single round goes in their order, the first goals first.
+    The first round goes as they are named: where time is short, what is asked first has run. Later
+    ones that it does not suffice for are left out.
     """
     results = [Result(contestant, case.length) for contestant in contestants]
     for result in results:
-        of_a_gpu = result.contestant.fp8 != "none" or result.contestant.kind == "liger"
-        if case.device == "cpu" and of_a_gpu:
+        if not runs_on(case.device, result.contestant):
             result.reason = "not run: it takes an NVIDIA GPU"
-    keep(results)
     order = random.Random(0)
     for number in range(rounds):
-        for result in order.sample(results, len(results)) if rounds > 1 else results:
-            if result.reason:
+        for result in order.sample(results, len(results)) if number else results:
+            if result.reason or (number and deadline.over):
                 continue
             name = result.contestant.name
             console.print(f"{case.length} tokens, round {number + 1} of {rounds}: {name}")
             tolerance = TOLERANCE["none" if result.contestant.fp8 == "none" else "fp8"]
             job = {"contestant": asdict(result.contestant), "case": asdict(case)}
             expected = {"reference": reference, "tolerance": tolerance}
-            result.add(in_own_process(job | expected))
-            keep(results)
+            told = in_own_process(job | expected, deadline)
+            if not (told.pop("late", False) and result.seconds):
+                result.add(told)
+    return results
 
 
 def row_of(
@@ -464,11 +479,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", nargs="+", metavar="NAME", help=f"whose names begin so, and {OURS}"
     )
     parser.add_argument("--layers", type=int, help="default: as many as fit; 2 on the CPU")
+    Deadline.add_to(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     if options.layers is not None and options.layers < 1:
         parser.error(f"--layers: expected at least 1, given {options.layers}")
     require(options.device, parser)
+    deadline = Deadline(options.minutes)
     asked = (OURS, *options.only) if options.only else ("",)
     contestants = [one for one in CONTESTANTS if one.name.startswith(asked)]
     packages = ("torch", "transformers", "megatron-core", "transformer-engine", "flash-attn")
@@ -480,29 +497,27 @@ def main(arguments: list[str] | None = None) -> int:
     report |= {"cases": [], "rows": [], "goals": []}
     for case in cases_of(options.device, quick=options.quick, layers=options.layers):
         work = workload(case)
-        reference = in_own_process({"contestant": {"kind": "reference"}, "case": asdict(case)})
+        reference = in_own_process(
+            {"contestant": {"kind": "reference"}, "case": asdict(case)}, deadline
+        )
         if "reason" in reference:
             console.print(f"{case.length} tokens: the reference was {reference['reason']}")
             reference = {"loss": float("nan"), "grad_norm": float("nan")}
         console.print(describe(work, reference))
+        rounds = 1 if options.quick else 3
+        results = measure(case, contestants, rounds, reference, deadline)
         report["cases"].append(asdict(case) | {"workload": work, "reference": reference})
-        before = report["rows"]
-
-        def keep(results: list[Result], case: Case = case, before: Any = before) -> None:
-            """Write the report after each turn: the next may take longer than there is time."""
-            report["rows"] = before + rows_of(case, results, peak)
-            report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []
-            if options.json:
-                write_named(options.json, json.dumps(report, indent=1) + "\n")
-
-        measure(case, contestants, 1 if options.quick else 3, reference, keep)
+        report["rows"] += rows_of(case, results, peak)
+    report["goals"] = goals_of(report["rows"]) if options.device == "cuda" else []
     show(report)
+    if options.json:
+        write_named(options.json, json.dumps(report, indent=1) + "\n")
     failed = [
         row
         for row in report["rows"]
         if row["contestant"].startswith("ours")
         and row["reason"]
-        and (options.device == "cuda" or row["fp8"] == "none")
+        and (options.device == "cuda" or EMULATED or row["fp8"] == "none")
     ]
     return int(bool(failed))
 

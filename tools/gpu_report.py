@@ -1,6 +1,6 @@
 """A machine with one GPU in, what this project does there out.
 
-    make gpu-report [KIT=DIR] [OUT=DIR] [QUICK=1] [PARTS="ops layers"] [DEVICE=cpu]
+    make gpu-report [KIT=DIR] [OUT=DIR] [QUICK=1] [PARTS="ops layers"] [DEVICE=cpu|emulated]
 
 Writes <device>.json, .md and .log into OUT (benchmarks/results) and rewrites them after each part,
 so a run that is ended early keeps its results. KIT is what tools/carry_wheels.py made: with it
@@ -8,11 +8,13 @@ nothing is built, no network is asked, and the torch of `python3` is used as it 
 by itself within its own time; one that fails, crashes or hangs is told with its last lines, and the
 next begins. They come in the order of what is needed most; QUICK is a visit of some minutes. With
 PARTS the others keep what an earlier run on this device wrote of them. DEVICE=cpu is a rehearsal:
-all but the kernels. This file needs nothing but Python: what it installs may fail.
+all but the kernels. With DEVICE=emulated tests/te and tests/ops compute for these too. This file
+needs nothing but Python: what it installs may fail.
 """
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +22,8 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -79,23 +83,33 @@ class Outcome:
 
 def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool) -> list[Part]:
     """All parts in their order; without `kit` the set-up is make's own."""
+    emulated = device == "emulated"
+    over = ("-m", "tests.te") if emulated else ()
 
-    def tests(name: str, *places: str, quickly: float, minutes: float) -> Part:
-        words = ("-q", "-p", "no:cacheprovider", "--durations=10", "-m", "gpu", *places)
-        command = (PYTHON, "-m", "pytest", *words)
-        return Part(name=name, command=command, minutes=quickly if quick else minutes)
+    def limited(quickly: float, minutes: float) -> float:
+        return quickly if quick and device == "cuda" else minutes
 
-    def writing(name: str, script: str, *words: str, quickly: float, minutes: float) -> Part:
+    def tests(name: str, *places: str, quickly: float, minutes: float, engine: bool = True) -> Part:
+        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", "-m", "gpu"]
+        if emulated:
+            words[-1] = "te or gpu" if engine else "not slow and not gpu"
+            words += ["-p", "tests.te.plugin"] if engine else []
+        command = (PYTHON, *words, *places)
+        return Part(name=name, command=command, minutes=limited(quickly, minutes))
+
+    def writing(name: str, *words: str, quickly: float, minutes: float) -> Part:
         file = scratch / f"{name}.json"
-        command = (PYTHON, script, *words, "--json", str(file))
-        return Part(name=name, command=command, minutes=quickly if quick else minutes, writes=file)
+        command = (PYTHON, *words, "--json", str(file))
+        return Part(name=name, command=command, minutes=limited(quickly, minutes), writes=file)
 
     def benchmark(
         name: str, script: str, *words: str, quickly: float, minutes: float, short: str = ""
     ) -> Part:
-        script = f"benchmarks/{script}.py"
-        words = ("--device", device, *words, *(short.split() if quick else ()))
-        return writing(name, script, *words, quickly=quickly, minutes=minutes)
+        words = ("--device", "cpu" if emulated else device, *words)
+        words = (*over, f"benchmarks/{script}.py", *words, *(short.split() if quick else ()))
+        if script != "head":  # which is short
+            words = (*words, "--minutes", f"{0.9 * limited(quickly, minutes):g}")
+        return writing(name, *words, quickly=quickly, minutes=minutes)
 
     this = (sys.executable, str(Path(__file__).resolve()))
     peers = ("torch native", "Megatron-core", "QuACK")
@@ -103,9 +117,14 @@ def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool)
         Part(name="kit", command=(*this, "--install", str(kit)), minutes=3)
         if kit
         else Part(name="setup", command=("make", "setup"), minutes=60),
+        *(
+            [Part(name="emulation", command=(PYTHON, "-m", "tests.te.fetch"), minutes=5)]
+            if emulated
+            else []
+        ),
         writing("doctor", "tools/doctor.py", quickly=0.75, minutes=5),
         tests("engine", "tests/test_gpu_engine.py", quickly=1.5, minutes=10),
-        tests("ops", "tests/ops", quickly=1.5, minutes=15),
+        tests("ops", "tests/ops", quickly=1.5, minutes=15, engine=False),
         tests("test_gpu", "tests/test_gpu.py", quickly=2.5, minutes=30),
         benchmark("head", "head", quickly=1, minutes=10),
         benchmark(
@@ -177,8 +196,8 @@ def run(part: Part, log: Path | None = None) -> Outcome:
 
         # In a thread: a process that has left the group may hold the output open.
         reader = threading.Thread(target=read, daemon=True)
-        reader.start()
         try:
+            reader.start()
             code = process.wait(60 * part.minutes)
             ended = f"exit code {code}" if code > 0 else f"signal {-code}" if code else "passed"
         except subprocess.TimeoutExpired:
@@ -295,6 +314,23 @@ def earlier(where: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
     """The parts that the last report on this device holds."""
     found = _read(folder / f"{file_name(where)}.json") or {}
     return dict(found.get("parts", {}))
+
+
+def open_loopback() -> None:
+    """Let processes of this machine meet: under `unshare -n` 127.0.0.1 itself is down."""
+    get_flags, set_flags, is_up, layout = 0x8913, 0x8914, 1, "16sH14x"  # linux/sockios.h, net/if.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        told = fcntl.ioctl(one, get_flags, struct.pack(layout, b"lo", 0))
+        flags = struct.unpack(layout, told)[1]
+        if flags & is_up:
+            return
+        try:
+            fcntl.ioctl(one, set_flags, struct.pack(layout, b"lo", flags | is_up))
+        except OSError as error:
+            raise SystemExit(
+                f"error: the interface lo is down ({error}), and ranks meet over it; run `ip link "
+                "set lo up` as root"
+            ) from None
 
 
 def make_report(wanted: Sequence[Part], where: dict[str, str], folder: Path) -> int:
@@ -421,7 +457,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="a visit of some minutes")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="these and no others")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "emulated"), default="cuda")
     parser.add_argument("--install", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.install:
@@ -430,7 +466,9 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"error: {error}") from None
         return 0
-    where = gpu() if options.device == "cuda" else {"device": "cpu"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends what it runs
+    open_loopback()
+    where = gpu() if options.device == "cuda" else {"device": options.device}
     scratch = ROOT / "results" / "gpu_report"
     scratch.mkdir(parents=True, exist_ok=True)
     # Seen from the root, where the parts run.

@@ -1,12 +1,12 @@
 """An environment in, whether what depends on its versions holds there out, with a record of it.
 
-    make lane [VENV=DIR] [RECORD=DIR]
+    make lane [VENV=DIR] [RECORD=DIR] [ONLY='Transformer Engine']
 
 Equalities, planted faults, checkpoint, faults, model, runtime and training, Transformer Engine's
 own Python over kernels on the CPU, then a short demo. Each part is a process of its own, and all
-run; the exit code is 0 if all passed. The record is JSON: with RECORD=docs/compatibility, `make
-compatibility` puts it into the table. This file needs nothing but Python: what the canary installs
-may fail.
+run; the exit code is 0 if all passed. ONLY runs one part; TE_OLDEST=1 takes the oldest Transformer
+Engine that is allowed. The record is JSON: with RECORD=docs/compatibility, `make compatibility`
+puts it into the table. This file needs nothing but Python: what the canary installs may fail.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ TESTS = {
     "planted faults": "tests/test_planted.py",
     **{room: f"tests/{room}" for room in ("checkpoint", "faults", "model", "runtime", "training")},
 }
-ENGINE = "TE's Python"
+ENGINE, DEMO = "Transformer Engine", "short demo"
 ENGINE_TESTS = (
     *("-p", "tests.te.plugin", "-m", "te and not slow"),
     *("tests/te", "tests/model/test_transformer_engine.py", "tests/test_gpu.py"),
@@ -62,16 +63,22 @@ def main() -> int:
     """Run the lane on the Python that runs this; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--record", type=Path, default=Path("results/lanes"), metavar="DIR")
-    folder = parser.parse_args().record
+    parser.add_argument("--only", choices=(*TESTS, ENGINE, DEMO), metavar="PART")
+    options = parser.parse_args()
+    wanted = (options.only,) if options.only else (*TESTS, ENGINE, DEMO)
+    parts = {}
     with tempfile.TemporaryDirectory() as other:
-        if installed("megatron-core") != CROSSED and fetch_megatron(other):
+        rooms = [name for name in TESTS if name in wanted]
+        if rooms and installed("megatron-core") != CROSSED and fetch_megatron(other):
             os.environ["OTHER_MEGATRON"] = other
-        parts = {name: run_tests(name, place) for name, place in TESTS.items()}
-    if fetch_engine():
+        parts |= {name: run_tests(name, TESTS[name]) for name in rooms}
+    engine = fetch_engine() if ENGINE in wanted else None
+    if engine:
         parts[ENGINE] = run_tests(ENGINE, *ENGINE_TESTS)
-    parts["short demo"] = run_demo("tools/demo.py", "--short")
+    if DEMO in wanted:
+        parts[DEMO] = run_demo("tools/demo.py", "--short")
     failed = tell(parts)
-    print(f"lane: the record is {keep(record(parts), folder)}")
+    print(f"lane: the record is {keep(record(parts, engine, options.only), options.record)}")
     return failed
 
 
@@ -84,12 +91,14 @@ def fetch_megatron(folder: str) -> bool:
     return done
 
 
-def fetch_engine() -> bool:
-    """Whether Transformer Engine's Python could be fetched, where it was not there already."""
-    done = subprocess.run([sys.executable, "-m", "tests.te.fetch"], check=False).returncode == 0
-    if not done:
+def fetch_engine() -> str | None:
+    """The release of Transformer Engine whose Python is there now; None if it cannot be had."""
+    command = [sys.executable, "-m", "tests.te.fetch"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
         print("lane: Transformer Engine's Python is not run: it could not be fetched")
-    return done
+        return None
+    return done.stdout.split()[-1]
 
 
 def run_tests(name: str, *place: str) -> Part:
@@ -114,7 +123,7 @@ def run_tests(name: str, *place: str) -> Part:
 
 def run_demo(*words: str) -> Part:
     """Run a command that tells by its exit code and an error's sentence."""
-    ended = _run("short demo", sys.executable, *words)
+    ended = _run(DEMO, sys.executable, *words)
     failures = {}
     if not ended.passed:
         errors = [line for line in ended.last_lines if line.startswith("error: ")]
@@ -134,15 +143,21 @@ def tell(parts: dict[str, Part]) -> int:
     return int(any(part.failures for part in parts.values()))
 
 
-def record(parts: dict[str, Part]) -> dict[str, Any]:
-    """What was run, where, with which versions, and what came of it."""
+def record(
+    parts: dict[str, Part], engine: str | None = None, only: str | None = None
+) -> dict[str, Any]:
+    """What was run, where, with which versions, and what came of it.
+
+    `engine` is the release of Transformer Engine that was run, whatever is installed.
+    """
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": "make lane",
+        "command": shlex.join(["make", "lane", *([f"ONLY={only}"] if only else [])]),
         "commit": gpu_report.commit(),
         "python": platform.python_version(),
         **{name: installed(name) for name in PACKAGES},
+        "transformer-engine": f"{engine}, its Python alone" if engine else None,
         "cpu": cpu[1] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "minutes": round(sum(part.minutes for part in parts.values()), 1),
@@ -160,7 +175,10 @@ def installed(package: str) -> str | None:
 
 def keep(content: dict[str, Any], folder: Path) -> Path:
     """Write a record; each stack has one file, where its newest run replaces the older one."""
-    stack = "_".join(f"{name}-{content[name]}" for name in ("python", "torch", "megatron-core"))
+    names = ["python", "torch", "megatron-core"]
+    if list(content["parts"]) == [ENGINE]:
+        names.append("transformer-engine")
+    stack = "_".join(f"{name}-{content[name]}".partition(",")[0] for name in names)
     files.make_folder(folder)
     file = folder / f"{stack}.json"
     files.replace(file, json.dumps(content, indent=2) + "\n")

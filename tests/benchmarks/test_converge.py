@@ -25,6 +25,13 @@ def test_a_tiny_shape_learns_in_a_few_steps(
     assert "bf16" in capsys.readouterr().out
 
 
+def test_a_curve_that_there_was_no_time_for_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converge.main(["--minutes", "0"]) == 1
+    assert "bf16: not run: the 0 min were over" in capsys.readouterr().out
+
+
 def test_nine_tokens_of_ten_are_decided_by_the_one_before() -> None:
     first, again, other = (converge.batches("cpu", number) for number in (3, 3, 4))
     follows = np.random.default_rng(0).permutation(converge.CHAINED["cpu"])

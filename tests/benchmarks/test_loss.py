@@ -39,6 +39,28 @@ def test_what_is_wrong_is_shown_as_wrong_and_not_timed(
     assert "ours: WRONG" in capsys.readouterr().out
 
 
+def test_what_there_was_no_time_for_is_named_and_the_rest_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = loss.Case(device="cpu", rows=40, width=16, vocab=101, dtype="bf16")
+    both = [case, replace(case, width=32)]
+    monkeypatch.setattr(loss, "cases_of", lambda device, quick: both)
+    monkeypatch.setattr(loss.Deadline, "over", property(lambda self: self.minutes < 1))
+    measure = loss.measure
+
+    def then_time_is_up(*asked: Any) -> list[loss.Result]:
+        monkeypatch.setattr(loss.Deadline, "over", True)
+        return measure(*asked)
+
+    monkeypatch.setattr(loss, "measure", then_time_is_up)
+    file = tmp_path / "rows.json"
+    words = ["--quick", "--minutes", "5", "--only", "ours", "--json", str(file)]
+    assert loss.main(words) == 1
+    assert {row["width"] for row in json.loads(file.read_text())["rows"]} == {16}
+    assert "H=32" in (told := capsys.readouterr().out)
+    assert "not run: the 5 min were over" in told
+
+
 @pytest.mark.parametrize("masked", [0, 35])
 @pytest.mark.parametrize("into_main_grad", [True, False])
 def test_the_memory_that_is_asked_for_is_that_of_the_chunks(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import train_step
+from benchmarks.machine import Deadline
 from benchmarks.train_step_turn import take_turn
 from tests.distributed import run_ranks
 
@@ -26,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "in_own_process", forked)
 
 
-def forked(job: dict[str, Any]) -> dict[str, Any]:
+def forked(job: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
     """A turn in a process of its own that has imported everything."""
     (told,) = run_ranks(1, take_turn, job)
     return dict(told)
@@ -54,8 +55,8 @@ def test_contestants_agree_with_the_reference_and_are_measured_printed_and_writt
 def test_what_is_wrong_is_shown_as_wrong_and_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def turn(job: dict[str, Any]) -> dict[str, Any]:
-        told = forked(job)
+    def turn(job: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
+        told = forked(job, deadline)
         if job["contestant"]["kind"] == "reference":
             told["loss"] *= 1.01
         return told
@@ -64,25 +65,6 @@ def test_what_is_wrong_is_shown_as_wrong_and_not_timed(
     monkeypatch.setattr(train_step, "CONTESTANTS", train_step.CONTESTANTS[:1])
     assert train_step.main(["--quick"]) == 1
     assert "WRONG: loss of the first step" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("small")
-def test_what_has_been_measured_is_written_before_the_next_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "report.json"
-
-    def turn(job: dict[str, Any]) -> dict[str, Any]:
-        if job["contestant"]["kind"] == "megatron":  # time is up
-            raise KeyboardInterrupt
-        return forked(job)
-
-    monkeypatch.setattr(train_step, "in_own_process", turn)
-    with pytest.raises(KeyboardInterrupt):
-        train_step.main(["--quick", "--json", str(file)])
-    rows = {row["contestant"]: row for row in json.loads(file.read_text())["rows"]}
-    assert rows[train_step.OURS]["step_ms"] > 0
-    assert "step_ms" not in rows["transformers, bf16"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +80,51 @@ def test_a_turn_that_ends_badly_keeps_its_figures(
 ) -> None:
     (tmp_path / "turn.py").write_text(program)
     monkeypatch.setattr(train_step, "TURN", tmp_path / "turn.py")
-    assert train_step.in_own_process({"case": {"device": "cpu"}}) == told
+    assert train_step.in_own_process({"case": {"device": "cpu"}}, Deadline(1)) == told
+
+
+def test_what_has_no_time_is_not_begun_and_what_runs_into_the_end_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The part of a report that it is has a limit, at which all that it has measured is lost."""
+    turn = tmp_path / "turn.py"
+    turn.write_text(
+        "import json, sys, time\n"
+        "job = json.load(open(sys.argv[1]))\n"
+        "if job['contestant']['kind'] == 'megatron': time.sleep(60)\n"
+        "told = {'seconds': [1] * 9, 'layer_seconds': [1] * 9, 'peak_bytes': 0, 'kernels': []}\n"
+        "print(json.dumps(told | {'loss': 1.0, 'grad_norm': 1.0}))\n"
+    )
+    monkeypatch.setattr(train_step, "TURN", turn)
+    file = tmp_path / "report.json"
+    assert train_step.main(["--quick", "--minutes", "0.05", "--json", str(file)]) == 0
+    rows = {row["contestant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows[train_step.OURS]["step_ms"] == 1000
+    late = "not run: the 0.05 min were over"
+    assert rows["Megatron-core's own loss, bf16"]["reason"] == f"{late}, and it was not done"
+    assert rows["transformers, bf16"]["reason"] == late
+    assert late in capsys.readouterr().out
+
+
+def test_later_rounds_that_have_no_time_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = train_step.cases_of("cpu", quick=True, layers=1)[0]
+    figures = {"seconds": [1.0], "layer_seconds": [1.0], "peak_bytes": 0, "kernels": []}
+    turns = []
+    deadline = Deadline(1)
+
+    def turn(job: dict[str, Any], _: Deadline) -> dict[str, Any]:
+        turns.append(job["contestant"]["name"])
+        if len(turns) == 3:
+            deadline.end = 0.0
+            return {"reason": "late", "late": True}
+        return dict(figures)
+
+    monkeypatch.setattr(train_step, "in_own_process", turn)
+    two = [train_step.CONTESTANTS[0], train_step.CONTESTANTS[-2]]
+    results = train_step.measure(case, two, 3, {}, deadline)
+    assert turns[:2] == [one.name for one in two]
+    assert len(turns) == 3
+    assert [(len(one.seconds), one.reason) for one in results] == [(1, ""), (1, "")]
 
 
 def test_layers_are_as_many_as_fit() -> None:

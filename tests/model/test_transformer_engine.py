@@ -6,11 +6,13 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
@@ -88,7 +90,15 @@ def _steps(
         return found, results, groups
 
 
+def _needs_attention_in_fp32() -> None:
+    """It is what bits are compared in; no run asks Transformer Engine for it."""
+    found = version("transformer-engine")
+    if Version(found) < Version("2.11"):
+        pytest.skip(f"Transformer Engine {found} has no attention within documents in fp32")
+
+
 def _is_local(model: Path, layout: str, **train: Any) -> None:
+    _needs_attention_in_fp32()
     ours = on_layout(layout, _steps, model, ENGINE, train)
     theirs = on_layout(layout, _steps, model, "local", train)
     for (found, steps, groups), (reference, known, decays) in zip(ours, theirs, strict=True):
@@ -229,6 +239,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(model: Path, tmp_path: Path, fp8: str
 def test_checkpoints_fit_the_other_layers(
     model: Path, tmp_path: Path, before: str, after: str
 ) -> None:
+    _needs_attention_in_fp32()
     (saved,) = on_layout("one", _saved, tmp_path, model, before, {})
     (resumed,) = on_layout("one", _resumed, tmp_path, model, after, {})
     assert resumed[0] == pytest.approx(saved[0], rel=1e-5)

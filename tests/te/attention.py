@@ -188,18 +188,11 @@ def fused_rope_forward(
 
 
 @kernel
-def fused_rope_backward(
-    output_grads: Tensor,
-    freqs: Tensor,
-    start_positions: Tensor | None,
-    qkv_format: Any,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> Tensor:
-    """Turned back."""
-    asked = (output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens)
+def fused_rope_backward(output_grads: Tensor, freqs: Tensor, *given: Any) -> Tensor:
+    """Turned back; 2.9 does not say where documents start."""
+    *start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank = given
+    (start,) = start_positions or (None,)
+    asked = (output_grads, freqs, start, qkv_format, interleaved, cu_seqlens)
     return _turned(*asked, cp_size, cp_rank, -1)
 
 

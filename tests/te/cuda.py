@@ -32,6 +32,7 @@ class Stream:
 
 Event = CUDAGraph = Stream
 _ONLY = Stream()
+nvtx = SimpleNamespace(range=contextlib.nullcontext)
 
 
 class _Generators:
@@ -75,6 +76,10 @@ def current_stream(*_: Any) -> Stream:
 
 
 def stream(of: Any) -> Stream:
+    return _ONLY
+
+
+def device(of: Any) -> Stream:
     return _ONLY
 
 

@@ -96,7 +96,7 @@ def _fill(x: Tensor, scale: Tensor, quantizer: Any, made: Any) -> None:
     if made._data is not None:
         made._data.copy_(eight)
     if made._transpose is not None:
-        made._transpose.copy_(_transposed(eight))
+        made._transpose.copy_(_transposed(eight).reshape(made._transpose.shape))  # 2.9: [K, rest]
         made._transpose_invalid = False
     made._scale_inv.copy_((1 / scale).reshape_as(made._scale_inv))
     made._fp8_dtype = quantizer.dtype

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,25 @@ def test_what_fails_crashes_or_hangs_is_told_and_the_rest_goes_on(
     assert "## fine\n\n```\ndone\n```" in text
     time.sleep(3)
     assert not mark.exists(), "what a part that hangs has started must end with it"
+
+
+def test_a_report_that_is_ended_ends_what_it_runs(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import gpu_report\n"
+        "sleep = ('sh', '-c', 'echo $$; exec sleep 60')\n"
+        "only = gpu_report.Part(name='ops', command=sleep, minutes=5)\n"
+        "gpu_report.parts = lambda *_, **__: [only]\n"
+        f"sys.argv[1:] = ['--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
+        "gpu_report.main()"
+    )
+    command = [sys.executable, "-u", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as report:
+        assert report.stdout is not None
+        pid = next(int(line) for line in report.stdout if line.strip().isdigit())
+        report.terminate()
+        report.wait(20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +144,25 @@ def test_a_quick_visit_is_shorter_part_by_part(tmp_path: Path) -> None:
     assert all(one.minutes <= 3 for one in quick)
 
 
-@pytest.mark.parametrize(("device", "of"), [("cuda", "cuda"), ("cpu", "cpu")])
+@pytest.mark.parametrize(("device", "of"), [("cuda", "cuda"), ("cpu", "cpu"), ("emulated", "cpu")])
 def test_a_rehearsal_measures_on_the_cpu(tmp_path: Path, device: str, of: str) -> None:
     for one in gpu_report.parts(None, tmp_path, device=device, quick=True):
         if "--device" in one.command:
             assert one.command[one.command.index("--device") + 1] == of
+
+
+def test_a_rehearsal_with_kernels_of_ours_runs_all_that_a_gpu_does(tmp_path: Path) -> None:
+    real, ours = (
+        {one.name: one for one in gpu_report.parts(None, tmp_path, device=device, quick=True)}
+        for device in ("cuda", "emulated")
+    )
+    assert list(ours) == ["setup", "emulation", *list(real)[1:]]
+    for name, one in ours.items():
+        assert name not in real or one.minutes >= real[name].minutes
+        if "pytest" in one.command:
+            assert {"not slow and not gpu", "te or gpu"} & set(one.command)
+        elif "--device" in one.command:
+            assert one.command[1:3] == ("-m", "tests.te")
 
 
 def test_what_a_part_prints_is_kept_as_it_comes(tmp_path: Path) -> None:
@@ -153,6 +187,23 @@ def run(*words: str, path: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=gpu_report.ROOT, env=environment, capture_output=True, text=True, check=False
     )
+
+
+ISOLATED = ("unshare", "--map-root-user", "--net")
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*ISOLATED, "true"], check=False).returncode != 0,
+    reason="no network namespace can be made here",
+)
+def test_where_there_is_no_network_processes_of_the_machine_meet() -> None:
+    program = (
+        f"import socket, sys; sys.path.append({str(ROOT / 'tools')!r}); import gpu_report\n"
+        "gpu_report.open_loopback()\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(server.getsockname(), timeout=5)\n"
+    )
+    subprocess.run([*ISOLATED, sys.executable, "-c", program], check=True)
 
 
 def test_a_machine_without_a_gpu_is_told_in_one_sentence(tmp_path: Path) -> None:

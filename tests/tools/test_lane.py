@@ -1,4 +1,5 @@
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_all_parts_run_and_one_failure_fails_the_lane_and_stands_in_the_record(
         return Part(passed=7, skipped=0, minutes=0.5, failures=failures)
 
     monkeypatch.setattr(lane, "fetch_megatron", lambda folder: False)
-    monkeypatch.setattr(lane, "fetch_engine", lambda: True)
+    monkeypatch.setattr(lane, "fetch_engine", lambda: "2.99.0")
     monkeypatch.setattr(lane, "run_tests", tests)
     monkeypatch.setattr(lane, "run_demo", lambda *_: Part(passed=1, skipped=0, minutes=1.0))
     monkeypatch.setattr(sys, "argv", ["lane.py", "--record", str(tmp_path / "kept")])
@@ -85,6 +86,17 @@ def test_all_parts_run_and_one_failure_fails_the_lane_and_stands_in_the_record(
     assert kept["minutes"] == 1.5 + 0.5 * len(lane.TESTS)
     assert kept["python"] == ".".join(map(str, sys.version_info[:3]))
     assert file.name.startswith(f"python-{kept['python']}_torch-{kept['torch']}_megatron-core-")
+    assert kept["transformer-engine"] == "2.99.0, its Python alone"
+    assert kept["command"] == "make lane"
+    # One part alone is a record of its own, beside that of all.
+    command = ["lane.py", "--record", str(tmp_path / "kept"), "--only", lane.ENGINE]
+    monkeypatch.setattr(sys, "argv", command)
+    assert lane.main() == 0
+    (other,) = set((tmp_path / "kept").iterdir()) - {file}
+    assert other.name == file.name.replace(".json", "_transformer-engine-2.99.0.json")
+    kept = json.loads(other.read_text())
+    assert list(kept["parts"]) == [lane.ENGINE]
+    assert shlex.split(kept["command"]) == ["make", "lane", f"ONLY={lane.ENGINE}"]
 
 
 def test_the_parts_are_there() -> None:
