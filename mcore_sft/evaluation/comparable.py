@@ -127,7 +127,8 @@ def _as_list(answer: str, number: str, *, like: str) -> str:
 
 
 _LABEL = re.compile(
-    r"(?!.*\b(?:not|never|no|wrong|incorrect|cannot|impossible|false)\b)[^\W\d_][^\W\d_ ]{2,}(?: [^\W\d_]+){0,3}\s*:\s*(?=\S)"
+    r"(?!.*\b(?:not|never|no|wrong|incorrect|cannot|impossible|false)\b)"
+    r"[^\W\d_][^\W\d_ ]{2,}(?: [^\W\d_]+){0,3}\s*:\s*(?=\S)"
     r"|(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*",
     re.IGNORECASE,
 )
