@@ -716,7 +716,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give --config FILE"
+            f"{path.absolute()}: cannot be read ({error.strerror}); give --config FILE"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
@@ -811,7 +811,7 @@ def _yaml(text: str) -> Any:
     """The value that `text` spells."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a number of 5,000 digits
         raise ConfigError(f"not valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(_TOO_DEEP) from None

@@ -47,6 +47,20 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("data.workers=1025", "data.workers: input should be less than or equal to 1024"),
         ("optimizer.warmup_steps=1001", "optimizer.warmup_steps 1001 is more than train.steps"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr 2e-05"),
+        ("optimizer.min_lr=1e-6", "min_lr: 1e-06 has no effect without schedule: linear or cos"),
+        ("data.filters.max_problem_length=9", "no effect without remove_len_outlier_problems"),
+        ("data.filters.min_solution_length=9", "no effect without remove_len_outlier_solutions"),
+        ("data.filters.use_chars_for_min_length=true", "without remove_len_outlier_solutions"),
+        ("data.filters.min_majority_votes=3", "3 has no effect without majority_filter"),
+        ("data.filters.contamination_file=a", "a has no effect without remove_contaminated"),
+        ("data.contamination.threshold=0.5", "threshold: 0.5 has no effect without against"),
+        ("data.max_bad_rows=5", "max_bad_rows: 5 has no effect without on_bad_row: skip"),
+        ("data.train.0={path: a, messages: m, problem: p}", "messages, or problem and solution"),
+        ("data.train.0.problem=''", "data.train.0.problem: string should have at least 1 charac"),
+        ("a." * 600 + "b=1", "a key of 601 levels is not known"),
+        ("prompt=" + "[" * 900 + "]" * 900, "nested too deeply"),
+        ("prompt=&a [*a]", "nested too deeply"),
+        ("train.steps=" + "9" * 5000, "not valid YAML: Exceeds the limit"),
         ("train.validate_every=5", "data.validation names no source"),
         ("checkpoint.keep_every=5", "keep_every 5 is no multiple of checkpoint.every 0, and only"),
         ("checkpoint={every: 2, keep_every: 5}", "keep_every 5 is no multiple of checkpoint.every"),
@@ -165,3 +179,15 @@ def test_the_schema_describes_every_key() -> None:
         for name, field in section.get("properties", {}).items():
             section_of_its_own = "$ref" in field or name in config.RunConfig.model_fields
             assert "description" in field or section_of_its_own, name
+
+
+def test_a_file_that_is_nested_without_end_is_one_sentence(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("name: " + "{a: " * 600 + "1" + "}" * 600)
+    with pytest.raises(ConfigError, match=r"x\.yaml: nested too deeply"):
+        config.load(file)
+
+
+def test_nothing_stands_around_a_problem_that_is_not_asked_for():
+    prompt = config.parse(TREE).prompt
+    assert (prompt.template, prompt.instruction, prompt.system) == (None, None, None)

@@ -136,7 +136,6 @@ def test_majority_filter(votes, total, options, kept):
     row = Row("p", "s", votes, total)
     reason = None if kept else "majority_filter"
     assert dropped_by(row, majority_filter=True, **options) == reason
-    assert dropped_by(row, **options) is None
 
 
 @pytest.mark.parametrize(
@@ -242,7 +241,6 @@ def test_remove_contaminated(tmp_path):
         assert dropped_by(Row(problem, "s"), **options) == "remove_contaminated"
     for problem in ("What is 2 + 2?", "What is 1 + 1? ", "what is 1 + 1?", ""):
         assert dropped_by(Row(problem, "s"), **options) is None
-    assert dropped_by(Row("What is 1 + 1?", "s"), contamination_file=file) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The same rows in every form in which files hold them: JSON lines, Parquet, Arrow, datasets."""
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -12,12 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mcore_sft.config import SourceConfig
+from mcore_sft.base.terminal import Console
+from mcore_sft.config import DataConfig, PromptConfig, SourceConfig
 from mcore_sft.data.arrow_sizes import row_sizes
 from mcore_sft.data.arrow_values import json_values
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.job import Job
+from mcore_sft.data.prepare import prepare
+from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats, Pairs
 from mcore_sft.data.sources import survey
+from mcore_sft.data.tokenizer import load_tokenizer
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
@@ -129,6 +136,31 @@ def test_rows_of_mixed_shape_are_those_of_their_lines(form: Callable, tmp_path: 
     assert expected[0][0][3]["content"] == '{"a": 1.50}'
     assert expected[2][1] is None  # no tools are as good as none
     assert chats(tmp_path, form(tmp_path, MIXED)) == expected
+
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+)
+
+
+def test_every_form_is_prepared_to_the_same_bytes(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent.parent / "fixtures" / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    prompt = Prompt.load(PromptConfig(), tokenizer)
+    console = Console(file=io.StringIO())
+    made = set()
+    for form in (as_lines, as_json_parquet, saved, whole_messages_as_json):
+        sources = [{"path": form(tmp_path, MIXED)}]
+        data = DataConfig.model_validate({"root": tmp_path, "train": sources, "workers": 1})
+        job = Job(config=data, prompt=prompt, tokenizer=tokenizer, console=console)
+        manifest = prepare(job, tmp_path / form.__name__)
+        assert manifest["splits"]["train"]["examples"] == len(MIXED)
+        made.add(manifest["fingerprint"])
+    assert len(made) == 1
 
 
 def typed(message: pa.DataType, many: Callable = pa.list_) -> pa.Schema:
@@ -285,3 +317,27 @@ def test_sizes_count_a_repeated_text_each_time() -> None:
     assert row_sizes(pa.table([held, pa.array([1, 2, 3])], ["a", "b"])).tolist() == [109, 8, 108]
     assert row_sizes(pa.table({"x": pa.chunked_array([texts, texts])})).sum() == 402
     assert row_sizes(pa.table({"x": pa.array([], pa.string())})).dtype == np.int64
+
+
+def test_a_long_number_is_read_beside_messages_and_refused_in_them(tmp_path: Path) -> None:
+    talk = '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "id": 1}]'
+    for form in ('{"n": %s, "messages": %s}', '[{"n": %s, "messages": %s}]'):
+        (tmp_path / "rows.json").write_text(form % ("9" * 5000, talk))
+        assert chats(tmp_path, "rows.json")[0][0][1]["content"] == "y"
+        (tmp_path / "rows.json").write_text(form % (1, talk.replace("1}", "9" * 5000 + "}")))
+        with pytest.raises(DataError, match="holds a number of 5,000 digits, which cannot be wri"):
+            chats(tmp_path, "rows.json")
+
+
+def test_tool_calls_may_be_json_text(tmp_path: Path) -> None:
+    rows = json.loads(json.dumps(MIXED))
+    expected = chats(tmp_path, as_lines(tmp_path, rows))
+    rows[1]["messages"][1]["tool_calls"] = json.dumps(rows[1]["messages"][1]["tool_calls"])
+    rows[0]["messages"][1]["tool_calls"] = ""
+    assert chats(tmp_path, as_lines(tmp_path, rows)) == expected
+    for wrong in ("[", "5", {"name": "f"}):
+        rows[0]["messages"][1]["tool_calls"] = wrong
+        with pytest.raises(
+            DataError, match=r"message 2: tool_calls is .*, expected a list of calls"
+        ):
+            chats(tmp_path, as_lines(tmp_path, rows))

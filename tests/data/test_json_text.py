@@ -1,6 +1,8 @@
+from decimal import Decimal
+
 import pytest
 
-from mcore_sft.data.json_text import DEEPEST, loads
+from mcore_sft.data.json_text import DEEPEST, loads, raw_decode
 
 
 def nested(levels: int, kind: str) -> str:
@@ -37,3 +39,12 @@ def test_empty_lists_count_as_levels() -> None:
 def test_what_is_no_json_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="Expecting value"):
         loads(b"nothing")
+
+
+def test_an_integer_of_any_length_is_read() -> None:
+    digits = "9" * 5000
+    assert loads(f'{{"x": [{digits}]}}') == {"x": [Decimal(digits)]}
+    assert loads(f"-{digits[:4300]}") == -int(digits[:4300])
+    assert raw_decode(f"{digits}, 5", 0) == (Decimal(digits), 5000)
+    with pytest.raises(ValueError, match="Expecting"):
+        loads(f"[{digits}, ]")
