@@ -194,10 +194,16 @@ def run(part: Part, log: Path | None = None) -> Outcome:
                     lines.append(without_places(line.rstrip("\n")))
                     tell(lines[-1])
 
+        def end(*_: object) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            os._exit(128 + signal.SIGTERM)
+
         # In a thread: a process that has left the group may hold the output open.
         reader = threading.Thread(target=read, daemon=True)
+        before = signal.signal(signal.SIGTERM, end)
+        reader.start()
         try:
-            reader.start()
             code = process.wait(60 * part.minutes)
             ended = f"exit code {code}" if code > 0 else f"signal {-code}" if code else "passed"
         except subprocess.TimeoutExpired:
@@ -206,6 +212,7 @@ def run(part: Part, log: Path | None = None) -> Outcome:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
             process.wait()
+            signal.signal(signal.SIGTERM, before)
         reader.join(5)
         seconds = round(time.monotonic() - begun, 1)
         tell(f"== {part.name}: {ended}, {seconds:.0f} s")
@@ -466,7 +473,6 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"error: {error}") from None
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends what it runs
     open_loopback()
     where = gpu() if options.device == "cuda" else {"device": options.device}
     scratch = ROOT / "results" / "gpu_report"
