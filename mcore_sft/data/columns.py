@@ -475,7 +475,7 @@ def _chat(row: Mapping[str, Any], source: SourceConfig) -> tuple[Any, ...]:
         raise MissingColumn(_missing(row, source.tools, "tools"))
     tools = _objects(row[source.tools], source.tools, "tools") if source.tools else None
     try:
-        return checked(messages), tools
+        return checked(messages, source.ignore_keys), tools
     except DataError as error:
         raise BadRow(f"column {source.messages!r}: {error}; mend or remove the row") from None
 
