@@ -240,7 +240,7 @@ class Prompt:
         """
         dropped: dict[int, str] = {}
         if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
-            examples = self._of_pairs(rows, dropped)
+            examples = self._of_pairs(rows, dropped, unfit)
         else:
             examples = self._of_talks(rows, dropped, unfit, train_on)
         return self._proved(examples, rows, dropped), dropped
@@ -252,25 +252,44 @@ class Prompt:
             raise DataError(f"conversation: dropped ({dropped[0]})")
         return Example(tokens=examples.tokens, spans=examples.spans)
 
-    def _of_pairs(self, rows: Pairs, dropped: dict[int, str]) -> Examples:
+    def _of_pairs(
+        self, rows: Pairs, dropped: dict[int, str], unfit: dict[int, str] | None
+    ) -> Examples:
         """Examples of problems and solutions between fixed strings: a prompt, and what it asks."""
+        examples = self._pairs(rows) if not self._masks_reasoning else self._apart(rows, unfit)
+        if self._verbatim:
+            return examples
+        spelt = self._with_more_specials(examples)
+        dropped.update(dict.fromkeys(examples.rows[spelt].tolist(), SPECIAL_IN_TEXT))
+        return examples.keep(~spelt)
+
+    def _pairs(self, rows: Pairs) -> Examples:
         assert isinstance(self._renderer, Markup)
         column = self._renderer.pairs(rows.problems, rows.solutions)
         ids, offsets = self._tokenizer.encode_turns(column)
         starts = offsets[::2]
         spans = np.stack([offsets[1::2], offsets[2::2]], axis=1) - starts[:-1, None]
-        examples = Examples(
+        return Examples(
             tokens=ids,
             lengths=np.diff(starts).astype(np.int32),
             spans=spans.astype(np.int32),
             span_counts=np.ones(len(rows), np.int32),
             rows=np.arange(len(rows), dtype=np.int64),
         )
-        if self._verbatim:
-            return examples
-        spelt = self._with_more_specials(examples)
-        dropped.update(dict.fromkeys(np.flatnonzero(spelt).tolist(), SPECIAL_IN_TEXT))
-        return examples.keep(~spelt)
+
+    def _apart(self, rows: Pairs, unfit: dict[int, str] | None) -> Examples:
+        """Problems and solutions of which the reasoning is not trained."""
+        told = []
+        texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), strict=True)
+        for row, (problem, solution) in enumerate(texts):
+            prompt = self.text(problem)
+            whole = prompt + self.answer(problem, solution)
+            with _of_row(rows, row, unfit):
+                answer = Answer(len(prompt), [(len(prompt), len(whole))])
+                answer = self._without_reasoning(whole, answer, {})
+                written = Written(text=whole, answers=[answer])
+                told.append(_Told(row=row, messages=(), tools=None, last=0, written=written))
+        return self._masked(rows, told, unfit)
 
     def _of_talks(
         self,

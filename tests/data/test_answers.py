@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
@@ -16,7 +17,7 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import prepare
 from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.rows import Chats
+from mcore_sft.data.rows import Chats, Pairs
 from mcore_sft.data.tokenizer import load_tokenizer
 
 TAGS = ("<think>", "</think>")
@@ -176,6 +177,25 @@ def test_masked_reasoning_is_read_and_not_trained(folder):
         reasoning_tags=["[", "]"],
     )  # fmt: skip
     assert one[2] == ["<think></think>", " x ", " y<|eot_id|>"]
+
+
+@pytest.mark.parametrize("template", ["llama3-instruct", "chat"])
+def test_reasoning_of_solutions_is_masked_too(folder, template):
+    tokenizer = load_tokenizer(folder)
+    prompt = Prompt(template, None, tokenizer, mask_reasoning=True)
+    texts = [("1?", "<think>a</think>one"), ("2?", "two"), ("<|eot_id|>", "x"), ("3?", "<think>")]
+    problems, solutions = (
+        pa.array(column, pa.large_string()) for column in zip(*texts, strict=True)
+    )
+    rows = Pairs(name="a", numbers=np.arange(4), problems=problems, solutions=solutions)
+    unfit = {}
+    made, dropped = prompt.encode(rows, unfit)
+    assert (list(dropped), list(unfit)) == ([2], [3])
+    ids = np.split(made.tokens, np.cumsum(made.lengths)[:-1])
+    assert [
+        tokenizer.decode(some[begin:end].tolist())
+        for some, (begin, end) in zip(ids, made.spans.tolist(), strict=True)
+    ] == ["one<|eot_id|>", "two<|eot_id|>"]
 
 
 def test_options_of_reasoning_come_back_from_a_description(folder):

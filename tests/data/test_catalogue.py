@@ -1,4 +1,4 @@
-"""Of every template of other models, what is prepared is right, and docs/data.md says what is not."""
+"""What is prepared with the templates of other models is right, and docs/data.md says what is."""
 
 from pathlib import Path
 
