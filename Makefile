@@ -119,12 +119,13 @@ gpu-report: ## with a GPU: all that is to be shown there; KIT=DIR needs no netwo
 	@$(PYTHON) tools/gpu_report.py $(if $(KIT),--kit '$(KIT)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(if $(PARTS),--parts $(PARTS))
 
+# TRL, of which files alone are read, would bring accelerate.
 lock: setup ## pin again what pyproject.toml asks for, for each Python; UPGRADE=1 takes the newest
 	@for python in 3.11 3.12 3.13; do \
 		pins=requirements/python$$python.txt; echo "lock: $$pins"; \
 		$(BIN)/uv pip compile pyproject.toml --extra dev --extra plot -c requirements/torch.txt \
 			--python-version $$python --generate-hashes --no-annotate --no-header --quiet \
-			$(if $(UPGRADE),--upgrade) --output-file $$pins; \
+			--no-emit-package accelerate $(if $(UPGRADE),--upgrade) --output-file $$pins; \
 		sed -i -e "1i # Python $$python, by \`make lock\`: all but torch and what comes with a build of it." \
 			-e '/^torch==\|^triton==\|^nvidia-\|^cuda-/,/[^\]$$/d' $$pins; \
 	done

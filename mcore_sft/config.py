@@ -96,6 +96,10 @@ class PromptConfig(Section):
     Without it, `chat`, where the tokenizer has a chat template."""
     instruction: PlaceOrName | None = None
     """What stands around the problem: a shipped name, such as generic/math, or a YAML file."""
+    reasoning_tags: tuple[str, str] = ("<think>", "</think>")
+    """What opens and closes the reasoning of an answer that has no `reasoning_content`."""
+    mask_reasoning: bool = False
+    """Whether the reasoning of answers, tags included, is read and not trained."""
     system: str | None = None
     """System text before the problem, instead of the instruction's own; conversations keep theirs.
     An evaluation without this key takes the one that most training prompts had."""
@@ -121,6 +125,9 @@ class SourceConfig(Section):
     what assistants say in them is learned."""
     tools: Name | None = None
     """Column of the tools that a conversation may call, for the tokenizer's chat template."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of messages that are not read, such as times and scores; every other one that says
+    something must be written by the template."""
     mask: PlaceOrName | None = None
     """For Megatron's tokens, which do not say what is trained: an .idx with 0 or 1 for each token,
     or `all`."""
@@ -133,6 +140,8 @@ class SourceConfig(Section):
     def _check(self) -> Self:
         if self.tools is not None and self.messages is None:
             raise ValueError("tools needs messages, given none")
+        if self.ignore_keys and (self.problem or self.solution):
+            raise ValueError("ignore_keys needs messages, given problem and solution")
         if self.messages is not None and (self.problem or self.solution):
             raise ValueError("a source has messages, or problem and solution, not both")
         return self
@@ -269,6 +278,9 @@ class DataConfig(Section):
     """Sources of the validation loss."""
     holdout: HoldoutConfig = HoldoutConfig()
     """A part of `train` for the validation loss, where `validation` names no source."""
+    train_on: Literal["all", "last", "each"] = "all"
+    """Which answers of a conversation are trained: all, the last, or each in an example of its own,
+    behind the prompt that the template writes for it."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used ends the run, or is left out and counted."""
     max_bad_rows: Count = 100

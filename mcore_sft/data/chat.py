@@ -22,6 +22,11 @@ Each costs as much as all that stands before it."""
 
 _PLAIN = {"role", "content"}
 
+_ONE_AT_A_TIME = (
+    "train each answer in an example of its own (data.train_on=each), or the last alone "
+    "(data.train_on=last)"
+)
+
 
 class Chat:
     """The tokenizer's own chat template, around problems as `wording` and `system` say."""
@@ -35,6 +40,7 @@ class Chat:
                 "template; give one in chat_template.jinja, or name another prompt.template"
             )
         self._template = tokenizer.chat_template
+        self._template_for = tokenizer.template_for
         spelt = tokenizer.special_in((system or "") + wording.user)
         if spelt is not None:
             raise DataError(
@@ -67,10 +73,11 @@ class Chat:
 
     def write(self, messages: Messages, tools: Tools | None, trained: Sequence[int]) -> Written:
         """The text of the whole conversation."""
-        turns = _Turns(self._template, self._stop, messages, tools)
+        template = self._template_for(tools) or self._template
+        turns = _Turns(template, self._stop, messages, tools)
         text, answers = turns.find(trained)
         places = {i: (a.begin, a.end) for i, a in zip(trained, answers, strict=True)}
-        require_written(self._template, messages, tools, text, places, stop=self._stop)
+        require_written(template, messages, tools, text, places, stop=self._stop)
         return Written(text=text, answers=answers)
 
     def _asked(self, problem: str) -> list[dict[str, str]]:
@@ -131,7 +138,8 @@ class _Turns:
         if not self._text.startswith(prompt):
             raise self._unfit(
                 f"changes the prompt for message {i + 1} once more of the conversation follows, so "
-                "that its answer would be trained after a prompt that no engine sends"
+                "that its answer would be trained after a prompt that no engine sends",
+                _ONE_AT_A_TIME,
             )
         return len(prompt)
 
@@ -165,7 +173,8 @@ class _Turns:
             if alone[:end] != self._text[:end]:
                 raise self._unfit(
                     f"writes the answer of message {i + 1} otherwise once more of the conversation "
-                    "follows"
+                    "follows",
+                    _ONE_AT_A_TIME,
                 )
         return end
 
@@ -240,9 +249,9 @@ class _Turns:
     def _without_stop(self, text: str) -> UnfitRow:
         return self._unfit(f"ends the answer {text[-60:]!r} without {self._stop}")
 
-    def _unfit(self, what: str) -> UnfitRow:
+    def _unfit(self, what: str, fix: str = "mend the row") -> UnfitRow:
         return UnfitRow(
-            f"{self._template.where}: the chat template {what}. Fix: mend the row, or name another "
+            f"{self._template.where}: the chat template {what}. Fix: {fix}, or name another "
             "prompt.template"
         )
 

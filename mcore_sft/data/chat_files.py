@@ -2,17 +2,19 @@
 
 tokenizer_config.json    eos_token is what the model learned to end an answer with
 chat_template.jinja      the markup that was trained; none where the texts held their own
+
+Where that is the tokenizer's own template, those that it has beside it stay too.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.data.hugging_face import CONFIG, ROLES, TEMPLATE, TEMPLATES
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
-
-_TEMPLATE = "chat_template.jinja"
 
 
 def save(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
@@ -26,16 +28,16 @@ def chat_as(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
     template = prompt.chat_template
     own = template is not None and template == tokenizer.chat_template_source
     if not own:
-        (folder / _TEMPLATE).unlink(missing_ok=True)
-        _edit(folder / "tokenizer_config.json", lambda told: told.pop("chat_template", None))
+        (folder / TEMPLATE).unlink(missing_ok=True)
+        shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+        _edit(folder / CONFIG, lambda told: told.pop("chat_template", None))
         if template is not None:
-            (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+            (folder / TEMPLATE).write_text(template, encoding="utf-8")
     if tokenizer.eos_id in prompt.stop_ids or (own and "eos_token" in (template or "")):
         return  # a template that names it would write another token
     stop = prompt.stop_tokens[0]
-    _edit(folder / "tokenizer_config.json", lambda told: told.update(eos_token=stop))
-    # Older releases of transformers read this file last.
-    _edit(folder / "special_tokens_map.json", lambda told: told.update(eos_token=stop))
+    _edit(folder / CONFIG, lambda told: told.update(eos_token=stop))
+    _edit(folder / ROLES, lambda told: told.update(eos_token=stop))  # which may be read last
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

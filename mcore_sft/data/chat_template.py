@@ -12,7 +12,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mcore_sft.data.conversation import UnfitRow
+from mcore_sft.data.conversation import REASONING, UnfitRow
 from mcore_sft.data.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -79,7 +79,7 @@ class ChatTemplate:
     ) -> str:
         try:
             return self._template.render(
-                messages=messages,
+                messages=[_with_reasoning(message) for message in messages],
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -123,6 +123,12 @@ class _Generation(Extension):
     def _mark(self, marks: tuple[str, str], caller: Any) -> str:
         begin, end = marks
         return f"{begin}{caller()}{end}"
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose reasoning has both names that templates know, as transformers gives it."""
+    given = [message[key] for key in REASONING if message.get(key) is not None]
+    return {"thinking": given[0], **message, "reasoning_content": given[0]} if given else message
 
 
 def _tojson(

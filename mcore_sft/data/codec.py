@@ -173,12 +173,15 @@ def read_codec(file: Path) -> Codec:
     else:
         codec = Codec(content, file)
         if hugging_face.reads_as_it_is(file.parent, codec.added_tokens):
+            hugging_face.require_numbers(file.parent, codec.vocab)
             return codec
     loaded = hugging_face.load(content, name, file.parent)
     made = str(loaded.backend_tokenizer.to_str()).encode()
     named = loaded.special_tokens_map.items()
     roles = {role: token for role, token in named if isinstance(token, str)}
-    return Codec(made, file, file_name=name, saved=content, roles=roles)
+    codec = Codec(made, file, file_name=name, saved=content, roles=roles)
+    hugging_face.require_numbers(file.parent, codec.vocab)
+    return codec
 
 
 def _types(part: Any) -> set[str]:

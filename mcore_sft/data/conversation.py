@@ -1,6 +1,6 @@
 """Who said what: the messages of a row, checked and in the one form that templates take."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -11,8 +11,22 @@ from mcore_sft.data.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 """Who may speak."""
 
+# Who speaks in ShareGPT's files, and in those that followed them.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "function_call": "assistant",
+    "system": "system",
+}
+
 # Keys of a message that say nothing by themselves stay without effect where no template asks.
 _KNOWN = ("role", "content", "tool_calls", "weight", "name", "id", "tool_call_id")
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys that hold what an assistant thinks; templates read the first two, and transformers gives
+them either."""
 
 
 class UnfitRow(DataError):
@@ -41,14 +55,17 @@ class Conversation:
         return cls(messages=said)
 
 
-def checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def checked(
+    messages: Sequence[Mapping[str, Any]], ignored: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Messages as templates take them; `UnfitRow` says what is wrong with which.
 
-    Keys without a value are left out, the text parts of a content are joined, and the arguments of
-    a tool call that are JSON text are read, as engines do before they render. Of the weights, those
+    Keys without a value are left out, and so are those `ignored`; from and value, as ShareGPT has
+    them, become role and content; the text parts of a content are joined, and the arguments of a
+    tool call that are JSON text are read, as engines do before they render. Of the weights, those
     stay that are 0: their answers are not trained.
     """
-    read = [_message(number, message) for number, message in enumerate(messages, start=1)]
+    read = [_message(number, message, ignored) for number, message in enumerate(messages, start=1)]
     answers = [message for message in read if message["role"] == "assistant"]
     if answers and not any(map(is_trained, answers)):
         raise UnfitRow("all its answers have weight 0, so that there is nothing to learn")
@@ -64,6 +81,11 @@ def system_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
 def is_trained(answer: Mapping[str, Any]) -> bool:
     """Whether a checked message of an assistant is learned."""
     return "weight" not in answer
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """What the assistant of a checked message thinks, if a key of its own says so."""
+    return next((message[key] for key in REASONING if message.get(key)), None)
 
 
 def unknown_keys(message: Mapping[str, Any]) -> list[str]:
@@ -93,24 +115,21 @@ def _says_something(value: Any) -> bool:
     return value is not None
 
 
-def _message(number: int, message: Any) -> dict[str, Any]:
+def _message(number: int, message: Any, ignored: Collection[str]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise UnfitRow(
             f"message {number}: expected an object of role and content, "
             f"found {type(message).__name__}"
         )
-    role = message.get("role")
-    if role is None and "from" in message and "value" in message:
-        raise UnfitRow(
-            f"message {number}: it has from and value, as ShareGPT has them, expected role and "
-            "content; write role: user for from: human, role: assistant for from: gpt, and "
-            "content for value"
-        )
+    plain = {key: said for key, said in message.items() if said is not None and key not in ignored}
+    if "role" not in plain and {"from", "value"} <= plain.keys():
+        plain = _of_sharegpt(number, plain)
+    role = plain.get("role")
     if role not in ROLES:
         raise UnfitRow(f"message {number}: role {role!r}, expected one of {', '.join(ROLES)}")
-    plain = {key: value for key, value in message.items() if value is not None}
     if not _is_learned(number, role, plain.pop("weight", None)) and role == "assistant":
         plain["weight"] = 0
+    _keep_one_reasoning(number, plain)
     calls = _calls(number, plain.get("tool_calls"))
     if calls:
         plain["tool_calls"] = [_call(number, call) for call in calls]
@@ -121,6 +140,39 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     if role == "assistant" and not otherwise and not plain["content"].strip():
         raise UnfitRow(f"message {number}: the assistant says nothing; mend or remove the row")
     return plain
+
+
+def _keep_one_reasoning(number: int, message: dict[str, Any]) -> None:
+    """Take the others away where several keys hold what an assistant thinks."""
+    given = [key for key in REASONING if message.get(key)]
+    same = all(message[key] == message[given[0]] for key in given)
+    if given and not (same and isinstance(message[given[0]], str)):
+        raise UnfitRow(
+            f"message {number}: its {' and '.join(given)}, expected one text of its reasoning; "
+            "mend or remove the row"
+        )
+    for key in given[1:]:
+        del message[key]
+
+
+def _of_sharegpt(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of from and value as one of role and content, or of tool calls."""
+    rest = {key: said for key, said in message.items() if key not in ("from", "value")}
+    speaker, said = message["from"], message["value"]
+    if speaker not in _SPEAKERS:
+        raise UnfitRow(
+            f"message {number}: it is from {speaker!r:.60}, expected one of {', '.join(_SPEAKERS)}"
+        )
+    if speaker != "function_call":
+        return {"role": _SPEAKERS[speaker], "content": said, **rest}
+    try:
+        calls = json_text.loads(said) if isinstance(said, str) else said
+    except ValueError:
+        calls = None
+    if not isinstance(calls, list | dict):
+        raise UnfitRow(f"message {number}: its function call {said!r:.60} is not JSON of a call")
+    calls = calls if isinstance(calls, list) else [calls]
+    return {"role": "assistant", "content": "", "tool_calls": calls, **rest}
 
 
 def _is_learned(number: int, role: str, weight: Any) -> bool:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mcore_sft.config import FilterConfig
+from mcore_sft.data.answers import TrainOn
 from mcore_sft.data.blocks import Block
 from mcore_sft.data.contamination import Contamination, Finding, distinct
 from mcore_sft.data.conversation import system_text
@@ -135,6 +136,7 @@ class Recipe:
     gigatoken: bool
     prompt: Mapping[str, Any]
     sequence_length: int
+    train_on: TrainOn
     skip_bad: bool
     filters: FilterConfig
     benchmark: Mapping[str, str]
@@ -260,7 +262,7 @@ class Encoder:
         if isinstance(rows, Tokens):
             return self._of_tokens(rows, drops)
         unfit: dict[int, str] | None = {} if self._recipe.skip_bad else None
-        examples, dropped = self._prompt.encode(rows, unfit)
+        examples, dropped = self._prompt.encode(rows, unfit, self._recipe.train_on)
         if isinstance(rows, Pairs):
             self._require_prompts_of_evaluation(rows, examples)
         for index, reason in dropped.items():
@@ -343,21 +345,17 @@ def _systems(rows: Rows, examples: Examples) -> list[str | None]:
 
 def _hashes(rows: Any, examples: Examples) -> tuple[Hashes, npt.NDArray[np.uint64]]:
     """Hashes of the examples and of their problems."""
-    if isinstance(rows, Tokens):
-        tokens = _stretch_hashes(examples.tokens, examples.lengths)
-        masks = _stretch_hashes(examples.spans.reshape(-1), 2 * examples.span_counts)
-        return joined(tokens, masks), tokens[:, 0]
     if isinstance(rows, Pairs):
         problems = text_hashes(rows.problems)[examples.rows]
-        rest = text_hashes(rows.solutions)[examples.rows]
-    else:
-        first = [said[0] if said else "" for said in _asked(rows)]
-        problems = text_hashes(pa.array(first, pa.large_string()))[examples.rows]
-        tools = rows.tools or [None] * len(rows)
-        talks = zip(rows.messages, tools, strict=True)
-        whole = hashes_of(json.dumps(talk, sort_keys=True).encode() for talk in talks)
-        rest = whole[examples.rows]
-    return joined(problems, rest), problems[:, 0]
+        solutions = text_hashes(rows.solutions)[examples.rows]
+        return joined(problems, solutions), problems[:, 0]
+    tokens = _stretch_hashes(examples.tokens, examples.lengths)
+    masks = _stretch_hashes(examples.spans.reshape(-1), 2 * examples.span_counts)
+    if isinstance(rows, Tokens):
+        return joined(tokens, masks), tokens[:, 0]
+    first = [said[0] if said else "" for said in _asked(rows)]
+    problems = text_hashes(pa.array(first, pa.large_string()))[examples.rows]
+    return joined(tokens, masks), problems[:, 0]
 
 
 def _stretch_hashes(numbers: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> Hashes:

@@ -11,14 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mcore_sft.base.model_folder import is_file, read_json
+from mcore_sft.base.model_folder import is_file, read_bytes, read_json
 from mcore_sft.data.errors import DataError
 
-SIDECARS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
-)
-"""Files beside a vocabulary that transformers reads."""
+CONFIG = "tokenizer_config.json"
+ROLES = "special_tokens_map.json"
+ADDED = "added_tokens.json"
+TEMPLATE = "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"
+"""What transformers reads beside a vocabulary: files, and a folder of named templates."""
 
 # Of other classes and model types it may build the tokenizer anew.
 _READ_AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -33,13 +34,59 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def named_tokens(folder: Path) -> dict[str, str]:
     """The tokens that the files of a folder name by their role: bos_token, ..."""
-    files = ("special_tokens_map.json", "tokenizer_config.json")  # the last has the last word
+    told = read_object(folder / CONFIG)
+    if "added_tokens_decoder" not in told:  # else it says all, and the older file is not read
+        told |= read_object(folder / ROLES)
+    own = told.get("extra_special_tokens")  # a model's own roles
+    named = {role: token for role, token in told.items() if role.endswith("_token")}
     return {
         role: content
-        for file in files
-        for role, token in read_object(folder / file).items()
-        if role.endswith("_token") and (content := _content(token)) is not None
+        for role, token in {**named, **(own if isinstance(own, Mapping) else {})}.items()
+        if (content := _content(token)) is not None
     }
+
+
+def chat_templates(folder: Path) -> dict[str, tuple[str, Path]]:
+    """The text and the file of each chat template, by name: `default`, `tool_use`, ...
+
+    Where templates have files of their own, those in the configuration are not read.
+    """
+    files = {"default": folder / TEMPLATE} if is_file(folder / TEMPLATE) else {}
+    files |= {file.stem: file for file in _named_templates(folder)}
+    if files:
+        return {name: (_text(file), file) for name, file in files.items()}
+    where = folder / CONFIG
+    written = read_object(where).get("chat_template") or []
+    if isinstance(written, str):
+        return {"default": (written, where)}
+    try:
+        return {entry["name"]: (str(entry["template"]), where) for entry in written}
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{where}: chat_template is {written!r:.60}, expected text, or a list of name and "
+            "template. Fix: copy the file again"
+        ) from None
+
+
+def require_numbers(folder: Path, vocab: Mapping[str, int]) -> None:
+    """`DataError` if a file of a folder gives a token another id than its vocabulary."""
+    decoder = read_object(folder / CONFIG).get("added_tokens_decoder")
+    where = folder / (ADDED if decoder is None else CONFIG)
+    try:
+        if decoder is None:
+            told = {token: int(number) for token, number in read_object(where).items()}
+        else:
+            told = {token["content"]: int(number) for number, token in decoder.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{where}: expected tokens and their ids. Fix: copy the file again"
+        ) from None
+    for token, number in told.items():
+        if vocab.get(token) != number:
+            raise DataError(
+                f"{where}: the token {token!r} has the id {number} (expected {vocab.get(token)}, "
+                "as transformers gives it). Fix: take all files of a tokenizer from one folder"
+            )
 
 
 def reads_as_it_is(folder: Path, added: Mapping[int, Any]) -> bool:
@@ -47,7 +94,7 @@ def reads_as_it_is(folder: Path, added: Mapping[int, Any]) -> bool:
 
     added: its added tokens.
     """
-    told, model = read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json")
+    told, model = read_object(folder / CONFIG), read_object(folder / "config.json")
     if (
         told.get("tokenizer_class", model.get("tokenizer_class")) not in _READ_AS_IT_IS
         or model.get("model_type") not in _PLAIN_MODELS
@@ -57,8 +104,8 @@ def reads_as_it_is(folder: Path, added: Mapping[int, Any]) -> bool:
         own = added.get(int(number))
         if own is None or any(getattr(own, key) != value for key, value in token.items()):
             return False
-    named = read_object(folder / "added_tokens.json").keys() | set(_named(told))
-    named |= set(_named(read_object(folder / "special_tokens_map.json")))
+    named = read_object(folder / ADDED).keys() | set(_named(told))
+    named |= set(_named(read_object(folder / ROLES)))
     return named <= {token.content for token in added.values()}
 
 
@@ -91,10 +138,12 @@ def copy(vocabulary: bytes, beside: Path, to: Path, **roles: str) -> None:
     as it is.
     """
     to.write_bytes(vocabulary)
-    for name in SIDECARS:
-        if is_file(beside / name):
-            shutil.copyfile(beside / name, to.parent / name)
-    described = to.parent / "tokenizer_config.json"
+    sidecars = [beside / name for name in (CONFIG, ROLES, ADDED, TEMPLATE)]
+    for file in (*filter(is_file, sidecars), *_named_templates(beside)):
+        target = to.parent / file.relative_to(beside)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    described = to.parent / CONFIG
     if not described.exists():
         told = {"tokenizer_class": "TokenizersBackend", "legacy": False, **roles}
         described.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -129,6 +178,17 @@ def _named(told: Mapping[str, Any]) -> Iterator[str]:
         for token in values:
             if (content := _content(token)) is not None:
                 yield content
+
+
+def _named_templates(folder: Path) -> list[Path]:
+    return sorted((folder / TEMPLATES).glob("*.jinja"))
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 ({error}). Fix: copy the file again") from None
 
 
 def _content(token: Any) -> str | None:

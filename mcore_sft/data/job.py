@@ -118,6 +118,7 @@ class Job:
             gigatoken=self.tokenizer.gigatoken,
             prompt=self.prompt.describe(),
             sequence_length=config.sequence_length,
+            train_on=config.train_on,
             skip_bad=config.on_bad_row == "skip",
             filters=filters,
             benchmark=self._benchmark() if split == "train" else {},

@@ -33,6 +33,8 @@ class Columns:
     solution: str = ""
     messages: str = ""
     tools: str = ""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of messages that are not read."""
 
     @property
     def roles(self) -> dict[str, str]:
@@ -56,7 +58,9 @@ def configured(source: SourceConfig, *, alone: bool) -> Columns | None:
     if alone:
         return Columns(problem=source.problem, solution=source.problem) if source.problem else None
     if source.messages:
-        return Columns(messages=source.messages, tools=source.tools or "")
+        return Columns(
+            messages=source.messages, tools=source.tools or "", ignore_keys=source.ignore_keys
+        )
     if source.problem and source.solution:
         return Columns(problem=source.problem, solution=source.solution)
     return None
@@ -70,7 +74,11 @@ def recognise(
     None if there are none: `require_known` says what to do then. `where` is FILE:NUMBER.
     """
     if not alone and not source.problem and not source.solution and MESSAGES in row:
-        return Columns(messages=MESSAGES, tools=TOOLS if TOOLS in row else "")
+        return Columns(
+            messages=MESSAGES,
+            tools=TOOLS if TOOLS in row else "",
+            ignore_keys=source.ignore_keys,
+        )
     for problem, solution in PAIRS:
         problem = source.problem or problem
         solution = problem if alone else source.solution or solution

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,13 +23,13 @@ import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
 from mcore_sft.data import template_jinja
+from mcore_sft.data.answers import TrainOn, divided, reasoning_in, trained_in
 from mcore_sft.data.chat import Chat
 from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.conversation import (
     Conversation,
     UnfitRow,
     checked,
-    is_trained,
     texts_in,
 )
 from mcore_sft.data.errors import DataError
@@ -37,6 +37,7 @@ from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.masks import Masks
 from mcore_sft.data.reference import require_same_ids
 from mcore_sft.data.render import (
+    Answer,
     Instruction,
     Markup,
     Renderer,
@@ -51,6 +52,8 @@ from mcore_sft.data.tokenizer import Ids, Located, Offsets, Tokenizer, sampled
 
 Talk = tuple[Messages, Tools | None]
 """Messages of a row, checked, and its tools."""
+
+_TAGS = ("<think>", "</think>")
 
 SPECIAL_IN_TEXT = "special token in text"
 """Why a row is dropped whose own text spells a special token."""
@@ -107,11 +110,16 @@ class Prompt:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        reasoning_tags: Sequence[str] = _TAGS,
+        mask_reasoning: bool = False,
     ) -> None:
         self._template = template
         self._instruction = instruction
         self._tokenizer = tokenizer
         self._given_system = system
+        opening, closing = reasoning_tags
+        self._tags = (opening, closing)
+        self._masks_reasoning = mask_reasoning
         wording = read_instruction(instruction)
         self.has_instruction = wording.user != Instruction().user
         self.system = (wording.system or None) if system is None else system
@@ -143,6 +151,8 @@ class Prompt:
             read_instruction(instruction) if is_file(instruction) else instruction,
             tokenizer,
             system=config.system,
+            reasoning_tags=config.reasoning_tags,
+            mask_reasoning=config.mask_reasoning,
         )
 
     @classmethod
@@ -153,17 +163,29 @@ class Prompt:
             template = parse_section(Template, template)
         if isinstance(instruction, Mapping):
             instruction = parse_section(Instruction, instruction)
-        return cls(template, instruction, tokenizer, system=description.get("system"))
+        options = ("system", "reasoning_tags", "mask_reasoning")
+        given = {name: description[name] for name in options if name in description}
+        return cls(template, instruction, tokenizer, **given)
 
     def describe(self) -> dict[str, Any]:
         """JSON from which `restore` makes this prompt: shipped names, or the content of files."""
-        parts: dict[str, Any] = {"template": self._template, "instruction": self._instruction}
-        if self._given_system is not None:
-            parts["system"] = self._given_system
+        parts = {"template": self._template, "instruction": self._instruction, **self._options}
         return {
             name: part.model_dump(mode="json") if isinstance(part, Section) else part
             for name, part in parts.items()
         }
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What was asked for besides: nothing that is as it is where nothing is said."""
+        options: dict[str, Any] = {}
+        if self._given_system is not None:
+            options["system"] = self._given_system
+        if self._tags != _TAGS:
+            options["reasoning_tags"] = list(self._tags)
+        if self._masks_reasoning:
+            options["mask_reasoning"] = True
+        return options
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,8 +194,7 @@ class Prompt:
         if self._template != "chat":
             template = read_template(self._template).model_dump(mode="json")
         whole = [template, read_instruction(self._instruction).model_dump(mode="json")]
-        if self._given_system is not None:
-            whole.append(self._given_system)
+        whole += self._options.values()
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
     @property
@@ -210,10 +231,14 @@ class Prompt:
         return self._tokenizer.encode(self.text(problem))
 
     def encode(
-        self, rows: Pairs | Chats, unfit: dict[int, str] | None = None
+        self,
+        rows: Pairs | Chats,
+        unfit: dict[int, str] | None = None,
+        train_on: TrainOn = "all",
     ) -> tuple[Examples, dict[int, str]]:
         """Examples of `rows`, and why the others, by their index, become none.
 
+        With train_on `each` a conversation becomes as many examples as it has trained answers.
         Every example has a trained token, ends with a stop token, and does not begin with BOS
         twice; where a row would break this, the `DataError` names it. What is wrong with a row that
         the template cannot write, or whose tokens do not tell what is trained, is put into `unfit`,
@@ -221,9 +246,9 @@ class Prompt:
         """
         dropped: dict[int, str] = {}
         if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
-            examples = self._of_pairs(rows, dropped)
+            examples = self._of_pairs(rows, dropped, unfit)
         else:
-            examples = self._of_talks(rows, dropped, unfit)
+            examples = self._of_talks(rows, dropped, unfit, train_on)
         return self._proved(examples, rows, dropped), dropped
 
     def example(self, conversation: Conversation) -> Example:
@@ -233,28 +258,51 @@ class Prompt:
             raise DataError(f"conversation: dropped ({dropped[0]})")
         return Example(tokens=examples.tokens, spans=examples.spans)
 
-    def _of_pairs(self, rows: Pairs, dropped: dict[int, str]) -> Examples:
+    def _of_pairs(
+        self, rows: Pairs, dropped: dict[int, str], unfit: dict[int, str] | None
+    ) -> Examples:
         """Examples of problems and solutions between fixed strings: a prompt, and what it asks."""
+        examples = self._pairs(rows) if not self._masks_reasoning else self._apart(rows, unfit)
+        if self._verbatim:
+            return examples
+        spelt = self._with_more_specials(examples)
+        dropped.update(dict.fromkeys(examples.rows[spelt].tolist(), SPECIAL_IN_TEXT))
+        return examples.keep(~spelt)
+
+    def _pairs(self, rows: Pairs) -> Examples:
         assert isinstance(self._renderer, Markup)
         column = self._renderer.pairs(rows.problems, rows.solutions)
         ids, offsets = self._tokenizer.encode_turns(column)
         starts = offsets[::2]
         spans = np.stack([offsets[1::2], offsets[2::2]], axis=1) - starts[:-1, None]
-        examples = Examples(
+        return Examples(
             tokens=ids,
             lengths=np.diff(starts).astype(np.int32),
             spans=spans.astype(np.int32),
             span_counts=np.ones(len(rows), np.int32),
             rows=np.arange(len(rows), dtype=np.int64),
         )
-        if self._verbatim:
-            return examples
-        spelt = self._with_more_specials(examples)
-        dropped.update(dict.fromkeys(np.flatnonzero(spelt).tolist(), SPECIAL_IN_TEXT))
-        return examples.keep(~spelt)
+
+    def _apart(self, rows: Pairs, unfit: dict[int, str] | None) -> Examples:
+        """Problems and solutions of which the reasoning is not trained."""
+        told = []
+        texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), strict=True)
+        for row, (problem, solution) in enumerate(texts):
+            prompt = self.text(problem)
+            whole = prompt + self.answer(problem, solution)
+            with _of_row(rows, row, unfit):
+                answer = Answer(len(prompt), [(len(prompt), len(whole))])
+                answer = self._without_reasoning(whole, answer, {})
+                written = Written(text=whole, answers=[answer])
+                told.append(_Told(row=row, messages=(), tools=None, last=0, written=written))
+        return self._masked(rows, told, unfit)
 
     def _of_talks(
-        self, rows: Pairs | Chats, dropped: dict[int, str], unfit: dict[int, str] | None
+        self,
+        rows: Pairs | Chats,
+        dropped: dict[int, str],
+        unfit: dict[int, str] | None,
+        train_on: TrainOn,
     ) -> Examples:
         """Examples of conversations, each of which is one text."""
         talks: dict[int, Talk] = {}
@@ -269,19 +317,32 @@ class Prompt:
             for index in self._that_spell_specials(talks):
                 dropped[index] = SPECIAL_IN_TEXT
                 del talks[index]
-        told = []
+        told: list[_Told] = []
         for index, (messages, tools) in talks.items():
             with _of_row(rows, index, unfit):
-                told.append(self._tell(index, messages, tools))
-        return self._masked(rows, told, unfit)
+                told += [self._tell(index, said, tools) for said in divided(messages, train_on)]
+        examples = self._masked(rows, told, unfit)
+        return examples.keep(~np.isin(examples.rows, list(unfit or ())))  # a row, or none of it
 
     def _tell(self, row: int, messages: Messages, tools: Tools | None) -> _Told:
         """A conversation of a row as text, with the answers that are trained."""
-        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        trained = [i for i in said if is_trained(messages[i])]
+        trained = trained_in(messages)
         plain = [{key: one[key] for key in one if key != "weight"} for one in messages]
         written = self._renderer.write(plain, tools, trained)
+        if self._masks_reasoning:
+            said = zip(written.answers, trained, strict=True)
+            answers = [self._without_reasoning(written.text, a, plain[i]) for a, i in said]
+            written = replace(written, answers=answers)
         return _Told(row=row, messages=plain, tools=tools, last=trained[-1], written=written)
+
+    def _without_reasoning(self, text: str, answer: Answer, said: Mapping[str, Any]) -> Answer:
+        """An answer to the message `said` of which the reasoning is not trained."""
+        spans = list(answer.spans)
+        for begin, end in reasoning_in(text[answer.begin : answer.end], said, self._tags):
+            first, last = answer.begin + begin, answer.begin + end
+            cut = [part for a, b in spans for part in ((a, min(b, first)), (max(a, last), b))]
+            spans = [(a, b) for a, b in cut if a < b]
+        return Answer(answer.begin, spans)
 
     def _masked(self, rows: Rows, told: Sequence[_Told], unfit: dict[int, str] | None) -> Examples:
         """Examples of texts; of fixed strings, the last answer goes on where its prompt ends."""

@@ -81,7 +81,7 @@ def chat(row: Mapping[str, Any], columns: Columns) -> tuple[Any, ...]:
         raise MissingColumn(missing(row, columns.tools, "tools"))
     tools = _objects(row[columns.tools], columns.tools, "tools") if columns.tools else None
     try:
-        return checked(messages), tools or None
+        return checked(messages, columns.ignore_keys), tools or None
     except DataError as error:
         raise BadRow(f"column {columns.messages!r}: {error}; mend or remove the row") from None
 

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mcore_sft.base.model_folder import is_file, require_fetched
+from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import say
 from mcore_sft.data import hugging_face
-from mcore_sft.data.chat_template import ChatTemplate
+from mcore_sft.data.chat_template import ChatTemplate, Tools
 from mcore_sft.data.codec import Codec, read_codec
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
@@ -262,7 +262,8 @@ class Tokenizer:
 
     def special_in(self, text: str) -> str | None:
         """The first special token that `text` spells, if any."""
-        return next((self.decode([i]) for i in self.encode(text) if i in self.special_ids), None)
+        spelt = dict(zip(self.special_ids, self.special_tokens, strict=True))
+        return next((spelt[i] for i in self.encode(text) if i in spelt), None)
 
     @property
     def has_chat_template(self) -> bool:
@@ -274,25 +275,32 @@ class Tokenizer:
         """The chat template as it is written, if there is one."""
         return self.chat_template.source if self.chat_template else None
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate | None:
-        """The chat template that came with the tokenizer."""
-        beside = self._folder / "chat_template.jinja"
-        if beside.is_file():
-            require_fetched(beside)  # else a pointer would be what is trained
-            source = beside.read_text(encoding="utf-8")
-            return ChatTemplate(source, where=beside, tokens=self._told_tokens)
-        where = self._folder / "tokenizer_config.json"
-        written = hugging_face.read_object(where).get("chat_template")
-        if isinstance(written, list):
-            written = {entry["name"]: entry["template"] for entry in written}.get("default")
-        return ChatTemplate(written, where=where, tokens=self._told_tokens) if written else None
+        """The chat template that came with the tokenizer; of several, the one named `default`."""
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def chat_templates(self) -> Mapping[str, ChatTemplate]:
+        """The chat templates that came with the tokenizer, by name."""
+        return {
+            name: ChatTemplate(source, where=where, tokens=self._told_tokens)
+            for name, (source, where) in hugging_face.chat_templates(self._folder).items()
+        }
+
+    def template_for(self, tools: Tools | None) -> ChatTemplate | None:
+        """The chat template of a conversation: the one named `tool_use` where it has tools."""
+        return self.chat_templates.get("tool_use" if tools else "default", self.chat_template)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the ids: vocabulary file, named tokens, chat template."""
+        """SHA-256 of all that decides the ids: vocabulary, named tokens, chat templates."""
         digest = hashlib.sha256(self._codec.saved)
-        named = [self.bos_id, self.eos_id, self.pad_id, self.chat_template_source]
+        named: list[Any] = [self.bos_id, self.eos_id, self.pad_id, self.chat_template_source]
+        if self._codec.saved != self._codec.content:  # files beside it add tokens
+            named.append(sorted(self._codec.added_ids.items()))
+        if len(self.chat_templates) > 1:
+            named.append({name: one.source for name, one in self.chat_templates.items()})
         digest.update(json.dumps(named).encode())
         return digest.hexdigest()
 

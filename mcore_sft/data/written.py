@@ -58,7 +58,7 @@ def passed_over(who: str, number: int, message: Mapping[str, Any], key: str) -> 
     hint = " (weight: 0 marks an answer that is not to be trained)" if flag else ""
     return UnfitRow(
         f"message {number}: {who} makes nothing of its {key} ({value!r:.60}); say it in content, "
-        f"take it away{hint}, or name another prompt.template"
+        f"name it in the source's ignore_keys{hint}, or name another prompt.template"
     )
 
 

@@ -250,6 +250,12 @@ def test_messages_as_text(name, tmp_path):
     assert read(tmp_path, path=name, messages="talk")[0].messages == [talk]
 
 
+def test_keys_that_the_source_ignores_are_not_read(tmp_path):
+    write(tmp_path / "a.jsonl", [{"talk": [{"from": "human", "value": "x", "score": 1}]}])
+    (got,) = read(tmp_path, path="a.jsonl", messages="talk", ignore_keys=["score"])
+    assert got.messages == [[{"role": "user", "content": "x"}]]
+
+
 @pytest.mark.parametrize(
     ("talk", "said"),
     [
@@ -258,7 +264,7 @@ def test_messages_as_text(name, tmp_path):
         ("hi", "'talk' holds 'hi', expected a list of messages"),
         ([1], r"'talk' holds \[1\], expected a list of messages"),
         ([{"content": "x"}], "'talk': message 1: role None, expected one of system, user"),
-        ([{"from": "human", "value": "x"}], "'talk': message 1: it has from and value, as ShareG"),
+        ([{"from": "nobody", "value": "x"}], "'talk': message 1: it is from 'nobody', expected"),
         ([{"role": "user", "content": "\ud800"}], "'talk' is not valid Unicode"),
     ],
 )

@@ -1,6 +1,8 @@
 """Real vLLM and its real server on the CPU, against the transformers engine (make test-vllm)."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data import chat_files
+from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.rows import Chats
+from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.evaluation.asked import SAMPLED, answers, requests, spell
@@ -37,16 +43,45 @@ ASKED = requests(24)
 EOS, STOP = range(0, 700, 24), tuple(range(12, 700, 24))
 
 
+CHAT = (
+    "{{ bos_token }}%s{%% for m in messages %%}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+    "{{ m.content or '' }}%s<|eot_id|>{%% endfor %%}"
+    "{%% if add_generation_prompt %%}<|start_header_id|>assistant<|end_header_id|>{%% endif %%}"
+)
+# Name and arguments apart: the server gives the keys of a call an order of its own.
+CALLS = (
+    "{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+)
+TOLD = "{% if tools %}{{ tools | tojson }}{% endif %}"  # the server tries it without
+TEMPLATES = {"default": CHAT % ("", ""), "tool_use": CHAT % (TOLD, CALLS)}
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The fixture, with a template for conversations with tools beside the other."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(ROOT / "tests/fixtures/tokenizer/tokenizer.json", folder)
+    named = [{"name": name, "template": source} for name, source in TEMPLATES.items()]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "chat_template": named,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a tokenizer, which the server wants."""
-    tokenizer = load_tokenizer(ROOT / "tests/fixtures/tokenizer")
     folder = make_model(
         tmp_path_factory.mktemp("served") / "model",
         vocab_size=tokenizer.vocab_size + 3,
         eos_token_id=[*EOS, tokenizer.eos_id],
     )
-    tokenizer.save(folder)
+    chat_files.save(tokenizer, Prompt("chat", None, tokenizer), folder)
     return folder
 
 
@@ -176,6 +211,46 @@ def test_the_server_refuses_by_name(model: Path, url: str) -> None:
     engine = opened(model, "server", url=url, stop=(10**6,))
     with pytest.raises(EvaluationError, match="HTTP 400"):
         answers(engine, ASKED)
+
+
+def call(number: int) -> dict[str, Any]:
+    function = {"name": "add", "arguments": json.dumps({"a": [number, None]})}
+    return {"id": f"call{number:05}", "type": "function", "function": function}
+
+
+ADD = {"name": "add", "description": "Add.", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": ADD}]
+TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": "Count."},
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "", "tool_calls": [call(1), call(2)]},
+    {"role": "tool", "tool_call_id": "call00001", "content": "5"},
+    {"role": "tool", "tool_call_id": "call00002", "content": "6"},
+    {"role": "assistant", "content": "It is 5."},
+]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_a_conversation_gets_the_prompts_that_were_trained(
+    tokenizer: Tokenizer, url: str, tools: list[dict[str, Any]] | None
+) -> None:
+    talk = TALK if tools else [*TALK[:2], TALK[-1]]
+    rows = Chats(name="a.jsonl", numbers=np.ones(1, np.int64), messages=[talk], tools=[tools])
+    examples, dropped = Prompt("chat", None, tokenizer).encode(rows)
+    assert not dropped
+    answers = [i for i, message in enumerate(talk) if message["role"] == "assistant"]
+    for i, (begin, _) in zip(answers, examples.spans.tolist(), strict=True):
+        asked = {"messages": talk[:i], "max_tokens": 1, "return_token_ids": True}
+        if tools:
+            asked |= {"tools": tools, "tool_choice": "none"}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions",
+            json.dumps(asked | {"model": "tiny"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            got = json.load(answer)["prompt_token_ids"]
+        assert got == examples.tokens[:begin].tolist()
 
 
 PARENT = """
