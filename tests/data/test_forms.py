@@ -157,7 +157,7 @@ def test_every_form_is_prepared_to_the_same_bytes(tmp_path: Path) -> None:
         sources = [{"path": form(tmp_path, MIXED)}]
         data = DataConfig.model_validate({"root": tmp_path, "train": sources, "workers": 1})
         job = Job(config=data, prompt=prompt, tokenizer=tokenizer, console=console)
-        manifest = prepare(job, tmp_path / form.__name__)
+        manifest = prepare(job, tmp_path / f"packed-{form.__name__}")
         assert manifest["splits"]["train"]["examples"] == len(MIXED)
         made.add(manifest["fingerprint"])
     assert len(made) == 1
