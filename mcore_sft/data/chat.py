@@ -4,6 +4,7 @@ What is trained is what the `{% generation %}` blocks of the template hold behin
 answer. Without such, it is what follows in the text on the prompt that the template writes for it.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,19 @@ _PLAIN = {"role", "content"}
 
 
 class Chat:
-    """The tokenizer's own chat template, around problems as `wording` and `system` say."""
+    """The tokenizer's own chat template, around problems as `wording` and `system` say.
 
-    def __init__(self, wording: Instruction, system: str | None, tokenizer: Tokenizer) -> None:
+    variables, date: what the template is given and told (`ChatTemplate`).
+    """
+
+    def __init__(
+        self,
+        wording: Instruction,
+        system: str | None,
+        tokenizer: Tokenizer,
+        variables: Mapping[str, Any],
+        date: datetime.date | None,
+    ) -> None:
         self._wording = wording
         self._system = system
         if tokenizer.chat_template is None:
@@ -34,7 +45,7 @@ class Chat:
                 f"{tokenizer.path}: prompt.template is `chat`, but the tokenizer has no chat "
                 "template; give one in chat_template.jinja, or name another prompt.template"
             )
-        self._template = tokenizer.chat_template
+        self._template = tokenizer.chat_template.given(variables, date)
         spelt = tokenizer.special_in((system or "") + wording.user)
         if spelt is not None:
             raise DataError(

@@ -24,13 +24,12 @@ def save(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
 def chat_as(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
     """Make the files of `tokenizer` in `folder` chat as `prompt`."""
     template = prompt.chat_template
-    own = template is not None and template == tokenizer.chat_template_source
-    if not own:
+    if template is None or template != tokenizer.chat_template_source:
         (folder / _TEMPLATE).unlink(missing_ok=True)
         _edit(folder / "tokenizer_config.json", lambda told: told.pop("chat_template", None))
         if template is not None:
             (folder / _TEMPLATE).write_text(template, encoding="utf-8")
-    if tokenizer.eos_id in prompt.stop_ids or (own and "eos_token" in (template or "")):
+    if tokenizer.eos_id in prompt.stop_ids or (prompt.is_chat and "eos_token" in (template or "")):
         return  # a template that names it would write another token
     stop = prompt.stop_tokens[0]
     _edit(folder / "tokenizer_config.json", lambda told: told.update(eos_token=stop))

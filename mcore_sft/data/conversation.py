@@ -111,7 +111,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
     if not _is_learned(number, role, plain.pop("weight", None)) and role == "assistant":
         plain["weight"] = 0
-    calls = plain.get("tool_calls") or []
+    calls = _calls(number, plain.get("tool_calls") or [])
     if calls:
         plain["tool_calls"] = [_call(number, call) for call in calls]
     else:
@@ -156,6 +156,21 @@ def _part(number: int, part: Any) -> str:
             "only text is trained on"
         )
     return text
+
+
+def _calls(number: int, calls: Any) -> Sequence[Any]:
+    """The calls of a message; JSON text, as tables hold them, is read."""
+    read = calls
+    if isinstance(calls, str):
+        try:
+            read = json_text.loads(calls) or []
+        except ValueError:
+            read = None
+    if isinstance(read, Sequence) and not isinstance(read, str):
+        return read
+    raise UnfitRow(
+        f"message {number}: tool_calls {calls!r:.60}, expected a list of calls, or one as JSON text"
+    )
 
 
 def _call(number: int, call: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ template, as the whole conversation has them; of fixed strings, as the text befo
 them, which goes on where it ends. M = examples, S = trained runs.
 """
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,19 +104,24 @@ class Prompt:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
     ) -> None:
         self._template = template
         self._instruction = instruction
         self._tokenizer = tokenizer
         self._given_system = system
+        self._variables = variables or {}
+        self._date = date
         wording = read_instruction(instruction)
         self.has_instruction = wording.user != Instruction().user
         self.system = (wording.system or None) if system is None else system
         self._renderer: Renderer
         if template == "chat":
-            self._renderer = Chat(wording, self.system, tokenizer)
+            self._renderer = Chat(wording, self.system, tokenizer, self._variables, date)
         else:
             self._renderer = Markup(read_template(template), wording, self.system, tokenizer)
+        self.is_chat = template == "chat"
         self._verbatim = isinstance(self._renderer, Markup) and self._renderer.verbatim
         self.stop_tokens = self._renderer.stop_tokens
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
@@ -137,6 +143,8 @@ class Prompt:
             read_instruction(instruction) if is_file(instruction) else instruction,
             tokenizer,
             system=config.system,
+            variables=config.variables,
+            date=config.date,
         )
 
     @classmethod
@@ -147,13 +155,22 @@ class Prompt:
             template = parse_section(Template, template)
         if isinstance(instruction, Mapping):
             instruction = parse_section(Instruction, instruction)
-        return cls(template, instruction, tokenizer, system=description.get("system"))
+        date = description.get("date")
+        return cls(
+            template,
+            instruction,
+            tokenizer,
+            system=description.get("system"),
+            variables=description.get("variables"),
+            date=None if date is None else datetime.date.fromisoformat(date),
+        )
 
     def describe(self) -> dict[str, Any]:
         """JSON from which `restore` makes this prompt: shipped names, or the content of files."""
         parts: dict[str, Any] = {"template": self._template, "instruction": self._instruction}
         if self._given_system is not None:
             parts["system"] = self._given_system
+        parts |= self._given
         return {
             name: part.model_dump(mode="json") if isinstance(part, Section) else part
             for name, part in parts.items()
@@ -168,13 +185,23 @@ class Prompt:
         whole = [template, read_instruction(self._instruction).model_dump(mode="json")]
         if self._given_system is not None:
             whole.append(self._given_system)
+        if self._given:
+            whole.append(self._given)
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
     @property
+    def _given(self) -> dict[str, Any]:
+        """What a chat template is given, as JSON; nothing where it is given nothing."""
+        day = {} if self._date is None else {"date": self._date.isoformat()}
+        return {**({"variables": dict(self._variables)} if self._variables else {}), **day}
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The markup as a Jinja chat template; None where the texts hold their own (`verbatim`)."""
         if isinstance(self._renderer, Chat):
-            return self._tokenizer.chat_template_source
+            source = self._tokenizer.chat_template_source
+            assert source is not None
+            return template_jinja.with_given(source, self._variables, self._date)
         assert isinstance(self._renderer, Markup)
         if self._verbatim:
             return None
@@ -298,6 +325,12 @@ class Prompt:
             self._require_reference(rows, told, found, kept)
         return examples
 
+    @property
+    def _export(self) -> str | None:
+        """The chat template of an export, if it is not the tokenizer's own."""
+        own = self.chat_template == self._tokenizer.chat_template_source
+        return None if own else self.chat_template
+
     def _require_reference(
         self, rows: Rows, told: Sequence[_Told], found: Located, kept: Sequence[int]
     ) -> None:
@@ -310,7 +343,9 @@ class Prompt:
             ][0]
             prompt = ids[: begin - found.offsets[k]].tolist()
             with _of_row(rows, one.row, None):
-                same = partial(require_same_ids, self._tokenizer, tools=one.tools, variables={})
+                same = partial(
+                    require_same_ids, self._tokenizer, tools=one.tools, template=self._export
+                )
                 same(ids.tolist(), one.messages, asks=False)
                 if one.last:
                     same(prompt, one.messages[: one.last], asks=True)

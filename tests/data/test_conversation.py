@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from mcore_sft.data.conversation import UnfitRow, checked, unknown_keys
@@ -32,6 +34,14 @@ def call(arguments, **more):
                 "tool_calls": [{"name": "now", "arguments": {}}],
             },
         ),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": json.dumps([call({"a": 1})])},
+            {"role": "assistant", "content": "x", "tool_calls": [call({"a": 1})]},
+        ),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": "[]"},
+            {"role": "assistant", "content": "x"},
+        ),
         ({"role": "user", "content": "a", "weight": 0}, {"role": "user", "content": "a"}),
         ({"role": "assistant", "content": "a", "weight": 1}, {"role": "assistant", "content": "a"}),
         (
@@ -51,6 +61,10 @@ def test_messages_as_templates_take_them(message, wanted):
         ("hi", "expected an object of role and content, found str"),
         ({"content": "hi"}, "role None, expected one of system, user, assistant, tool"),
         ({"role": "gpt", "content": "hi"}, "role 'gpt', expected one of"),
+        (
+            {"role": "assistant", "tool_calls": '{"name": "add"}'},
+            "tool_calls '{.*, expected a list of calls, or one as JSON text",
+        ),
         (
             {"from": "human", "value": "hi"},
             "it has from and value, as ShareGPT has them, expected role and content; write role: u",
