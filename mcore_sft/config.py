@@ -7,6 +7,7 @@ combination raises `ConfigError`, which names the key, what was expected and the
 This module imports no torch, so that a typo costs a fraction of a second.
 """
 
+import datetime
 import difflib
 import json
 import os
@@ -16,7 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from mcore_sft.base.errors import UserError
@@ -103,6 +112,22 @@ class PromptConfig(Section):
     system: str | None = None
     """System text before the problem, instead of the instruction's own; conversations keep theirs.
     An evaluation without this key takes the one that most training prompts had."""
+    variables: dict[str, JsonValue] = {}
+    """What a chat template asks for by name, such as `enable_thinking: false`; an exported model
+    keeps it."""
+    date: datetime.date | None = None
+    """The day that a chat template is told where it asks for today's; an exported model keeps it.
+    Without it a template that can do without is told none."""
+
+    @model_validator(mode="after")
+    def _belong_to_chat(self) -> Self:
+        if self.template != "chat" and (self.variables or self.date is not None):
+            name = "variables" if self.variables else "date"
+            raise ValueError(
+                f"{name} is for a chat template, but template is {self.template} (got {name}, "
+                "expected template: chat)"
+            )
+        return self
 
 
 class SourceConfig(Section):

@@ -7,10 +7,13 @@ python tools/evaluate.py --model DIR --config configs/X.yaml evaluation.max_new_
 """
 
 import argparse
+import datetime
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
 
 from mcore_sft import command
 from mcore_sft import config as configuration
@@ -30,6 +33,8 @@ class PromptChange(Section):
     template: PlaceOrName | None = None
     instruction: PlaceOrName | None = None
     system: str | None = None
+    variables: dict[str, JsonValue] | None = None
+    date: datetime.date | None = None
 
 
 class Alone(Section):

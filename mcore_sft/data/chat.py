@@ -4,6 +4,7 @@ What is trained is what the `{% generation %}` blocks of the template hold behin
 answer. Without such, it is what follows in the text on the prompt that the template writes for it.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,9 +30,19 @@ _ONE_AT_A_TIME = (
 
 
 class Chat:
-    """The tokenizer's own chat template, around problems as `wording` and `system` say."""
+    """The tokenizer's own chat template, around problems as `wording` and `system` say.
 
-    def __init__(self, wording: Instruction, system: str | None, tokenizer: Tokenizer) -> None:
+    variables, date: what the template is given and told (`ChatTemplate`).
+    """
+
+    def __init__(
+        self,
+        wording: Instruction,
+        system: str | None,
+        tokenizer: Tokenizer,
+        variables: Mapping[str, Any],
+        date: datetime.date | None,
+    ) -> None:
         self._wording = wording
         self._system = system
         if tokenizer.chat_template is None:
@@ -39,8 +50,14 @@ class Chat:
                 f"{tokenizer.path}: prompt.template is `chat`, but the tokenizer has no chat "
                 "template; give one in chat_template.jinja, or name another prompt.template"
             )
-        self._template = tokenizer.chat_template
-        self._template_for = tokenizer.template_for
+        if (variables or date) and len(tokenizer.chat_templates) > 1:
+            names = ", ".join(tokenizer.chat_templates)
+            raise DataError(
+                f"{tokenizer.path}: prompt.variables and prompt.date go to one chat template, and "
+                f"the tokenizer has several ({names}). Fix: keep one, in chat_template.jinja"
+            )
+        self._template = tokenizer.chat_template.given(variables, date)
+        self._named = tokenizer.template_for if len(tokenizer.chat_templates) > 1 else None
         spelt = tokenizer.special_in((system or "") + wording.user)
         if spelt is not None:
             raise DataError(
@@ -73,7 +90,7 @@ class Chat:
 
     def write(self, messages: Messages, tools: Tools | None, trained: Sequence[int]) -> Written:
         """The text of the whole conversation."""
-        template = self._template_for(tools) or self._template
+        template = (self._named and self._named(tools)) or self._template
         turns = _Turns(template, self._stop, messages, tools)
         text, answers = turns.find(trained)
         places = {i: (a.begin, a.end) for i, a in zip(trained, answers, strict=True)}

@@ -33,7 +33,7 @@ def chat_as(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
         _edit(folder / CONFIG, lambda told: told.pop("chat_template", None))
         if template is not None:
             (folder / TEMPLATE).write_text(template, encoding="utf-8")
-    if tokenizer.eos_id in prompt.stop_ids or (own and "eos_token" in (template or "")):
+    if tokenizer.eos_id in prompt.stop_ids or (prompt.is_chat and "eos_token" in (template or "")):
         return  # a template that names it would write another token
     stop = prompt.stop_tokens[0]
     _edit(folder / CONFIG, lambda told: told.update(eos_token=stop))

@@ -1,5 +1,6 @@
 """Messages and a Jinja chat template in, text out, rendered as transformers does it."""
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,26 +23,49 @@ Tools = Sequence[Mapping[str, Any]]
 class ChatTemplate:
     """A chat template that came with a tokenizer; it is data, and runs in a sandbox.
 
-    tokens: how bos_token, eos_token, ... are spelt. marks_answers: whether `{% generation %}` says
-    in it which text is the assistant's.
+    tokens: how bos_token, eos_token, ... are spelt. variables: what else it is given by name. date:
+    the day that it is told where it asks for today's, which what is rendered must not depend on;
+    without one, templates that can do without, as Llama's, print a date of their own.
+    marks_answers: whether `{% generation %}` says in it which text is the assistant's.
     """
 
-    def __init__(self, source: str, *, where: Path, tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        where: Path,
+        tokens: Mapping[str, str],
+        variables: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ) -> None:
         self.source = source
+        self.variables = variables or {}
+        self.date = date
         self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         self.where = where
-        self._spelt = dict(tokens)
+        self._tokens = tokens
         environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
-        # No strftime_now: what is rendered must not depend on the day. Templates that can do
-        # without it, as Llama's, print a fixed date then.
+        environment.globals["strftime_now"] = date.strftime if date else _no_date(where)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template is not valid Jinja: {error}") from None
+
+    def given(self, variables: Mapping[str, Any], date: datetime.date | None) -> "ChatTemplate":
+        """The same template, given `variables` and told `date`; `DataError` if it cannot be."""
+        for name in variables:
+            if name in _TAKEN or not name.isidentifier():
+                raise DataError(
+                    f"prompt.variables: {name!r} is not a name of its own in a chat template. Fix: "
+                    "take it away (the day is prompt.date)"
+                )
+        return ChatTemplate(
+            self.source, where=self.where, tokens=self._tokens, variables=variables, date=date
+        )
 
     def render(
         self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False
@@ -84,13 +108,29 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 generation_marks=marks,
-                **self._spelt,
+                **{**self._tokens, **self.variables},
             )
+        except DataError:
+            raise
         except Exception as error:  # a template is a program
             roles = ", ".join(message["role"] for message in messages)
             raise UnfitRow(
                 f"{self.where}: the chat template refuses messages of {roles}: {error}"
             ) from None
+
+
+_TAKEN = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+)
+
+
+def _no_date(where: Path) -> jinja2.Undefined:
+    """What a template finds undefined, and what says how to define it where it is called."""
+    return jinja2.Undefined(
+        hint=f"{where}: the chat template asks for today's date, but nothing says which day that "
+        "is. Fix: prompt.date=YYYY-MM-DD, which the dataset and the exported model keep",
+        exc=DataError,  # type: ignore[arg-type]
+    )
 
 
 class _Environment(ImmutableSandboxedEnvironment):

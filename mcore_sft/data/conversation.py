@@ -211,16 +211,18 @@ def _part(number: int, part: Any) -> str:
 
 
 def _calls(number: int, calls: Any) -> Sequence[Any]:
-    """The tool calls of a message, which tables may hold as JSON text."""
+    """The calls of a message; JSON text, as tables hold them, is read."""
     read = calls or []
     if isinstance(calls, str):
         try:
-            read = json_text.loads(calls) if calls.strip() else []
+            read = (json_text.loads(calls) or []) if calls.strip() else []
         except ValueError:
-            read = calls
-    if not isinstance(read, list | tuple):
-        raise UnfitRow(f"message {number}: tool_calls is {calls!r:.60}, expected a list of calls")
-    return read
+            read = None
+    if isinstance(read, Sequence) and not isinstance(read, str):
+        return read
+    raise UnfitRow(
+        f"message {number}: tool_calls {calls!r:.60}, expected a list of calls, or one as JSON text"
+    )
 
 
 def _call(number: int, call: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ template, as the whole conversation has them; of fixed strings, as the text befo
 them, which goes on where it ends. M = examples, S = trained runs.
 """
 
+import datetime
 import hashlib
 import json
 import re
@@ -112,6 +113,8 @@ class Prompt:
         system: str | None = None,
         reasoning_tags: Sequence[str] = _TAGS,
         mask_reasoning: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
     ) -> None:
         self._template = template
         self._instruction = instruction
@@ -120,14 +123,17 @@ class Prompt:
         opening, closing = reasoning_tags
         self._tags = (opening, closing)
         self._masks_reasoning = mask_reasoning
+        self._variables = variables or {}
+        self._date = date
         wording = read_instruction(instruction)
         self.has_instruction = wording.user != Instruction().user
         self.system = (wording.system or None) if system is None else system
         self._renderer: Renderer
         if template == "chat":
-            self._renderer = Chat(wording, self.system, tokenizer)
+            self._renderer = Chat(wording, self.system, tokenizer, self._variables, date)
         else:
             self._renderer = Markup(read_template(template), wording, self.system, tokenizer)
+        self.is_chat = template == "chat"
         self._verbatim = isinstance(self._renderer, Markup) and self._renderer.verbatim
         self.stop_tokens = self._renderer.stop_tokens
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
@@ -153,6 +159,8 @@ class Prompt:
             system=config.system,
             reasoning_tags=config.reasoning_tags,
             mask_reasoning=config.mask_reasoning,
+            variables=config.variables,
+            date=config.date,
         )
 
     @classmethod
@@ -163,8 +171,10 @@ class Prompt:
             template = parse_section(Template, template)
         if isinstance(instruction, Mapping):
             instruction = parse_section(Instruction, instruction)
-        options = ("system", "reasoning_tags", "mask_reasoning")
+        options = ("system", "reasoning_tags", "mask_reasoning", "variables")
         given = {name: description[name] for name in options if name in description}
+        if "date" in description:
+            given["date"] = datetime.date.fromisoformat(description["date"])
         return cls(template, instruction, tokenizer, **given)
 
     def describe(self) -> dict[str, Any]:
@@ -185,7 +195,7 @@ class Prompt:
             options["reasoning_tags"] = list(self._tags)
         if self._masks_reasoning:
             options["mask_reasoning"] = True
-        return options
+        return options | self._given
 
     @cached_property
     def fingerprint(self) -> str:
@@ -198,10 +208,18 @@ class Prompt:
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
     @property
+    def _given(self) -> dict[str, Any]:
+        """What a chat template is given, as JSON; nothing where it is given nothing."""
+        day = {} if self._date is None else {"date": self._date.isoformat()}
+        return {**({"variables": dict(self._variables)} if self._variables else {}), **day}
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The markup as a Jinja chat template; None where the texts hold their own (`verbatim`)."""
         if isinstance(self._renderer, Chat):
-            return self._tokenizer.chat_template_source
+            source = self._tokenizer.chat_template_source
+            assert source is not None
+            return template_jinja.with_given(source, self._variables, self._date)
         assert isinstance(self._renderer, Markup)
         if self._verbatim:
             return None
@@ -365,6 +383,12 @@ class Prompt:
             self._require_reference(rows, told, found, kept)
         return examples
 
+    @property
+    def _export(self) -> str | None:
+        """The chat template of an export, if it is not the tokenizer's own."""
+        own = self.chat_template == self._tokenizer.chat_template_source
+        return None if own else self.chat_template
+
     def _require_reference(
         self, rows: Rows, told: Sequence[_Told], found: Located, kept: Sequence[int]
     ) -> None:
@@ -377,7 +401,9 @@ class Prompt:
             ][0]
             prompt = ids[: begin - found.offsets[k]].tolist()
             with _of_row(rows, one.row, None):
-                same = partial(require_same_ids, self._tokenizer, tools=one.tools, variables={})
+                same = partial(
+                    require_same_ids, self._tokenizer, tools=one.tools, template=self._export
+                )
                 same(ids.tolist(), one.messages, asks=False)
                 if one.last:
                     same(prompt, one.messages[: one.last], asks=True)

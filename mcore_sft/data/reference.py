@@ -3,8 +3,7 @@
 What engines run is apply_chat_template of transformers; on a sample of every dataset it is run too.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.errors import DataError
@@ -16,21 +15,22 @@ def require_same_ids(
     ids: Sequence[int],
     messages: Messages,
     tools: Tools | None,
-    variables: Mapping[str, Any],
     *,
+    template: str | None,
     asks: bool,
 ) -> None:
     """`DataError` if apply_chat_template has other ids than `ids` for a conversation.
 
-    asks: whether it asks for an answer at the end.
+    template: the chat template, if it is not the tokenizer's own. asks: whether it asks for an
+    answer at the end.
     """
     try:
         expected = tokenizer.hugging_face.apply_chat_template(
             list(messages),
             tools=list(tools) if tools is not None else None,
+            chat_template=template,
             add_generation_prompt=asks,
             return_dict=False,
-            **variables,
         )
     except DataError:
         raise

@@ -1,11 +1,16 @@
-"""A template of fixed strings in, the same as a Jinja chat template out, for servers.
+"""What was trained in, a Jinja chat template that writes the same by itself out, for servers.
+
+A template of fixed strings as Jinja; a chat template with the variables and the day it was given.
 
 Rendered by transformers it gives the text that was trained, to the letter. What the template has no
 markup for is an error there too, and is not left out.
 """
 
+import datetime
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mcore_sft.data.render import Template
 
@@ -60,6 +65,39 @@ def chat_template(template: Template, stopped: str) -> str:
     `stopped` is `assistant_end` up to the stop token, behind which nothing is trained.
     """
     return "".join(_lines(template, stopped))
+
+
+def with_given(source: str, variables: Mapping[str, Any], date: datetime.date | None) -> str:
+    """A chat template that has `variables` where it is given none, and takes `date` for today.
+
+    Without a `date` it finds none, as in training.
+    """
+    lines = [
+        f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in variables.items()
+    ]
+    if date is not None:
+        forms = {form: date.strftime(form) for _, form in _ASKED.findall(source)}
+        lines.append(
+            "{%- macro strftime_now(form) -%}"
+            f"{{{{ {_literal(forms)}[form] }}}}{{%- endmacro %}}\n"
+        )
+    elif "strftime_now" in source:
+        lines.append("{%- set strftime_now = no_day_was_given %}\n")
+    return "".join(lines) + source
+
+
+_ASKED = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja reads it."""
+    if isinstance(value, Mapping):
+        parts = (f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items())
+        return "{" + ", ".join(parts) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _lines(template: Template, stopped: str) -> Iterator[str]:

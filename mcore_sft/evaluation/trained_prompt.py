@@ -4,6 +4,7 @@ A model is asked in the way that most of its training examples had, unless a key
 folder without a record is asked as the configuration says; nothing is ever guessed.
 """
 
+import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.evaluation.errors import EvaluationError
 
 _EXCERPT = 60
+_GIVEN = ("variables", "date")
+"""Parts of a prompt that a chat template is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ def choose(model: Path, tokenizer: Tokenizer, asked: Asked) -> Chosen:
         said = asked.configured.model_dump()
         why = "as the configuration says"
     elif trained or asked.keys.get("template"):
-        said = {**PromptConfig().model_dump(), **trained, **asked.keys}
+        said = {**PromptConfig().model_dump(), **_fitting(trained, asked.keys), **asked.keys}
         why = "as the command line says" if asked.keys else f"as {MODEL_FILE} says"
     else:
         raise EvaluationError(_nothing(model, tokenizer))
@@ -94,7 +97,7 @@ def _of_record(
             "or give it on the command line as KEY=VALUE to use it anyway"
         )
     usual = next(iter(found), Way(instruction=own.has_instruction, system=own.system))
-    prompt = _prompt(_keys(usual, trained) | wanted, tokenizer)
+    prompt = _prompt(_fitting(_keys(usual, trained), wanted) | wanted, tokenizer)
     whether = f"none of {total:,} training examples had it" if known else "perhaps never trained"
     why = f"prompt: {_words(prompt)}; {whether}, asked for by {_names(wanted)}"
     return Chosen(prompt=prompt, why=why)
@@ -138,7 +141,8 @@ def _keys(way: Way, trained: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `prompt` that ask in `way`."""
     if way.instruction:
         return dict(trained)
-    return {"template": trained["template"], "instruction": None, "system": way.system}
+    kept = {name: trained[name] for name in ("template", *_GIVEN) if name in trained}
+    return {**kept, "instruction": None, "system": way.system}
 
 
 def _resolved(keys: Mapping[str, Any]) -> tuple[Any, str, str | None]:
@@ -146,11 +150,14 @@ def _resolved(keys: Mapping[str, Any]) -> tuple[Any, str, str | None]:
     wording = _part("instruction", keys["instruction"])
     system = keys.get("system")
     system = system if system is not None else wording.system or None
-    return _part("template", keys["template"]), wording.user, system
+    markup = [_part(name, keys.get(name)) for name in ("template", *_GIVEN)]
+    return markup, wording.user, system
 
 
 def _part(name: str, value: Any) -> Any:
-    """A template, an instruction or a system text, whichever way it is named."""
+    """A part of a prompt, whichever way it is named."""
+    if name in _GIVEN:
+        return str(value) if isinstance(value, datetime.date) else value or None
     if name == "system" or value == "chat":
         return value
     if isinstance(value, Mapping):
@@ -160,9 +167,15 @@ def _part(name: str, value: Any) -> Any:
 
 def _prompt(said: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
     """The prompt of `said`, whose parts may be names, files, or what a record holds of files."""
-    if all(part is None or isinstance(part, str) for part in said.values()):
-        return Prompt.load(PromptConfig(**said), tokenizer)
-    return Prompt.restore(said, tokenizer)
+    if isinstance(said["template"], Mapping) or isinstance(said["instruction"], Mapping):
+        return Prompt.restore(said, tokenizer)
+    return Prompt.load(PromptConfig(**said), tokenizer)
+
+
+def _fitting(trained: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was trained, but for what only a chat template is given where another is asked for."""
+    other = asked.get("template", "chat") != "chat"
+    return {name: part for name, part in trained.items() if not (other and name in _GIVEN)}
 
 
 def _read(record: Path) -> dict[str, Any]:
@@ -172,8 +185,9 @@ def _read(record: Path) -> dict[str, Any]:
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         prompt = {name: content["prompt"][name] for name in ("template", "instruction")}
-        if (system := content["prompt"].get("system")) is not None:
-            prompt["system"] = system
+        for name in ("system", *_GIVEN):
+            if (part := content["prompt"].get(name)) is not None:
+                prompt[name] = part
         had = content.get("trained_prompts")
         if had:
             ways(had, None)  # or it says what is missing
@@ -204,11 +218,12 @@ def _words(prompt: Prompt) -> str:
         name: part if part is None or isinstance(part, str) else "of a file"
         for name, part in described.items()
     }
+    given = "".join(f", {name} {_excerpt(described[name])}" for name in _GIVEN if name in described)
     instruction = (
         f"instruction {names['instruction']}" if names["instruction"] else "no instruction"
     )
     system = "no system text" if prompt.system is None else f"system text {_excerpt(prompt.system)}"
-    return f"template {names['template']}, {instruction}, {system}"
+    return f"template {names['template']}, {instruction}, {system}{given}"
 
 
 def _excerpt(said: Any) -> str:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from mcore_sft.data.conversation import UnfitRow, checked, unknown_keys
@@ -32,6 +34,14 @@ def call(arguments, **more):
                 "tool_calls": [{"name": "now", "arguments": {}}],
             },
         ),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": json.dumps([call({"a": 1})])},
+            {"role": "assistant", "content": "x", "tool_calls": [call({"a": 1})]},
+        ),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": "[]"},
+            {"role": "assistant", "content": "x"},
+        ),
         ({"role": "user", "content": "a", "weight": 0}, {"role": "user", "content": "a"}),
         ({"role": "assistant", "content": "a", "weight": 1}, {"role": "assistant", "content": "a"}),
         (
@@ -60,6 +70,10 @@ def test_messages_as_templates_take_them(message, wanted):
         (
             {"from": "function_call", "value": "add"},
             "its function call 'add' is not JSON of a call",
+        ),
+        (
+            {"role": "assistant", "tool_calls": '{"name": "add"}'},
+            "tool_calls '{.*, expected a list of calls, or one as JSON text",
         ),
         ({"from": "function_call", "value": "[1]"}, "tool call 1 has no name"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "weight 0.5 of .*, expected 0 or 1"),

@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from transformers import AutoTokenizer
 
+from mcore_sft.config import ConfigError, parse_section
+from mcore_sft.data import chat_files
+from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prompt import MANY_BOS, NO_ANSWER, NO_STOP, SPECIAL_IN_TEXT, Prompt
 from mcore_sft.data.render import read_instruction
 from mcore_sft.data.rows import Chats, Examples, Pairs
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from tests.prompts import MathPrompt as PromptConfig
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
@@ -165,12 +169,16 @@ def test_chat_is_the_tokenizers_own_template(tokenizer):
     assert chat.stop_tokens == ("<|eot_id|>",)
 
 
-def chat_with(template: str, folder: Path, instruction: str | None = "generic/math") -> Prompt:
+def tokenizer_with(template: str, folder: Path) -> Tokenizer:
     shutil.copy(FOLDER / "tokenizer.json", folder)
     config = {"bos_token": "<|begin_of_text|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def chat_with(template: str, folder: Path, instruction: str | None = "generic/math") -> Prompt:
     wanted = PromptConfig(template="chat", instruction=instruction)
-    return Prompt.load(wanted, load_tokenizer(folder))
+    return Prompt.load(wanted, tokenizer_with(template, folder))
 
 
 TURNS = "{% for m in messages %}{{ m.role + ':\n' + m.content + '<|eot_id|>\n' }}{% endfor %}"
@@ -362,7 +370,13 @@ HEADERS = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
-UNMARKED = HEADERS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def unmarked(template: str) -> str:
+    return template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+UNMARKED = unmarked(HEADERS)
 
 
 def test_generation_blocks_and_growing_prefixes_say_the_same(tmp_path):
@@ -395,8 +409,7 @@ def test_generation_blocks_where_prefixes_do_not_hold(tmp_path, tokenizer):
     ],
 )
 def test_neither_blocks_nor_prefixes_is_an_error(template, error, tmp_path):
-    unmarked = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    chat = chat_with(unmarked, tmp_path, None)
+    chat = chat_with(unmarked(template), tmp_path, None)
     talks = chats(said("1?", "one", "2?", "two"), said("1?"))
     with pytest.raises(DataError, match=rf"^a\.jsonl:1: .*{error}"):
         chat.encode(talks)
@@ -590,3 +603,160 @@ def test_example_of_a_conversation(prompt):
     talk = Conversation(messages=(Message(role="user", content="hi"),))
     with pytest.raises(DataError, match=r"dropped \(no answer at the end\)"):
         prompt.example(talk)
+
+
+def learned(chat: Prompt, *talks: list, tools: list | None = None) -> list[list[str]]:
+    """The trained texts of each conversation."""
+    examples, dropped = chat.encode(chats(*talks, tools=tools))
+    assert dropped == {}
+    return [pieces(examples, chat._tokenizer, k)[1::2] for k in range(len(examples))]
+
+
+ASKED = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+BLOCK = "{% generation %}{{ m.content + '<|eot_id|>' }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% generation %}{{ '\n\n' + m.content + '<|eot_id|>' }}{% endgeneration %}",
+        "{% generation %}{{ '\n' }}{% endgeneration %}{% generation %}{{ '\n' + m.content }}"
+        "{{ '<|eot_id|>\n' }}{% endgeneration %}",
+    ],
+    ids=["one block", "two blocks"],
+)
+def test_generation_blocks_may_begin_within_what_asks_for_an_answer(block, tmp_path):
+    template = HEADERS.replace(BLOCK, block).replace(
+        "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}",
+        "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' }}"
+        "{% if m.role != 'assistant' %}{{ '\n\n' }}{% endif %}",
+    )
+    talk = said("1?", "one", "2?", "two")
+    assert learned(chat_with(template, tmp_path, None), talk) == [
+        ["one<|eot_id|>", "two<|eot_id|>"]
+    ]
+
+
+def test_two_blocks_of_one_answer_are_trained_and_not_what_is_between(tmp_path):
+    two = (
+        "{% generation %}{{ 'Hm. ' }}{% endgeneration %}{{ '<|end_header_id|>' }}"
+        "{% generation %}{{ m.content + '<|eot_id|>' }}{% endgeneration %}"
+    )
+    chat = chat_with(HEADERS.replace(BLOCK, two), tmp_path, None)
+    talk = said("1?", "one", "2?", "two")
+    assert learned(chat, talk) == [["Hm. ", "one<|eot_id|>", "Hm. ", "two<|eot_id|>"]]
+
+
+@pytest.mark.parametrize("template", [UNMARKED, HEADERS])
+def test_prompt_that_opens_the_thoughts_of_every_answer(template, tmp_path):
+    chat = chat_with(template.replace(ASKED, ASKED + "<think>"), tmp_path, None)
+    talk = said("1?", "<think>so</think>one", "2?", "<think>and</think>two")
+    wanted = [["so</think>one<|eot_id|>", "and</think>two<|eot_id|>"]]
+    assert learned(chat, talk) == wanted
+    with pytest.raises(DataError, match="changes the prompt for message 2"):
+        chat.encode(chats(said("1?", "one")))
+
+
+@pytest.mark.parametrize("template", [UNMARKED, HEADERS])
+def test_assistant_may_speak_first(template, tmp_path):
+    looks = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    chat = chat_with(template.replace("{{ bos_token }}", "{{ bos_token }}" + looks), tmp_path, None)
+    talk = [{"role": "assistant", "content": "hello"}, *said("1?", "one")]
+    assert learned(chat, talk) == [["hello<|eot_id|>", "one<|eot_id|>"]]
+
+
+def test_last_answer_alone_after_what_a_template_forgets(tmp_path):
+    talk = said("1?", "one", "2?", "two")
+    talk[1]["weight"] = 0
+    for template in (FORGETS, unmarked(FORGETS)):
+        chat = chat_with(template, tmp_path, None)
+        assert learned(chat, talk) == [["Hm. two<|eot_id|>"]]
+
+
+def test_stop_token_that_only_its_role_makes_special(tmp_path):
+    told = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in told["added_tokens"]:
+        token["special"] = token["content"] != "<|eot_id|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    config = {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "chat_template": UNMARKED,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    chat = Prompt("chat", None, load_tokenizer(tmp_path))
+    assert chat.stop_tokens == ("<|eot_id|>",)
+    assert chat.encode(chats(said("1?", "a <|eot_id|> b")))[1] == {0: SPECIAL_IN_TEXT}
+
+
+def test_long_conversations_are_not_written_up_to_each_answer(tmp_path, monkeypatch):
+    chat = chat_with(UNMARKED, tmp_path, None)
+    talk = said(*(f"{i}? {'so ' * (i % 7)}" for i in range(400)), "end")[:400]
+    assert talk[-1]["role"] == "assistant"
+    written, render = [], ChatTemplate.render
+    monkeypatch.setattr(
+        ChatTemplate, "render", lambda *a, **k: written.append(len(a[1])) or render(*a, **k)
+    )
+    [found] = learned(chat, talk)
+    assert found == [f"{said['content']}<|eot_id|>" for said in talk[1::2]]
+    assert len(written) < 50
+
+
+def test_other_ids_than_those_of_transformers_end_the_run(tmp_path, monkeypatch):
+    chat = chat_with(UNMARKED, tmp_path, None)
+    theirs = chat._tokenizer.hugging_face
+    whole = theirs.apply_chat_template
+    monkeypatch.setattr(
+        theirs,
+        "apply_chat_template",
+        lambda *a, **k: [*whole(*a, **k)[:-1], 7, *whole(*a, **k)[-1:]],
+    )
+    error = r"a\.jsonl:1: .*token \d+ is 4 '<\|eot_id\|>' \(expected 7 '.*', as apply_chat_template"
+    with pytest.raises(DataError, match=error):
+        chat.encode(chats(said("1?", "one")), {})
+
+
+# --- what a chat template is given
+
+ASKING = (
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{% if strftime_now is defined or not lazy %}{{ strftime_now('%d %b %Y') }}{% else %}"
+    "{{ '26 Jul 2024' }}{% endif %}{% if greeting %}{{ ' ' + greeting }}{% endif %}"
+    "{{ '<|eot_id|>' }}"
+) + UNMARKED.replace("{{ bos_token }}", "")
+
+
+def test_template_is_given_variables_and_a_date_which_the_export_keeps(tmp_path):
+    tokenizer = tokenizer_with(ASKING, tmp_path)
+    config = PromptConfig(
+        template="chat", instruction=None, date="2026-11-09", variables={"greeting": "hi \"{{ 'x"}
+    )
+    prompt = Prompt.load(config, tokenizer)
+    wanted = "\n\n09 Nov 2026 hi \"{{ 'x<|eot_id|>"
+    assert wanted in prompt.text("1?")
+    described = json.loads(json.dumps(prompt.describe()))
+    assert described["date"] == "2026-11-09"
+    again = Prompt.restore(described, tokenizer)
+    assert (again.text("1?"), again.fingerprint) == (prompt.text("1?"), prompt.fingerprint)
+    assert Prompt("chat", None, tokenizer, date=config.date).fingerprint != prompt.fingerprint
+    examples, _ = prompt.encode(chats(said("1?", "one")))
+    chat_files.save(tokenizer, prompt, tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = theirs.apply_chat_template(said("1?", "one"), return_dict=False)
+    assert ids == examples.tokens.tolist()
+    other = theirs.apply_chat_template(said("1?"), greeting="bye", tokenize=False)
+    assert "09 Nov 2026 bye<|eot_id|>" in other
+
+
+def test_template_that_asks_for_the_day(tmp_path):
+    error = r"asks for today's date.* Fix: prompt\.date=YYYY-MM-DD"
+    tokenizer = tokenizer_with(ASKING, tmp_path)
+    with pytest.raises(DataError, match=error):
+        Prompt("chat", None, tokenizer)
+    lazy = Prompt("chat", None, tokenizer, variables={"lazy": True})
+    assert "26 Jul 2024" in lazy.text("1?")
+    assert lazy.encode(chats(said("1?", "one")))[1] == {}  # and so it is in the export
+    with pytest.raises(DataError, match=r"prompt\.variables: 'tools' is not a name of its own"):
+        Prompt("chat", None, tokenizer, variables={"tools": []})
+    with pytest.raises(ConfigError, match="variables is for a chat template"):
+        parse_section(PromptConfig, {"template": "chatml", "variables": {"a": 1}})

@@ -326,6 +326,26 @@ def test_01_problems_are_asked_under_the_instruction_they_had(tmp_path: Path) ->
     assert "instruction generic/math, system text 'Count.'; 5 of 5 training" in chosen.why
 
 
+def test_01_what_a_chat_template_was_given_is_given_again(tmp_path: Path) -> None:
+    given = {"date": "2026-11-09", "variables": {"greeting": "hi"}}
+    changes = {f"prompt__{name}": part for name, part in given.items()}
+    changes |= {"prompt__template": "chat", "data__train": TALKS_ALONE}
+    config, model = hf_folder(tmp_path, [talk(n, None) for n in range(6)], **changes)
+    tokenizer = load_tokenizer(model)
+    for asked in (Asked(), Asked(configured=config.prompt)):
+        chosen = choose(model, tokenizer, asked)
+        assert chosen.prompt.describe() == {"template": "chat", "instruction": None, **given}
+        assert "6 of 6 training examples had it" in chosen.why
+    other = choose(model, tokenizer, Asked(keys={"date": "2027-01-01"}))
+    assert other.prompt.describe()["date"] == "2027-01-01"
+    assert "none of 6 training examples had it, asked for by prompt.date" in other.why
+    fixed = choose(model, tokenizer, Asked(keys={"template": "llama3-instruct"}))
+    assert fixed.prompt.describe() == {"template": "llama3-instruct", "instruction": None}
+    said = PromptConfig(template="chat", date="2027-01-01")
+    with pytest.raises(EvaluationError, match=r"had the prompt\.date of the experiment file"):
+        choose(model, tokenizer, Asked(configured=said))
+
+
 def test_01_a_prompt_that_was_never_trained_is_refused_unless_asked_for_by_key(
     tmp_path: Path,
 ) -> None:
