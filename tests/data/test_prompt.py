@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
+from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, parse_section
 from mcore_sft.data import chat_files
 from mcore_sft.data.chat_template import ChatTemplate
@@ -759,4 +760,4 @@ def test_template_that_asks_for_the_day(tmp_path):
     with pytest.raises(DataError, match=r"prompt\.variables: 'tools' is not a name of its own"):
         Prompt("chat", None, tokenizer, variables={"tools": []})
     with pytest.raises(ConfigError, match="variables is for a chat template"):
-        parse_section(PromptConfig, {"template": "chatml", "variables": {"a": 1}})
+        parse_section(configuration.PromptConfig, {"template": "chatml", "variables": {"a": 1}})
