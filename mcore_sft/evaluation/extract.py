@@ -28,6 +28,7 @@ from typing import Literal
 
 from mcore_sft.config import Policy
 
+_AS_ELSEWHERE: tuple[Policy, ...] = ("nemo_skills", "nemo_rl")
 Missing = Literal["no_box", "no_marker", "no_final_answer", "unbalanced", "empty", "truncated"]
 
 
@@ -46,12 +47,16 @@ class Extraction:
 def extract(response: str, *, policy: Policy = "last_box", truncated: bool = False) -> Extraction:
     """The answer in `response` by `policy`.
 
-    `truncated` says that generation ended at its length limit; where no answer was completed, that
-    is the cause.
+    `truncated` says that generation ended at its length limit: the response was not finished, and
+    no part of it is its answer. Only `nemo_skills` and `nemo_rl` take what stands there, as those
+    tools do.
     """
     found = _BY_POLICY[policy](response)
-    if truncated and found.answer is None and found.missing != "empty":
-        return replace(found, missing="truncated")
+    as_it_stands = policy in _AS_ELSEWHERE and (
+        found.answer is not None or found.missing == "empty"
+    )
+    if truncated and not as_it_stands:
+        return replace(found, answer=None, missing="truncated")
     return found
 
 

@@ -46,12 +46,21 @@ def test_why_there_is_no_answer(response: str, truncated: bool, missing: str) ->
 @pytest.mark.parametrize("policy", ["last_box", "nemo_skills"])
 @pytest.mark.parametrize("response", [r"\boxed{}", r"so \boxed{ }", r"\boxed{5} \boxed{}"])
 def test_an_empty_box_is_no_answer(policy: Policy, response: str) -> None:
-    found = extract(response, policy=policy, truncated=True)
+    found = extract(response, policy=policy)
     assert (found.answer, found.missing) == (None, "empty")
 
 
-def test_a_box_counts_though_generation_was_cut_after_it() -> None:
-    assert extract(r"\boxed{3} and so on and", truncated=True).answer == "3"
+@pytest.mark.parametrize("policy", ["last_box", "gsm8k", "final_answer"])
+@pytest.mark.parametrize("response", [r"\boxed{3} and so on and", "#### 3", "The answer is 3."])
+def test_a_response_that_was_cut_has_no_answer(policy: Policy, response: str) -> None:
+    found = extract(response, policy=policy, truncated=True)
+    assert (found.answer, found.missing) == (None, "truncated")
+
+
+def test_other_tools_take_what_stands_there_where_generation_was_cut() -> None:
+    response = r"\boxed{3} and so on and"
+    assert extract(response, policy="nemo_skills", truncated=True).answer == "3"
+    assert extract(response, policy="nemo_rl", truncated=True).answer == response
 
 
 def test_boxes_that_differ_are_flagged() -> None:

@@ -74,7 +74,7 @@ def evaluate(*evaluations: run.Evaluation) -> dict[str, Any]:
 
 
 def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
-    report = evaluate(evaluation(llama, tmp_path))
+    report = evaluate(evaluation(llama, tmp_path, policy="nemo_skills"))
     assert report["verdicts"]["equal"] == report["score"]["symbolic_correct"]["hits"]
     assert sum(report["verdicts"].values()) == 6
     assert set(report["model"]["files"]) >= {"config.json", "model.safetensors"}
@@ -88,6 +88,17 @@ def test_all_three_stages(llama: Path, tmp_path: Path) -> None:
     verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
     assert [row["id"] for row in verdicts] == [str(n) for n in range(6)]
     assert all(row["verdict"] == "equal" for row in verdicts if row["finish_reason"] == "length")
+
+
+def test_a_response_that_was_cut_has_no_answer(llama: Path, tmp_path: Path) -> None:
+    report = evaluate(evaluation(llama, tmp_path))
+    verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+    cut = [row for row in verdicts if row["finish_reason"] == "length"]
+    assert cut
+    assert {(row["verdict"], row["rule"], row["extracted"]) for row in cut} == {
+        ("no_answer", "truncated", None)
+    }
+    assert report["verdicts"]["no_answer"] == report["truncated"] == len(cut)
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(llama: Path, tmp_path: Path) -> None:

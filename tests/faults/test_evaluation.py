@@ -39,6 +39,7 @@ from mcore_sft.evaluation.summary import Verdicts, describe
 from mcore_sft.nightly import golden, history, page
 from mcore_sft.nightly.run import Night, Run
 from mcore_sft.nightly.tier import Tier
+from tests.evaluation.forks import BOMB, busy_forks, workers
 from tests.evaluation.test_run import evaluation
 from tests.evaluation.test_server_engine import Server, opened, quick, server
 from tests.nightly import sample
@@ -46,7 +47,6 @@ from tests.tools.runs import write_run
 
 __all__ = ["quick", "server"]  # fixtures
 ROOT = Path(__file__).parents[2]
-BOMB = "(10^9)!"
 EQUAL = Pair(gold="m+2", prediction="2+m")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
 
@@ -74,10 +74,10 @@ def each_fork_gets(grader: Grader, number: int) -> Iterator[list[int]]:
 
     def strike() -> None:
         while not over.wait(0.01):
-            for worker in list(grader._pool._workers):
-                if worker.busy and worker._fork not in (None, *met) and _computes(worker._fork):
-                    met.append(worker._fork)
-                    os.kill(worker._fork, number)
+            for fork in busy_forks(grader):
+                if fork not in met:
+                    met.append(fork)
+                    os.kill(fork, number)
 
     thread = threading.Thread(target=strike)
     thread.start()
@@ -88,17 +88,11 @@ def each_fork_gets(grader: Grader, number: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def _computes(process: int | None) -> bool:
-    """Whether it has used a tenth of a second of processor time."""
-    words = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(words[11]) >= 0.1 * os.sysconf("SC_CLK_TCK")
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_12_a_grading_process_killed_from_outside_is_graded_again(
     grader: Grader, number: int
 ) -> None:
-    fork = grader._pool._workers[0]._fork
+    fork = workers(grader)[0]._fork
     assert fork is not None
     os.kill(fork, number)
     assert judged(grader, EQUAL) == ("equal", "math_verify")
@@ -108,7 +102,9 @@ def test_12_a_grading_process_killed_from_outside_is_graded_again(
 
 
 def test_12_the_process_that_forks_may_be_killed_too(grader: Grader) -> None:
-    os.kill(grader._pool._workers[0]._process.pid, signal.SIGKILL)
+    process = workers(grader)[0]._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
     assert judged(grader, EQUAL) == ("equal", "math_verify")
 
 
