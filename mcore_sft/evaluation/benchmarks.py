@@ -48,6 +48,8 @@ class Problem:
     problem: str
     answer: str
     extra: Mapping[str, Any]
+    solution: str | None = None
+    """How the right answer is reached, where the benchmark says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,14 @@ class _Columns:
             for name, value in content.items()
             if name not in taken and isinstance(value, str | int | float | bool)
         }
-        return Problem(id=identifier, problem=problem, answer=answer, extra=extra)
+        solution = written if written.strip() != answer else extra.get("solution")
+        return Problem(
+            id=identifier,
+            problem=problem,
+            answer=answer,
+            extra=extra,
+            solution=solution if isinstance(solution, str) else None,
+        )
 
 
 def _first_of(wanted: tuple[str, ...], role: str, first: Mapping[str, Any], source: str) -> str:

@@ -39,9 +39,10 @@ from mcore_sft.evaluation.summary import Verdicts, describe
 from mcore_sft.nightly import golden, history, page
 from mcore_sft.nightly.run import Night, Run
 from mcore_sft.nightly.tier import Tier
+from tests.evaluation.fake_server import Sent, Server
 from tests.evaluation.forks import BOMB, busy_forks, workers
 from tests.evaluation.test_run import evaluation
-from tests.evaluation.test_server_engine import Server, opened, quick, server
+from tests.evaluation.test_server_engine import opened, quick, server
 from tests.nightly import sample
 from tests.tools.runs import write_run
 
@@ -515,7 +516,7 @@ def test_leaks_the_tries_of_an_answer_have_a_limit_of_time_together(
 ) -> None:
     monkeypatch.setattr(server_engine, "_DELAYS", (0.2,) * 50)
     monkeypatch.setattr(server_engine, "_ANSWER_SECONDS", 1.5)
-    server.answer = lambda body: (503, "busy")
+    server.answer = lambda body: Sent(503, "busy")
     begun = time.monotonic()
     with pytest.raises(EvaluationError, match=r"tries failed \(HTTP 503"):
         list(opened(folder, server.url).generate(_requests()))
@@ -544,7 +545,7 @@ def _requests() -> list[Any]:
 def test_leaks_any_reply_is_an_answer_or_a_sentence(
     folder: Path, server: Server, reply: dict[str, Any]
 ) -> None:
-    server.answer = lambda body: (200, reply)
+    server.answer = lambda body: Sent(200, reply)
     with pytest.raises(EvaluationError, match=re.escape(server.url)):
         list(opened(folder, server.url).generate(_requests()))
 
