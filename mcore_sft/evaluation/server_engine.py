@@ -38,6 +38,7 @@ _REPLY_BYTES = 16 * 2**20
 _SHOWN_CHARACTERS = 500
 # Beside all from 500 on: the request was slow to arrive, or came too early, or too many did.
 _PASSING_STATUSES = (408, 425, 429)
+_DEEPEST = 50
 # What some servers make anew for each reply: it says nothing of the model.
 _PASSING_FIELDS = ("created", "permission")
 
@@ -335,6 +336,8 @@ class _Api:
             content = json.loads(body)
             if not isinstance(content, dict):
                 raise TypeError(f"its JSON is no object, but {type(content).__name__}")
+            if _is_deep(content):  # it could be read, and not be written or hashed
+                raise RecursionError("its JSON is nested too deep")
         except (ValueError, TypeError, RecursionError) as error:
             if isinstance(error, ValueError) and body.lstrip()[:1] in (b"", b"{"):
                 raise _Passing(f"its reply is empty or broken JSON: {error}") from None
@@ -380,6 +383,14 @@ def _key(variable: str) -> str:
             f"export {variable}=\"$(tr -d '[:space:]' < FILE)\""
         )
     return key
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_DEEPEST):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [x for each in inside for x in each if isinstance(x, dict | list)]
+    return bool(level)
 
 
 def _message(body: bytes) -> str:

@@ -278,10 +278,14 @@ NO_CHOICE = "expected one choice of index 0, given "
         ({"error": {"message": "out of memory", "code": 5}}, "completions: out of memory$"),
         ({"error": "out of memory"}, "completions: out of memory$"),
         ({"object": "error", "message": "out of memory"}, "completions: out of memory$"),
-        ([], "not an answer of the OpenAI API .its JSON is no object, but list"),
+        ([], "not an answer of the OpenAI API (its JSON is no object, but list"),
         (b"<html>Sign in</html>", "not an answer of the OpenAI API"),
         (b"[" * 100_000, "not an answer of the OpenAI API"),
         (b'{"choices":' * 100_000, "not an answer of the OpenAI API"),
+        *(
+            (b'{"choices":' + b"[" * depth + b"]" * depth + b"}", said)
+            for depth, said in ((2, NO_CHOICE), (60, "nested too deep"), (985, "OpenAI API"))
+        ),
     ],
     ids=lambda x: repr(x)[:60],
 )
