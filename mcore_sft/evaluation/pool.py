@@ -102,7 +102,7 @@ class _Crew:
         self.workers: list[WorkerProcess] = []
         self._size, self._timeout = size, timeout
         self._waiting: SimpleQueue[tuple[Call, int, Job] | None] = SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a pool that is forgotten may end in any line
         self._jobs = 0
         """Taken and not yet done."""
         self._over = False
@@ -167,3 +167,5 @@ class _Crew:
                 call.decided.put(error)
             with self._lock:
                 self._jobs -= 1
+        own.end()
+        own.leave()

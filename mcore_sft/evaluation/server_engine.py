@@ -140,7 +140,8 @@ class ServerEngine(Engine):
             )
         if reason not in ("stop", "length"):
             raise EvaluationError(
-                f"{url}: it ended an answer with {reason!r}, expected 'stop' or 'length'"
+                f"{url}: it ended an answer with {repr(reason)[:_SHOWN_CHARACTERS]}, "
+                "expected 'stop' or 'length'"
             )
         got = choice.get("prompt_token_ids")
         if got is not None and got != list(request.prompt_ids):
@@ -217,7 +218,7 @@ class _Api:
                 "or set evaluation.server.url. What is answered already can be graded without it: "
                 "tools/grade.py --input ANSWERS.jsonl"
             ) from None
-        names = ", ".join(served) or "none"
+        names = self._shown(", ".join(served)) or "none"
         if name is None and len(served) != 1:
             raise EvaluationError(
                 f"{self.url}: it serves {len(served)} models ({names}); "
@@ -232,8 +233,8 @@ class _Api:
     def version(self) -> str:
         """vLLM's version; of other servers, that they tell none."""
         try:
-            said = self._greet("/version").get("version", "unknown")
-        except (_Passing, EvaluationError):
+            said = self._greet("/version", again=False).get("version", "unknown")
+        except (_Passing, web.NotThere, EvaluationError):
             return "unknown"
         return str(said)[:_SHOWN_CHARACTERS]
 
@@ -259,12 +260,14 @@ class _Api:
             )
         return dict(found[0])
 
-    def _greet(self, path: str) -> Mapping[str, Any]:
-        """What the server says at `path`; raises `_Passing` where it does not answer in time."""
+    def _greet(self, path: str, *, again: bool = True) -> Mapping[str, Any]:
+        """What the server says at `path`; raises as `_ask`, or `_ask_once` without `again`."""
 
         async def greet() -> Mapping[str, Any]:
             async with self.client() as client:
-                return await self._ask(client, path)
+                if again:
+                    return await self._ask(client, path)
+                return await self._ask_once(client, path, None, _GREETING_SECONDS)
 
         with start_blocking_portal() as portal:
             return portal.call(greet)
@@ -274,12 +277,11 @@ class _Api:
     ) -> Mapping[str, Any]:
         """What the server says, asked again while that may help and there is time.
 
-        Without a `body` it is a greeting, which is not repeated where nobody is there.
+        Without a `body` it is a greeting, which is not repeated where nobody is there. Raises
+        `_Passing` where all tries failed.
         """
-        until, tries = (
-            time.monotonic() + (_GREETING_SECONDS if body is None else _ANSWER_SECONDS),
-            0,
-        )
+        until = time.monotonic() + (_GREETING_SECONDS if body is None else _ANSWER_SECONDS)
+        tries = 0
         for delay in (*_DELAYS, math.inf):
             tries += 1
             try:

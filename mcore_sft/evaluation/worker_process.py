@@ -96,7 +96,7 @@ class WorkerProcess:
         self._started = threading.Event()
         self._failed: Exception | None = None
         self._received = b""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as a pool's
         """Of all below, where another thread may ask for it."""
         self._process: subprocess.Popen[bytes] | None = None
         self._fork: int | None = None
@@ -159,7 +159,7 @@ class WorkerProcess:
             process.wait()
 
     def leave(self) -> None:
-        """Close the pipes of the process that this one was forked from."""
+        """Close the pipes, which nobody here uses any more."""
         if self._process is not None:
             _close(self._process)
 

@@ -10,7 +10,7 @@ from tests.evaluation.forks import BOMB, wait_for_busy_fork, wait_until_gone, wo
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(timeout=0.5, processes=1) as made:
+    with Grader(timeout=1.0, processes=1) as made:
         yield made
 
 

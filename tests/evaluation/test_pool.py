@@ -197,12 +197,12 @@ def test_a_grader_that_is_closed_ends_what_others_ask_of_it() -> None:
 
 def test_time_that_the_machine_takes_from_a_worker_decides_nothing() -> None:
     """A worker that stands still for longer than it may compute still gives its verdict."""
-    with Grader(timeout=0.5, processes=1) as grader:
+    with Grader(timeout=1.0, processes=1) as grader:
         grader.start()
         fork = workers(grader)[0]._fork
         assert fork is not None
         os.kill(fork, signal.SIGSTOP)
-        wake = threading.Timer(1.5, os.kill, (fork, signal.SIGCONT))
+        wake = threading.Timer(2.0, os.kill, (fork, signal.SIGCONT))
         wake.start()
         assert grader.same("m+2", "2+m").outcome == "equal"
         wake.join()
@@ -228,8 +228,6 @@ def test_a_worker_that_stands_still_is_ended_and_its_answer_not_graded() -> None
         stopper.join()
         assert (verdict.outcome, verdict.rule) == ("not_graded", "overdue")
         assert len(stopped) >= 2
-        grader.close()
-        assert grader.same("m+2", "2+m").outcome == "equal"
 
 
 # --- nonsense ----------------------------------------------------------------------------------
