@@ -602,7 +602,7 @@ class EvaluationConfig(Section):
     policy: Policy = "last_box"
     """Which part of a response counts as its answer."""
     timeout: Positive = 10.0
-    """Seconds that grading one answer may take."""
+    """Seconds of processor time that grading one answer may take."""
     second_opinion: bool = True
     """Ask math-verify by itself too, and list the answers that it would count otherwise."""
 

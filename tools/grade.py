@@ -78,7 +78,11 @@ def _arguments() -> argparse.Namespace:
         help="which part of a response counts as its answer (default: last_box)",
     )
     parser.add_argument(
-        "--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="for one answer"
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="of processor time, for one answer",
     )
     parser.add_argument("--processes", type=_count, default=0, metavar="N", help="0: one per core")
     return parser.parse_args()

@@ -1,28 +1,37 @@
-"""One HTTP exchange with a server that may be slow, endless, or somebody else's.
+"""HTTP with a server that may be slow, endless, or somebody else's.
 
 The time limit is of the whole exchange, not of a wait between two bytes, and a longer reply than
 asked for is not read to its end. No redirect is followed, so that what is sent, a key among it,
-reaches the address that was named and no other.
+reaches the address that was named and no other. An address of this machine is reached without the
+proxy of the environment; where another is not, what is said of it names the proxy.
 """
 
-import http.client
-import io
+import ipaddress
+import math
+import os
 import re
-import socket
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from email.utils import parsedate_to_datetime
+from typing import Self
 from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+from anyio.from_thread import start_blocking_portal
 
 _ADDRESS = re.compile(r"[\x21-\x7e]+")
 _HEADER = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
 class NoReply(Exception):
-    """No whole reply came; says why, and nothing of what was sent."""
+    """No reply came; says why, and nothing of what was sent."""
+
+
+class NotThere(NoReply):
+    """Nobody could be reached at the address."""
 
 
 class TooLong(NoReply):
@@ -36,7 +45,103 @@ class Reply:
     status: int
     location: str | None
     """Where it sends the client instead, of a redirect."""
+    retry_after: float | None
+    """Seconds after which it wants to be asked again, if it says so."""
     body: bytes
+    cut: str | None
+    """Why the body ends early; none where it is whole."""
+
+
+class Client:
+    """Asks the servers of one address; exchanges at the same time share its connections."""
+
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        """Raises `NoReply` where the address, a header or the proxy cannot be used."""
+        if reason := why_no_address(url):
+            raise NoReply(f"the address cannot be asked: {reason}")
+        sent = {"Accept-Encoding": "identity", **(headers or {})}
+        if bad := next((name for name, it in sent.items() if not fits_header(it)), None):
+            raise NoReply(f"{bad} holds a line break or another character that no header can hold")
+        proxy = _proxy(url)
+        self.via = f" through the proxy {_named(proxy)}" if proxy else ""
+        """Which proxy leads there, for what is said of a failure; empty where none does."""
+        try:
+            self._http = httpx2.AsyncClient(
+                headers=sent,
+                proxy=proxy,
+                trust_env=False,
+                verify=httpx2.create_ssl_context(),
+                timeout=None,
+                limits=httpx2.Limits(max_connections=None),
+            )
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            # its words may quote the proxy's password
+            raise NoReply(f"the proxy cannot be used{self.via} ({type(error).__name__})") from None
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(self, *how: object) -> None:
+        await self._http.aclose()
+
+    async def exchange(
+        self, url: str, body: bytes | None = None, *, seconds: float, most_bytes: int
+    ) -> Reply:
+        """Send a GET, or a POST of `body`; the reply is there within `seconds` in all.
+
+        Raises `NoReply`: `NotThere` where no connection could be made, `TooLong` for a body of more
+        than `most_bytes`.
+        """
+        try:
+            with anyio.fail_after(seconds):
+                return await self._exchange(url, body, most_bytes)
+        except TimeoutError:
+            said = f"timed out: no whole reply within {seconds:g} s"
+            raise NoReply(f"{said}{self.via}") from None
+        except httpx2.ConnectError as error:
+            raise NotThere(f"{_reason(error)}{self.via}") from None
+        except httpx2.HTTPError as error:
+            raise NoReply(f"{_reason(error)}{self.via}") from None
+        except (httpx2.InvalidURL, ValueError) as error:  # its words may quote what was sent
+            raise NoReply(f"the address cannot be asked ({type(error).__name__})") from None
+
+    async def _exchange(self, url: str, body: bytes | None, most_bytes: int) -> Reply:
+        content, cut = b"", None
+        method = "GET" if body is None else "POST"
+        async with self._http.stream(method, url, content=body) as answer:
+            try:
+                async for part in answer.aiter_raw():
+                    content += part
+                    if len(content) > most_bytes:
+                        raise TooLong(f"the reply is longer than {most_bytes:,} bytes{self.via}")
+            except httpx2.TransportError as error:
+                cut = f"the reply ended early ({_reason(error)})"
+            return Reply(
+                status=answer.status_code,
+                location=answer.headers.get("Location"),
+                retry_after=_seconds(answer.headers.get("Retry-After")),
+                body=content,
+                cut=cut,
+            )
+
+
+def exchange(
+    url: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    seconds: float,
+    most_bytes: int,
+) -> Reply:
+    """One exchange as `Client` has them, for whoever has no others at the same time."""
+
+    async def once() -> Reply:
+        async with Client(url, headers) as client:
+            return await client.exchange(url, body, seconds=seconds, most_bytes=most_bytes)
+
+    with start_blocking_portal() as portal:
+        return portal.call(once)
 
 
 def fits_header(text: str) -> bool:
@@ -61,107 +166,52 @@ def why_no_address(url: str) -> str | None:
     return None
 
 
-def exchange(
-    url: str,
-    body: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
-    *,
-    seconds: float,
-    most_bytes: int,
-) -> Reply:
-    """Send a GET, or a POST of `body`; the reply is complete within `seconds` in all.
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for `url`; none for an address of this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or _is_this_machine(host) or urllib.request.proxy_bypass(host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
-    Proxies of the environment are used. Raises `NoReply`, or `TooLong` for a body of more than
-    `most_bytes`.
-    """
-    if reason := why_no_address(url):
-        raise NoReply(f"the address cannot be asked: {reason}")
-    if bad := next((name for name, it in (headers or {}).items() if not fits_header(it)), None):
-        raise NoReply(f"{bad} holds a line break or another character that no header can hold")
-    until = time.monotonic() + seconds
-    opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), _Http(until), _Https(until)):
-        opener.add_handler(handler)
-    request = urllib.request.Request(url, body, dict(headers or {}))
+
+def _is_this_machine(host: str) -> bool:
     try:
-        with cast(http.client.HTTPResponse, opener.open(request, timeout=seconds)) as answer:
-            content = answer.read(most_bytes + 1)
-            if len(content) > most_bytes:
-                raise TooLong(f"the reply is longer than {most_bytes:,} bytes")
-            if answer.length:
-                raise NoReply(f"the reply ended {answer.length:,} bytes early")
-            return Reply(
-                status=answer.status, location=answer.headers.get("Location"), body=content
-            )
-    except (OSError, http.client.HTTPException) as error:
-        raise NoReply(_reason(error, seconds)) from None
-    except ValueError as error:  # its words may quote a proxy's password
-        raise NoReply(f"the address or the proxy cannot be used ({type(error).__name__})") from None
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
-def _reason(error: Exception, seconds: float) -> str:
-    cause = getattr(error, "reason", error)
-    if isinstance(cause, TimeoutError):
-        return f"timed out: no whole reply within {seconds:g} s"
-    return str(cause) or type(cause).__name__
+def _named(proxy: str) -> str:
+    """A proxy without the user and the password that its address may hold."""
+    scheme, _, rest = proxy.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
-class _Until(io.RawIOBase):
-    """Bytes of a socket, as long as they come before a point of time."""
-
-    def __init__(self, connected: socket.socket, until: float) -> None:
-        self._socket, self._until = connected, until
-        self._raw = connected.makefile("rb", buffering=0)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """As http.client asks a socket for it."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """It is only read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Raises TimeoutError once the time is over, however many bytes came until then."""
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._socket.settimeout(left)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Close the socket, if nothing else reads it."""
-        self._raw.close()
-        super().close()
+def _reason(error: BaseException) -> str:
+    """What the operating system said, where it said something; else what the library says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionError) and cause.errno:
+            return os.strerror(cause.errno)  # asyncio has other words for it
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
 
 
-def _connections(
-    kind: type[http.client.HTTPConnection], until: float
-) -> Callable[..., http.client.HTTPConnection]:
-    def reply(connected: socket.socket, **how: Any) -> http.client.HTTPResponse:
-        return http.client.HTTPResponse(cast(socket.socket, _Until(connected, until)), **how)
-
-    def connect(host: str, **options: Any) -> http.client.HTTPConnection:
-        connection: Any = kind(host, **options)
-        connection.response_class = reply
-        return cast(http.client.HTTPConnection, connection)
-
-    return connect
-
-
-class _Http(urllib.request.HTTPHandler):
-    def __init__(self, until: float) -> None:
-        super().__init__()
-        self._until = until
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_connections(http.client.HTTPConnection, self._until), req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, until: float) -> None:
-        super().__init__()
-        self._until = until
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_connections(http.client.HTTPSConnection, self._until), req)
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After in seconds from now: it is a number of them, or a date."""
+    if retry_after is None:
+        return None
+    try:
+        try:
+            seconds = float(retry_after)
+        except ValueError:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -60,6 +60,8 @@ class Problem:
     """Of a problem with options the letter of the right one."""
     extra: Mapping[str, Any]
     choices: tuple[str, ...] = ()
+    solution: str | None = None
+    """How the right answer is reached, where the benchmark says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,15 @@ class _Columns:
             for name, value in content.items()
             if name not in taken and isinstance(value, str | int | float | bool)
         }
-        return Problem(id=identifier, problem=problem, answer=answer, extra=extra, choices=choices)
+        solution = written if not choices and written.strip() != answer else extra.get("solution")
+        return Problem(
+            id=identifier,
+            problem=problem,
+            answer=answer,
+            extra=extra,
+            choices=choices,
+            solution=solution if isinstance(solution, str) else None,
+        )
 
     def _chosen(
         self, content: Mapping[str, Any], written: str, identifier: str, where: str

@@ -8,12 +8,14 @@ over, and no answer can cost more than that or end the run.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, get_args
 
 from mcore_sft.config import Policy
 from mcore_sft.evaluation.equivalence import NOT_GRADED, Outcome, Verdict, judge_exactly
+from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.extract import Extraction, extract, stated
-from mcore_sft.evaluation.pool import Job, Pool
+from mcore_sft.evaluation.pool import TIMEOUT, Pool
+from mcore_sft.evaluation.worker_process import Job
 
 UNKNOWN_CLASS = -2
 """Of an answer that could not be compared with others of its problem."""
@@ -33,6 +35,9 @@ class Pair:
     gold: str
     prediction: str
 
+    def __post_init__(self) -> None:
+        _require_texts(gold=self.gold, prediction=self.prediction)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Graded:
@@ -51,19 +56,25 @@ class Graded:
 
 
 class Grader:
-    """Grades under `timeout` seconds each, on up to `processes` workers that start when needed.
+    """Grades within `timeout` seconds of processor time each, on up to `processes` workers.
 
     With `second_opinion`, math-verify by itself is asked too about what is equal or different.
+    Workers start when they are needed and end with the grader. Threads may share it; a process that
+    is forked, or that a pickled grader is sent to, gets workers of its own. Raises
+    `EvaluationError` for what cannot be meant, and where no worker can be started.
     """
 
     def __init__(
         self,
         *,
-        timeout: float,
+        timeout: float = TIMEOUT,
         policy: Policy = "last_box",
         second_opinion: bool = False,
         processes: int = 0,
     ) -> None:
+        if policy not in get_args(Policy):
+            known = ", ".join(get_args(Policy))
+            raise EvaluationError(f"policy: got {policy!r}, expected one of {known}")
         self._policy = policy
         self._second_opinion = second_opinion
         self._pool = Pool(timeout=timeout, processes=processes)
@@ -72,11 +83,19 @@ class Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
         self._pool.close()
 
     def start(self) -> None:
         """Start the workers now rather than at the first answer that needs one."""
         self._pool.start()
+
+    def same(self, gold: str, answer: str) -> Verdict:
+        """Whether an `answer`, which somebody has extracted, means the same as `gold`."""
+        return dict(self.judge_all([Pair(gold=gold, prediction=answer)]))[0]
 
     def grade(self, gold: str, response: str, *, truncated: bool = False) -> Graded:
         """Extract the answer from one `response` and grade it."""
@@ -87,6 +106,7 @@ class Grader:
         found: dict[int, Extraction] = {}
         pairs: list[tuple[int, Pair]] = []
         for position, (gold, response, truncated) in enumerate(rows):
+            _require_texts(gold=gold, response=response)
             extraction = extract(response, policy=self._policy, truncated=truncated)
             if extraction.answer is None:
                 verdict = Verdict(outcome="no_answer", rule=str(extraction.missing))
@@ -106,10 +126,9 @@ class Grader:
 
     def judge_all(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, Verdict]]:
         """Judge answers that are already extracted; yields (position, verdict) as decided."""
-        numbered = enumerate(pairs)
         yield from self._judge(
             (position, replace(pair, prediction=stated(pair.prediction)))
-            for position, pair in numbered
+            for position, pair in enumerate(pairs)
         )
 
     def classes(self, answers: Sequence[Sequence[str | None]]) -> list[tuple[int, ...]]:
@@ -178,6 +197,12 @@ class Grader:
         for position, done in self._pool.run(jobs):
             extraction = replace(found[position], answer=done.extracted)
             yield position, Graded(extraction=extraction, verdict=done.verdict)
+
+
+def _require_texts(**texts: object) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise EvaluationError(f"{name}: got {text!r}, expected a text")
 
 
 def _judge_here(gold: str, prediction: str) -> Verdict | None:

@@ -101,8 +101,9 @@ def interval_line(name: str, share: Share | Mean) -> str:
 def not_graded_line(count: int, total: int) -> str:
     """What is said where answers are in no score."""
     return (
-        f"not graded {count} of {total} answers: something killed the processes that graded them, "
-        "as happens where memory runs out; they are in no score: run the command again\n"
+        f"not graded {count} of {total} answers: the processes that graded them were killed, as "
+        "happens where memory runs out, or got no processor time; they are in no score: run the "
+        "command again\n"
     )
 
 

@@ -1,12 +1,13 @@
 """report.json and the rows of verdicts.jsonl in, one HTML page out that needs nothing beside it.
 
-    counts  ->  tables, whose figures link into the list
-    rows    ->  base64 of gzipped JSON, which page/browse.js filters and shows
+    headline  ->  links into the list of answers, which begins with the wrong ones
+    rows      ->  base64 of gzipped JSON, which page/browse.js filters and shows
+    counts    ->  tables, whose figures link into the list; what it was made of, hashes last
 
 Responses are hostile. None stands in the page as markup: the script sets each as text, or as MathML
 that the vendored Temml builds node by node in the reader's browser, for the answers in view only.
 Should either be mistaken, the page's own policy lets no other script run, and nothing be loaded or
-sent.
+sent. Characters that turn text around or cannot be seen are shown by their numbers.
 """
 
 import base64
@@ -29,7 +30,12 @@ Row = Mapping[str, Any]
 _ASSETS = Path(__file__).with_name("page")
 # Characters of response that the page holds: of one answer, and of all (10 to 15 MB).
 _LONGEST, _ALL = 50_000, 40_000_000
-_LONGEST_ANSWER = 2_000
+_LONGEST_ANSWER, _LONGEST_SOLUTION = 2_000, 10_000
+# What turns text around, has no width, or controls a terminal; no tab and no end of a line.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def page(report: Mapping[str, Any], rows: Sequence[Row], other: Sequence[Row] | None = None) -> str:
@@ -37,6 +43,7 @@ def page(report: Mapping[str, Any], rows: Sequence[Row], other: Sequence[Row] | 
 
     A section that `report` lacks is left out. Of `rows`, `id` and `verdict` must be there.
     """
+    report, rows, other = _visible(report), _visible(rows), _visible(other)
     benchmark, model = report["benchmark"]["name"], Path(report["model"]["folder"]).name
     title = _text(f"{benchmark}: {model}")
     style = "\n".join([STYLE, _math_style(), _asset("browse.css")])
@@ -45,8 +52,8 @@ def page(report: Mapping[str, Any], rows: Sequence[Row], other: Sequence[Row] | 
     body = [
         f"<h1>{title}</h1>",
         _headline(report),
-        *_sections(report),
         _browser(bool(other)),
+        *_sections(report),
         f"<script type=application/octet-stream id=rows>{_packed(report, rows, other)}</script>",
         *(f"<script>{script}</script>" for script in scripts),
     ]
@@ -60,11 +67,22 @@ def page(report: Mapping[str, Any], rows: Sequence[Row], other: Sequence[Row] | 
     return whole.encode("utf-8", "replace").decode("utf-8")
 
 
+def _visible(content: Any) -> Any:
+    """The same, in whose texts every character can be seen: U+202E is ⟨U+202E⟩."""
+    if isinstance(content, str):
+        return _UNSEEN.sub(lambda found: f"\u27e8U+{ord(found[0]):04X}\u27e9", content)
+    if isinstance(content, Mapping):
+        return {_visible(name): _visible(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_visible(value) for value in content]
+    return content
+
+
 def _policy(style: str, scripts: Iterable[str]) -> str:
-    """No network, and no script or style but these."""
+    """No network, no script or style but these, and the font that the style holds."""
     allowed = " ".join(map(_source, scripts))
     return (
-        f"default-src 'none'; script-src {allowed}; style-src {_source(style)}; "
+        f"default-src 'none'; script-src {allowed}; style-src {_source(style)}; font-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -82,8 +100,18 @@ def _licensed(name: str) -> str:
 
 
 def _math_style() -> str:
-    """Temml's rules, without what they would load."""
-    return re.sub(r"@font-face \{[^}]*\}|[-\w]*mask-image: url\(.*?\);", "", _asset("temml.css"))
+    """Temml's rules without what they would load, and a font that can draw roots and brackets.
+
+    Few systems have one by a name that is known, and a browser that finds none, or an old one,
+    leaves roots out.
+    """
+    rules = re.sub(r"@font-face \{[^}]*\}|[-\w]*mask-image: url\(.*?\);", "", _asset("temml.css"))
+    rules = re.sub(r"font-family: [^;}]*", "font-family: 'Report Math', math", rules)
+    font = base64.b64encode((_ASSETS / "math.woff2").read_bytes()).decode()
+    return (
+        f"/*\n{_asset('math.LICENSE')}\n*/\n@font-face {{ font-family: 'Report Math'; "
+        f"src: url(data:font/woff2;base64,{font}) format('woff2'); }}\n{rules}"
+    )
 
 
 # --- the counts --------------------------------------------------------------------------------
@@ -96,29 +124,36 @@ def _headline(report: Mapping[str, Any]) -> str:
         if "hits" in first
         else f"over {first['total']:,} problems"
     )
-    headline = (
-        f"<p class=score>{first['percent']:.2f}% <small>{_interval(first)}, {counted}</small>"
-    )
-    facts = {name: f"{share['percent']:.2f}% ({_interval(share)})" for name, share in others}
+    score = f"<p class=score>{first['percent']:.2f}% <small>{_interval(first)}, {counted}</small>"
+    facts = {}
+    verdicts = dict(report.get("verdicts") or {})
+    known = {name: verdicts.pop(name, 0) for name in ("equal", "no_answer", "not_graded")}
+    if wrong := sum(verdicts.values()):
+        facts["wrong"] = _link(f"{wrong:,}", filter="wrong")
+    for name, share in others:
+        figure = f"{share['percent']:.2f}%"
+        shown = _link(figure, filter=name) if name in known else figure
+        facts[name.replace("_", " ")] = f"{shown} <small>{_interval(share)}</small>"
     if report.get("not_graded"):
-        facts["not graded"] = f"{report['not_graded']:,} answers, which are in no score"
+        chosen = {"filter": "all", "verdict": "not_graded", "sample": "any"}
+        facts["not graded, in no score"] = _link(f"{report['not_graded']:,}", **chosen)
     counts = {"truncated": report.get("truncated"), "disputed": len(report.get("disputed") or ())}
     for name, count in counts.items():
         if count:
-            facts[name] = _link(f"{count:,} of the answers", filter=name)
+            facts[name] = _link(f"{count:,}", filter=name)
     if "mean_tokens" in report:
         facts["mean length"] = f"{report['mean_tokens']:,.0f} tokens"
-    return headline + _facts(facts)
+    return score + _facts(facts, "headline")
 
 
 def _sections(report: Mapping[str, Any]) -> list[str]:
     made = {
-        "As NeMo-Skills and NeMo RL print it": _form(report.get("text") or ""),
         "By number of samples": _by_k(report.get("by_k") or {}),
         "By subject and level": _by_subject_and_level(report),
         "By length of the response": _lengths(report.get("lengths") or ()),
         "Verdicts, and the rules that decided": _rules(report),
         "Gold answers to doubt": _gold_defects(report.get("gold_defects") or ()),
+        "As NeMo-Skills and NeMo RL print it": _form(report.get("text") or ""),
         "What it was made of": _made_of(report),
     }
     return [
@@ -181,7 +216,7 @@ def _cell(share: Mapping[str, Any] | None, **chosen: str) -> str:
     if not share or not share["total"]:
         return "<td>"
     figure = f"{share['percent']:.1f} <span class=dim>{share['total']:,}</span>"
-    return f'<td title="{_interval(share)}">' + _link(figure, **chosen)
+    return f'<td title="{_interval(share)}">' + _link(figure, filter="all", **chosen)
 
 
 def _lengths(bins: Sequence[Mapping[str, Any]]) -> str:
@@ -193,7 +228,7 @@ def _lengths(bins: Sequence[Mapping[str, Any]]) -> str:
     )
     head = "<tr><th scope=col>tokens<th scope=col>answers<th scope=col>right<th>"
     told = "<p class=dim>The bar is the share right, from 0 to 100%; the line its 95% interval.</p>"
-    return lines and _table(head, lines) + told
+    return lines and _table(head, lines, "figures bars") + told
 
 
 def _range(share: Mapping[str, Any]) -> str:
@@ -219,7 +254,8 @@ def _rules(report: Mapping[str, Any]) -> str:
         rules["no_answer"] = report["missing"]
     lines = [
         f"<tr><th scope=row>{'' if place else _text(verdict.replace('_', ' '))}"
-        f"<th scope=row>{_text(rule)}<td>{_link(f'{count:,}', verdict=verdict, rule=rule)}"
+        f"<th scope=row>{_text(rule)}<td>"
+        + _link(f"{count:,}", filter="all", verdict=verdict, rule=rule)
         for verdict, counts in rules.items()
         for place, (rule, count) in enumerate(counts.items())
     ]
@@ -231,7 +267,7 @@ def _gold_defects(defects: Sequence[Mapping[str, str]]) -> str:
     if not defects:
         return ""
     lines = "".join(
-        f"<tr><th scope=row>{_link(_text(defect['id']), find=defect['id'])}"
+        f"<tr><th scope=row>{_link(_text(defect['id']), filter='all', find=defect['id'])}"
         f"<th scope=row>{_text(defect['reason'])}"
         for defect in defects
     )
@@ -240,38 +276,46 @@ def _gold_defects(defects: Sequence[Mapping[str, str]]) -> str:
 
 
 def _made_of(report: Mapping[str, Any]) -> str:
-    facts = {
-        "benchmark": f"{report['benchmark'].get('source')}, "
-        f"{report['benchmark'].get('problems'):,} problems, "
-        f"{report['benchmark'].get('fingerprint')}",
-        "model": report["model"]["folder"],
-        "prompt": report.get("prompt", {}).get("fingerprint"),
-        "tokenizer": report.get("tokenizer", {}).get("fingerprint"),
-        "configuration": report.get("configuration"),
-        **report.get("engine", {}),
-        **report.get("versions", {}),
+    """By whom each thing is said, as names repeat: vLLM has a torch of its own. Hashes last."""
+    benchmark, model = report["benchmark"], report["model"]
+    groups = {
+        "asked": {
+            "benchmark": f"{benchmark.get('source')}, {benchmark.get('problems'):,} problems",
+            "model": model["folder"],
+        },
+        "what answered": report.get("engine"),
+        "what graded": report.get("versions"),
     }
-    parts = {
-        "hashes of the model's files": report["model"].get("files"),
-        "prompt": report.get("prompt"),
+    details = {
         "settings": report.get("evaluation"),
+        "prompt": report.get("prompt"),
+        "hashes": {
+            "benchmark": benchmark.get("fingerprint"),
+            "prompt": report.get("prompt", {}).get("fingerprint"),
+            "tokenizer": report.get("tokenizer", {}).get("fingerprint"),
+            "configuration": report.get("configuration"),
+            "model": model.get("files"),
+        },
     }
-    details = "".join(
+    return "".join(
+        f"<h3>{name}</h3>" + _facts({key: _text(fact) for key, fact in facts.items()})
+        for name, facts in groups.items()
+        if facts
+    ) + "".join(
         f"<details><summary>{name}</summary><pre>{_text(_yaml(part))}</pre></details>"
-        for name, part in parts.items()
+        for name, part in details.items()
         if part
     )
-    return _facts({name: _text(fact) for name, fact in facts.items() if fact}) + details
 
 
 def _yaml(part: object) -> str:
     return yaml.safe_dump(part, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _facts(facts: Mapping[str, str]) -> str:
+def _facts(facts: Mapping[str, str], kind: str = "facts") -> str:
     """Names, which are text, and what is said of them, which is HTML."""
-    listed = (f"<dt>{_text(name.replace('_', ' '))}<dd>{fact}" for name, fact in facts.items())
-    return f"<dl>{''.join(listed)}</dl>"
+    listed = (f"<div><dt>{_text(name)}<dd>{fact}</div>" for name, fact in facts.items())
+    return f"<dl class={kind}>{''.join(listed)}</dl>"
 
 
 def _interval(share: Mapping[str, Any]) -> str:
@@ -285,7 +329,7 @@ def _link(figure: str, **chosen: str) -> str:
 
 
 def _table(head: str, body: str, kind: str = "figures") -> str:
-    return f"<div class=wide><table class={kind}><thead>{head}<tbody>{body}</table></div>"
+    return f'<div class=wide><table class="{kind}"><thead>{head}<tbody>{body}</table></div>'
 
 
 def _text(text: object) -> str:
@@ -296,9 +340,9 @@ def _text(text: object) -> str:
 
 
 def _browser(compared: bool) -> str:
-    choices = "".join(
+    subject, verdict, *others = (
         f"<label>{name} <select id={name}><option value=any>any</select></label>"
-        for name in ("subject", "level", "verdict", "rule", "sample")
+        for name in ("subject", "verdict", "level", "rule", "sample")
     )
     flipped = (
         "<p class=dim>Flipped are the answers that are right in one run and wrong in the other.</p>"
@@ -306,9 +350,10 @@ def _browser(compared: bool) -> str:
     return (
         "<section id=browse>\n<h2>Answers</h2>\n"
         "<noscript><p>The list of answers needs JavaScript; it loads and sends nothing.</noscript>"
-        f"{flipped if compared else ''}<div class=controls><div id=filters></div><div>{choices}"
+        f"{flipped if compared else ''}<div class=controls><div id=filters></div>"
+        f"<div>{subject}{verdict}<details id=more><summary>more</summary>{''.join(others)}"
         "<label>text <input id=find type=search></label>"
-        "<label><input id=source type=checkbox> as source</label></div></div>"
+        "<label><input id=source type=checkbox> as source</label></details></div></div>"
         "<nav class=pager></nav><div id=answers></div><nav class=pager></nav>\n</section>"
     )
 
@@ -356,6 +401,7 @@ def _problem(row: Row, defect: str | None) -> dict[str, Any]:
         id=str(row["id"]),
         text=row.get("problem"),
         gold=_cut(row.get("expected_answer"), _LONGEST_ANSWER),
+        solution=_cut(row.get("solution"), _LONGEST_SOLUTION),
         subject=row.get("subject"),
         level=None if row.get("level") is None else str(row["level"]),
         defect=defect,
@@ -367,6 +413,7 @@ def _answer(row: Row, other: Row | None, limit: int) -> dict[str, Any]:
     flipped = known and other and (other["verdict"] == "equal") != (row["verdict"] == "equal")
     return _told(
         sample=row.get("sample", 0),
+        drawn=_drawn(row),
         verdict=row["verdict"],
         rule=row.get("rule"),
         extracted=_cut(row.get("extracted"), _LONGEST_ANSWER),
@@ -378,6 +425,13 @@ def _answer(row: Row, other: Row | None, limit: int) -> dict[str, Any]:
         boxes_differ=row.get("boxes_differ") or None,
         other=_answer(other, None, limit) if other and flipped else None,
     )
+
+
+def _drawn(row: Row) -> str | None:
+    """How a sampled answer was drawn; its seed has more digits than JavaScript keeps."""
+    if not row.get("temperature"):
+        return None
+    return f"temperature {row['temperature']}, top_p {row.get('top_p')}, seed {row.get('seed')}"
 
 
 def _told(**fields: Any) -> dict[str, Any]:

@@ -147,6 +147,7 @@ class Asked:
 
     def answer(self, completion: Completion) -> Answer:
         """What is kept of the engine's answer."""
+        temperature, top_p, seed = self.sampling
         return Answer(
             id=self.problem.id,
             sample=self.sample,
@@ -156,6 +157,9 @@ class Asked:
             finish_reason=completion.finish_reason,
             tokens=completion.tokens,
             prompt_length=len(self.prompt_ids),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
 
 
@@ -281,12 +285,17 @@ def _classes(
 def _verdict_row(
     asked: Asked, answer: Answer, graded: Graded, number: int | None
 ) -> dict[str, Any]:
+    temperature, top_p, seed = asked.sampling
     return {
         "id": answer.id,
         "sample": answer.sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "configuration": answer.configuration,
         "problem": asked.problem.problem,
         "expected_answer": asked.problem.answer,
+        "solution": asked.problem.solution,
         "response": answer.response,
         "extracted": graded.extraction.answer,
         "verdict": graded.verdict.outcome,
@@ -337,16 +346,22 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     return made
 
 
-def _engine(file: Path) -> Mapping[str, str]:
+def _engine(file: Path) -> dict[str, str]:
     """What answered last; nothing where that run was killed at its very end."""
     if not file.exists():
         return {}
     try:
-        content: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not all(map(_is_text, content.values())):
+            raise ValueError("expected a JSON object of texts")
+    except (OSError, ValueError, RecursionError) as error:
         say(f"{file} is skipped: {error}", error=True)
         return {}
     return content
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _text(evaluation: Evaluation, verdicts: Verdicts) -> str:

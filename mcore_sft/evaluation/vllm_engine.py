@@ -50,6 +50,8 @@ _MEND = (
 _END_SECONDS = 20.0
 _FOLLOWERS_SECONDS = 2.0
 _LAST_LINES = 20
+_VERSIONS_SECONDS = 60.0
+_SHOWN_CHARACTERS = 100
 
 
 class VllmEngine(Engine):
@@ -231,21 +233,37 @@ def interpreter(python: Path | None) -> tuple[Path, dict[str, str]]:
     """The interpreter with vLLM, and the versions that it has."""
     if python is None:
         raise EvaluationError(f"evaluation.engine is vllm, but not whose Python runs it; {_MEND}")
+    where = f"evaluation.vllm.python {python}"
     try:
         # not resolved: where a link lies is what tells Python its environment
         run = subprocess.run(
-            [*_command(python), "--versions"], capture_output=True, encoding="utf-8"
+            [*_command(python), "--versions"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_VERSIONS_SECONDS,
         )
     except OSError as error:
+        raise EvaluationError(f"{where}: {error.strerror or error}; {_MEND}") from None
+    except subprocess.TimeoutExpired:
         raise EvaluationError(
-            f"evaluation.vllm.python {python}: {error.strerror or error}; {_MEND}"
+            f"{where}: it did not say its versions within {_VERSIONS_SECONDS:g} s; {_MEND}"
         ) from None
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-        raise EvaluationError(f"evaluation.vllm.python {python}: {reason}; {_MEND}")
-    versions: dict[str, str] = json.loads(run.stdout)
+        raise EvaluationError(f"{where}: {reason}; {_MEND}")
+    try:
+        versions = json.loads(run.stdout)
+        if not isinstance(versions, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise EvaluationError(
+            f"{where}: it is no Python, or says more than it is asked "
+            f"({run.stdout[:_SHOWN_CHARACTERS]!r}); {_MEND}"
+        ) from None
     if "vllm" not in versions:
-        raise EvaluationError(f"evaluation.vllm.python {python}: has no vLLM; {_MEND}")
+        raise EvaluationError(f"{where}: has no vLLM; {_MEND}")
     return python, versions
 
 

@@ -1,12 +1,13 @@
 """Pairs of answers on standard input, verdicts on standard output: the process that may be killed.
 
-One JSON line `[task, gold, prediction, seconds]` in, one `[outcome, rule, extracted]` out. The
-process that was started imports what grading needs and then only forks: each fork serves until it
-is killed, and its successor is there in milliseconds. A fork says `["ready", its id, signal]`
-before it serves, with the number of the signal that ended the one before, and `["taken", null,
-null]` when it begins with a task. It limits its own memory, may write no file, and ends by itself
-some time after the `seconds` of a task even if whoever keeps the deadline is gone. Texts travel as
-JSON, so nothing that an answer says is ever unpickled or evaluated.
+One JSON line `[number, task, gold, prediction, seconds]` in, one `[number, outcome, rule,
+extracted]` out. The process that was started imports what grading needs and then only forks: each
+fork serves until it is killed, and its successor is there in milliseconds. A fork says `[null,
+"ready", its id, signal]` before it serves, with the number of the signal that ended the one before,
+and `[number, "taken", null, null]` when it begins with a task. A task that uses up its `seconds` of
+processor time ends its fork by SIGPROF, which needs no help of Python and nobody who watches. A
+fork limits its own memory and may write no file. Texts travel as JSON, so nothing that an answer
+says is ever unpickled or evaluated.
 """
 
 import json
@@ -22,18 +23,22 @@ from mcore_sft.evaluation.equivalence import Verdict
 
 Task = Literal["judge", "math_verify", "nemo_rl"]
 READY, TAKEN = "ready", "taken"
+OVERTIME = signal.SIGPROF
+"""What ends a fork whose task has used up its processor time."""
 MEMORY_BYTES = 2 * 1024**3
-_GRACE_SECONDS = 5.0
 _SHOWN = 300
 
 
 def main() -> None:
     """Serve until standard input ends."""
     sys.dont_write_bytecode = True
+    # whoever started this may ignore or block it
+    signal.signal(OVERTIME, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     answers = _take_over_stdout()
-    equivalence.symbolic("x + 1", "1 + x")  # imports and caches before the first deadline runs
+    equivalence.symbolic("x + 1", "1 + x")  # imports and caches before the first task is timed
     reference.nemo_rl("1", r"\boxed{1}")
-    before: str | None = None
+    before: int | None = None
     while True:
         child = os.fork()
         if child == 0:
@@ -42,26 +47,25 @@ def main() -> None:
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             sys.exit(os.waitstatus_to_exitcode(status))
-        before = str(os.WTERMSIG(status))
+        before = os.WTERMSIG(status)
 
 
-def _serve(answers: TextIO, before: str | None) -> None:
+def _serve(answers: TextIO, before: int | None) -> None:
     _limit()
-    _say(answers, READY, str(os.getpid()), before)
+    _say(answers, None, READY, os.getpid(), before)
     for line in sys.stdin.buffer:
-        _say(answers, TAKEN, None, None)
-        task, gold, prediction, seconds = json.loads(line)
-        # of processor time, which an orphan that never ends uses up; it needs no help of Python
-        signal.setitimer(signal.ITIMER_PROF, seconds + _GRACE_SECONDS)
+        number, task, gold, prediction, seconds = json.loads(line)
+        _say(answers, number, TAKEN, None, None)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         verdict, extracted = _judge(task, gold, prediction)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(answers, verdict.outcome, verdict.rule, extracted)
+        shown = None if extracted is None else extracted[:_SHOWN]
+        _say(answers, number, verdict.outcome, verdict.rule, shown)
 
 
-def _say(answers: TextIO, outcome: str, rule: str | None, extracted: str | None) -> None:
+def _say(answers: TextIO, *what: int | str | None) -> None:
     # at most 4096 bytes, which a pipe takes whole or not at all, whenever this process is killed
-    shown = None if extracted is None else extracted[:_SHOWN]
-    print(json.dumps([outcome, rule, shown]), file=answers, flush=True)
+    print(json.dumps(what), file=answers, flush=True)
 
 
 def _take_over_stdout() -> TextIO:

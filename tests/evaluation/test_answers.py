@@ -1,9 +1,11 @@
+import json
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,9 @@ def answer(identifier: str, configuration: str = "c") -> Answer:
         finish_reason="stop",
         tokens=(1, 2),
         prompt_length=3,
+        temperature=0.7,
+        top_p=0.95,
+        seed=2**62,
     )
 
 
@@ -63,13 +68,100 @@ def test_half_a_surrogate_pair_ends_no_run(tmp_path: Path) -> None:
     assert read_rows(path) == [{"problem": "?"}]
 
 
-def test_a_broken_line_in_the_middle_is_said(tmp_path: Path) -> None:
+ROW = {
+    "id": "b", "sample": 0, "configuration": "c", "expected_answer": "2", "response": "2",
+    "finish_reason": "stop", "tokens": [1], "prompt_length": 3,
+}  # fmt: skip
+DAMAGE = [
+    *(
+        json.dumps(ROW | change).encode()
+        for change in [
+            {"response": None},
+            {"response": 5},
+            {"tokens": None},
+            {"tokens": ["1"]},
+            {"tokens": [True]},
+            {"sample": "0"},
+            {"id": ["b"]},
+            {"finish_reason": "abort"},
+            {"temperature": "warm"},
+        ]
+    ),
+    b'{"id": 1}',
+    b"null",
+    b"[]",
+    b"{",
+    b'{"id": ' * 100_000,
+    json.dumps(ROW).replace('"2"', '"\ud83d"').encode("utf-8", "surrogatepass"),
+    json.dumps(ROW).encode().replace(b'"2"', b'"\xff"'),
+    json.dumps(ROW).encode("utf-16-le"),
+]
+
+
+@pytest.mark.parametrize("line", DAMAGE, ids=lambda line: repr(line[:20]))
+def test_a_line_that_cannot_be_read_is_set_aside_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes
+) -> None:
+    path, aside = tmp_path / "answers.jsonl", tmp_path / "answers.damaged.jsonl"
+    with AnswerFile(path) as file:
+        file.add([answer("a"), answer("c")])
+    good = path.read_bytes()
+    first, second = good.splitlines(keepends=True)
+    for damaged in (line, b"more of it"):  # what was set aside before stays there
+        path.write_bytes(first + damaged + b"\n" + second)
+        with pytest.raises(EvaluationError, match=r"answers\.jsonl, line 2: not an answer \(.*set"):
+            list(read(path))
+        with AnswerFile(path) as file:
+            assert file.done == {("a", 0, "c"), ("c", 0, "c")}
+            said = capsys.readouterr().err
+            assert f"{path}, line 2: not an answer (" in said
+            assert "set aside in answers.damaged.jsonl" in said.replace("\n", " ")
+            file.add([answer("b")])
+        assert list(read(path)) == [answer("a"), answer("c"), answer("b")]
+        path.write_bytes(good)
+    assert aside.read_bytes() == line + b"\nmore of it\n"
+
+
+def test_blank_lines_are_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "answers.jsonl"
     with AnswerFile(path) as file:
         file.add([answer("a")])
-    path.write_bytes(b'{"id": 1}\n' + path.read_bytes())
-    with pytest.raises(EvaluationError, match="line 1: not an answer"):
-        AnswerFile(path)
+    whole = path.read_bytes()
+    for blank in (b"\n", b" \n\n", b"\r\n", b"  "):
+        path.write_bytes(blank + whole + blank)
+        assert list(read(path)) == [answer("a")]
+        with AnswerFile(path) as file:
+            file.add([answer("b")])
+        assert list(read(path)) == [answer("a"), answer("b")]
+    path.write_bytes(whole[:-1])  # as some editors leave it
+    with AnswerFile(path) as file:
+        file.add([answer("b")])
+    assert list(read(path)) == [answer("a"), answer("b")]
+    assert capsys.readouterr().err == ""
+    assert [one.name for one in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"response": None}, {"tokens": None}, {"tokens": ("1",)}, {"finish_reason": None}],
+    ids=str,
+)
+def test_nothing_is_written_that_cannot_be_read_back(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path) as file:
+        with pytest.raises(EvaluationError, match=r"the answer to 'b' cannot be kept \("):
+            file.add([answer("a"), replace(answer("b"), **change)])
+        file.add([answer("c")])
+    assert list(read(path)) == [answer("c")]
+
+
+def test_answers_of_older_versions_have_no_sampling(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    (one,) = read(path)
+    assert (one.temperature, one.top_p, one.seed) == (None, None, None)
 
 
 def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def test_gsm8k_answers_stand_after_the_marks(tmp_path: Path) -> None:
     write(tmp_path, {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2", "idx": 7})
     (problem,) = load(tmp_path, "gsm8k").problems
     assert (problem.id, problem.problem, problem.answer) == ("7", "1+1?", "2")
+    assert problem.solution == "1+1=<<1+1=2>>2\n#### 2"
 
 
 def test_math_takes_the_answer_or_else_the_last_box(tmp_path: Path) -> None:
@@ -32,7 +33,11 @@ def test_math_takes_the_answer_or_else_the_last_box(tmp_path: Path) -> None:
     assert problem.answer == "3"
     assert problem.extra == {"level": 2, "solution": r"so $\boxed{3}$"}
     write(tmp_path, {"problem": "p", "solution": r"so $\boxed{3}$", "answer": "4"})
-    assert load(tmp_path, "math").problems[0].answer == "4"
+    (other,) = load(tmp_path, "math").problems
+    assert other.answer == "4"
+    assert problem.solution == other.solution == r"so $\boxed{3}$"
+    write(tmp_path, {"problem": "p", "answer": " 4 "})
+    assert load(tmp_path, "math").problems[0].solution is None
 
 
 def test_ids_that_repeat_give_way_to_numbers(tmp_path: Path) -> None:

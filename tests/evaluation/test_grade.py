@@ -1,17 +1,16 @@
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import mcore_sft.evaluation.pool as pool_module
 from mcore_sft.evaluation.equivalence import Outcome
 from mcore_sft.evaluation.grade import Grader, Pair
+from tests.evaluation.forks import BOMB, wait_for_busy_fork, wait_until_gone, workers
 
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(timeout=1.5, processes=1) as made:
+    with Grader(timeout=1.0, processes=1) as made:
         yield made
 
 
@@ -45,13 +44,16 @@ def test_an_answer_is_never_executed(grader: Grader, payload: str, tmp_path: Pat
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("bomb", [r"\binom{10^9}{5\cdot 10^8}", "(10^9)!"])
-def test_a_bomb_costs_the_deadline_and_never_the_run(grader: Grader, bomb: str) -> None:
-    grader.grade("2^m+2", r"\boxed{2+2^m}")  # a worker is warm
-    start = time.monotonic()
-    assert grader.grade("5", rf"\boxed{{{bomb}}}").verdict.outcome == "timeout"
-    assert time.monotonic() - start < 1.5 + 1
+@pytest.mark.parametrize("bomb", [r"\binom{10^9}{5\cdot 10^8}", BOMB])
+def test_a_bomb_costs_its_time_and_no_new_process(grader: Grader, bomb: str) -> None:
     assert grader.grade("2^m+2", r"\boxed{2+2^m}").verdict.outcome == "equal"
+    (worker,) = workers(grader)
+    process, fork = worker._process, worker._fork
+    for _ in range(2):
+        assert grader.grade("5", rf"\boxed{{{bomb}}}").verdict.outcome == "timeout"
+        assert grader.grade("2^m+2", r"\boxed{2+2^m}").verdict.outcome == "equal"
+    assert worker._process is process
+    assert worker._fork != fork
 
 
 def test_a_bomb_harms_no_other_answer(grader: Grader) -> None:
@@ -60,26 +62,14 @@ def test_a_bomb_harms_no_other_answer(grader: Grader) -> None:
     assert [verdicts[place].outcome for place in range(3)] == ["equal", "timeout", "different"]
 
 
-def test_a_worker_is_replaced_without_a_start(grader: Grader) -> None:
-    """A second bomb costs its deadline too, and not the imports of another process."""
-    grader.grade("2^m+2", r"\boxed{2+2^m}")
-    start = time.monotonic()
-    for _ in range(3):
-        assert grader.grade("5", r"\boxed{(10^9)!}").verdict.outcome == "timeout"
-    assert time.monotonic() - start < 3 * 1.5 + 1
-
-
 def test_workers_end_with_the_grader() -> None:
     with Grader(timeout=60, processes=1) as grader:
-        grader.start()
-        process = grader._pool._workers[0]
-        process.send(0, pool_module.Job(task="judge", gold="5", prediction="(10^9)!"), 60)
-        fork = process._fork
-    assert fork is not None
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{fork}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{fork}").exists()
+        left = grader.judge_all(
+            [Pair(gold="2^m+2", prediction="2+2^m"), Pair(gold="5", prediction=BOMB)]
+        )
+        next(left)
+        fork = wait_for_busy_fork(grader)
+    wait_until_gone(fork)
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,11 @@ def test_the_counts_are_shown_and_lead_to_their_answers() -> None:
     }
     made = page(full, ROWS)
     assert "a &lt;form&gt;" in made
-    assert '<a href="#subject=A+%26+B&amp;level=5">50.0' in made
+    assert '<a href="#filter=all&amp;subject=A+%26+B&amp;level=5">50.0' in made
     assert "0 to 9" in made
     assert "10 or more" in made
-    assert '<a href="#verdict=different&amp;rule=number">7</a>' in made
-    assert '<a href="#verdict=no_answer&amp;rule=no_box">3</a>' in made
+    assert '<a href="#filter=all&amp;verdict=different&amp;rule=number">7</a>' in made
+    assert '<a href="#filter=all&amp;verdict=no_answer&amp;rule=no_box">3</a>' in made
     assert "pass@k" in made
     assert [p.get("defect") for p in unpacked(made)["problems"][:2]] == [None, "boxes differ"]
 
@@ -103,6 +103,69 @@ def test_a_score_that_is_a_mean_over_problems_has_its_interval() -> None:
     mean = {"percent": 41.5, "total": 30, "standard_error": 2.0, "interval95": [37.6, 45.4]}
     made = page(REPORT | {"score": {"symbolic_correct": mean}}, ROWS)
     assert "41.50% <small>95% interval 37.6 to 45.4%, over 30 problems" in made
+
+
+def test_the_headline_leads_to_what_it_counts() -> None:
+    counted = {"equal": 2, "different": 2, "timeout": 1, "no_answer": 1, "not_graded": 1}
+    more = {"verdicts": counted, "not_graded": 1, "truncated": 1, "disputed": ["p3"]}
+    headline = page(REPORT | more, ROWS).partition("<section")[0]
+    assert re.findall(r"<dt>([^<]*)<dd><a href=\"#([^\"]*)\">([^<]*)", headline) == [
+        ("wrong", "filter=wrong", "3"),
+        ("no answer", "filter=no_answer", "16.67%"),
+        ("not graded, in no score", "filter=all&amp;verdict=not_graded&amp;sample=any", "1"),
+        ("truncated", "filter=truncated", "1"),
+        ("disputed", "filter=disputed", "1"),
+    ]
+
+
+def test_what_it_was_made_of_comes_last_and_overwrites_nothing() -> None:
+    made = page(
+        REPORT
+        | {
+            "engine": {"engine": "server", "model": "served-name", "torch": "2.9+theirs"},
+            "versions": {"mcore_sft": "0.1", "torch": "2.13+ours"},
+            "text": "the table",
+            "configuration": "0123456789abcdef",
+        },
+        ROWS,
+    )
+    shown, _, last = made.partition("<h2>What it was made of</h2>")
+    for said in ("/models/small", "served-name", "2.9+theirs", "2.13+ours", "<dt>mcore_sft"):
+        assert said in last
+    hashes = last.partition("<summary>hashes")[2].partition("</section>")[0]
+    for digest in ("f1", "c1", "0123456789abcdef"):
+        assert digest in hashes
+        assert digest not in shown.rpartition("</style>")[2]
+    assert "<h2>" not in last.partition("<script")[0]
+
+
+UNSEEN = "\u202e\u2066\u2069\u200f\u061c\u200b\ufeff\x1b\x00\u2028\xad"
+
+
+def test_characters_that_cannot_be_seen_are_shown_by_their_numbers() -> None:
+    numbers = "".join(f"\u27e8U+{ord(sign):04X}\u27e9" for sign in UNSEEN)
+    fields = ("problem", "expected_answer", "solution", "response", "extracted", "subject", "rule")
+    odd = row(0, **dict.fromkeys(fields, f"a{UNSEEN}\tb\n"))
+    benchmark = {"name": f"x{UNSEEN}", "source": UNSEEN, "problems": 1}
+    by = {"subject": {f"a{UNSEEN}": share(1, 1)}}
+    made = page(REPORT | {"benchmark": benchmark, "by": by}, [odd], [odd | {"verdict": "unsafe"}])
+    told = unpacked(made)
+    shown = made.rpartition("</style>")[2].partition("<script")[0]
+    assert not set(UNSEEN) & set(shown)
+    for part in (told["problems"][0], told["rows"][0], told["rows"][0]["other"]):
+        assert not set(UNSEEN) & set("".join(map(str, part.values())))  # type: ignore[attr-defined]
+    assert told["problems"][0]["solution"] == f"a{numbers}\tb\n"
+    assert f"<title>x{numbers}: small" in made
+
+
+def test_how_a_sampled_answer_was_drawn_is_shown() -> None:
+    drawn = {"sample": 1, "temperature": 0.7, "top_p": 0.95, "seed": 2**62 + 1}
+    greedy = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
+    told = unpacked(page(REPORT, [row(0, **greedy), row(0, **drawn)]))["rows"]
+    assert [one.get("drawn") for one in told] == [
+        None,
+        "temperature 0.7, top_p 0.95, seed 4611686018427387905",
+    ]
 
 
 def test_text_of_a_model_stands_in_no_markup() -> None:
@@ -181,7 +244,8 @@ def listed(shown: str) -> list[str]:
 @pytest.mark.parametrize(
     ("location", "found"),
     [
-        ("", ["p0", "p1", "p2", "p3", "p4", "p5"]),
+        ("", ["p1", "p3", "p5"]),
+        ("filter=all", ["p0", "p1", "p2", "p3", "p4", "p5"]),
         ("filter=right", ["p0", "p4"]),
         ("filter=wrong", ["p1", "p3", "p5"]),
         ("filter=no_answer", ["p2"]),
@@ -191,9 +255,11 @@ def listed(shown: str) -> list[str]:
         ("filter=wrong&sample=any", ["p1", "p3", "p5", "p0"]),
         ("sample=1", ["p0"]),
         ("verdict=different&rule=text", ["p3"]),
-        ("subject=Counting+%26+Probability&level=3", ["p0"]),
-        ("find=find+me", ["p4"]),
-        ("filter=constructor", ["p0", "p1", "p2", "p3", "p4", "p5"]),
+        ("subject=Algebra", ["p1"]),
+        ("verdict=timeout", ["p5"]),
+        ("filter=all&subject=Counting+%26+Probability&level=3", ["p0"]),
+        ("filter=all&find=find+me", ["p4"]),
+        ("filter=constructor", ["p1", "p3", "p5"]),
     ],
 )
 def test_the_location_chooses_what_is_listed(opened: Open, location: str, found: list[str]) -> None:
@@ -229,6 +295,98 @@ def test_mathematics_is_typeset_and_what_cannot_be_stays_source(opened: Open) ->
     assert r"$2\\cdot 3$" in said
     assert "print('$1$')" in said
     assert "<math" not in opened(page(REPORT, [row(0, response=response)]), "source=1")
+
+
+SOLVED = [
+    row(
+        number,
+        "different",
+        problem=r"What is $\sqrt{9800}$ and $\left(\frac{\frac12}{3}\right)$? " + "Think. " * 200,
+        expected_answer=r"70\sqrt{2}",
+        extracted=r"\left(\frac{1}{2}, \sqrt[3]{\frac45}\right)",
+        solution=r"As $\left[\frac12\right]$ is $\begin{pmatrix} 1 \\ 2 \end{pmatrix}$. " * 30,
+        response="It is. " * 300,
+    )
+    for number in range(3)
+]
+
+
+@in_browser
+def test_roots_and_brackets_are_drawn_whatever_fonts_are_installed(
+    opened: Open, browser: Browser
+) -> None:
+    """The page brings the font: a system has none by a known name, or an old one."""
+    opened(page(REPORT, SOLVED))
+    browser.evaluate("document.fonts.ready.then(() => 0)")
+    roots = browser.evaluate(
+        "[...document.querySelectorAll('msqrt, mroot')].map((root) => [root, root.children[0]]"
+        ".map((each) => each.getBoundingClientRect().width))"
+    )
+    assert len(roots) == 9
+    assert all(root > content + 4 for root, content in roots)
+    brackets = browser.evaluate(
+        "[...document.querySelectorAll('mo[stretchy=true]')].filter((mo) => '([)]'.includes("
+        "mo.textContent)).map((mo) => [mo, mo.parentElement.querySelector('mfrac, mtable')]"
+        ".map((each) => each.getBoundingClientRect().height))"
+    )
+    assert len(brackets) > 100
+    assert all(bracket > 0.8 * content for bracket, content in brackets)
+    browser.call("DOM.enable")
+    browser.call("CSS.enable")
+    document = browser.call("DOM.getDocument")["root"]["nodeId"]
+    numbers = browser.call("DOM.querySelectorAll", nodeId=document, selector="mn")["nodeIds"]
+    for number in numbers[:20]:
+        used = browser.call("CSS.getPlatformFontsForNode", nodeId=number)["fonts"]
+        assert used
+        assert all(font["isCustomFont"] for font in used)
+
+
+@in_browser
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (375, 800)])
+def test_the_first_screen_shows_what_is_wrong_with_its_gold_and_solution(
+    opened: Open, browser: Browser, width: int, height: int
+) -> None:
+    more = {"verdicts": {"different": 3}, "not_graded": 1, "truncated": 1, "mean_tokens": 300.0}
+    browser.resize(width, 20_000)
+    opened(page(REPORT | more | {"disputed": ["p1"], "text": "the table"}, SOLVED))
+    browser.resize(width, height)
+    tops = browser.evaluate(
+        "Object.fromEntries([...document.querySelector('article').querySelectorAll('h3')]"
+        ".map((each) => [each.textContent, each.getBoundingClientRect().bottom]))"
+    )
+    browser.resize(1000, 20_000)
+    assert list(tops) == [
+        "Gold answer", "Extracted answer", "Problem", "Gold solution", "Response"
+    ]  # fmt: skip
+    assert all(tops[name] < height - 40 for name in list(tops)[:4])
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1280, 375])
+def test_bars_are_never_cut(opened: Open, browser: Browser, width: int) -> None:
+    shares = (60, 83, 100, 0)
+    lengths = [
+        {"from": 1_000 * n, "to": 1_000 * n + 1_000, **share(hits, 100)}
+        for n, hits in enumerate(shares)
+    ]
+    browser.resize(width, 20_000)
+    opened(page(REPORT | {"lengths": lengths}, ROWS))
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('td.bar')].map((cell) => ["
+        "cell.querySelector('rect'), cell.querySelector('svg'), cell.closest('.wide')]"
+        ".map((each) => each.getBoundingClientRect()).map(({ left, right }) => [left, right]))"
+    )
+    sideways = browser.evaluate(
+        "[document.documentElement, ...document.querySelectorAll('.wide')]"
+        ".map((each) => each.scrollWidth - each.clientWidth)"
+    )
+    browser.resize(1000, 20_000)
+    assert sideways == [0] * len(sideways)
+    assert len(boxes) == len(shares)
+    for hits, ((start, end), (left, right), (_, edge)) in zip(shares, boxes, strict=True):
+        assert right <= edge
+        assert right - left >= 40
+        assert abs((end - start) / (right - left) - hits / 100) < 0.01
 
 
 @pytest.fixture

@@ -175,6 +175,42 @@ def test_samples_beside_the_greedy_answer(llama: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
 
 
+def test_the_sampling_of_each_answer_is_recorded(llama: Path, tmp_path: Path) -> None:
+    asked = evaluation(llama, tmp_path, problems=2, samples=2)
+    evaluate(asked)
+    for name in ("answers.jsonl", "verdicts.jsonl"):
+        rows = [json.loads(line) for line in (tmp_path / name).open()]
+        found = {
+            (row["id"], row["sample"]): (row["temperature"], row["top_p"], row["seed"])
+            for row in rows
+        }
+        assert found == {(one.problem.id, one.sample): one.sampling for one in asked.asked}
+    assert len({row["seed"] for row in rows if row["sample"]}) == 4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 5}', "[" * 100_000, "\udcff"])
+def test_a_damaged_engine_json_is_skipped_and_said(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    evaluate(evaluation(llama, tmp_path, problems=1))
+    (tmp_path / "engine.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert evaluate(evaluation(llama, tmp_path, problems=1))["engine"] == {}
+    assert f"{tmp_path / 'engine.json'} is skipped: " in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_poisoned_folder_goes_on(llama: Path, tmp_path: Path, engines: "Engines") -> None:
+    evaluate(evaluation(llama, tmp_path, problems=3))
+    file = tmp_path / "answers.jsonl"
+    whole = file.read_text()
+    first, second, third = whole.splitlines(keepends=True)
+    poisoned = json.dumps(json.loads(second) | {"response": None}) + "\n"
+    file.write_text(first + poisoned + third)
+    evaluate(evaluation(llama, tmp_path, problems=3))
+    assert engines.asked == [3, 1]
+    assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+    assert (tmp_path / "answers.damaged.jsonl").read_text() == poisoned
+
+
 def test_one_sample(llama: Path, tmp_path: Path) -> None:
     report = evaluate(evaluation(llama, tmp_path, problems=2, samples=1, greedy=False))
     percents = {name: report["score"][name]["percent"] for name in ("majority@1", "pass@1[1]")}

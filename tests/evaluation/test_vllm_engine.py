@@ -216,6 +216,8 @@ def test_an_interpreter_is_never_guessed(llama: Path, tmp_path: Path) -> None:
         (tmp_path / "python", "No such file"),
         (tmp_path, "Permission denied"),
         (Path(sys.executable), "has no vLLM"),
+        (Path("/bin/true"), "it is no Python, or says more than it is asked .''.;"),
+        (Path("/bin/echo"), "it is no Python, or says more than it is asked .'-I "),
     ):
         with pytest.raises(EvaluationError, match=f"(?s){reason}.*make vllm-cpu"):
             opened(llama, python)

@@ -39,14 +39,15 @@ from mcore_sft.evaluation.summary import Verdicts, describe
 from mcore_sft.nightly import golden, history, page
 from mcore_sft.nightly.run import Night, Run
 from mcore_sft.nightly.tier import Tier
+from tests.evaluation.fake_server import Sent, Server
+from tests.evaluation.forks import BOMB, busy_forks, workers
 from tests.evaluation.test_run import evaluation
-from tests.evaluation.test_server_engine import Server, opened, quick, server
+from tests.evaluation.test_server_engine import opened, quick, server
 from tests.nightly import sample
 from tests.tools.runs import write_run
 
 __all__ = ["quick", "server"]  # fixtures
 ROOT = Path(__file__).parents[2]
-BOMB = "(10^9)!"
 EQUAL = Pair(gold="2^m+2", prediction="2+2^m")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
 
@@ -74,10 +75,10 @@ def each_fork_gets(grader: Grader, number: int) -> Iterator[list[int]]:
 
     def strike() -> None:
         while not over.wait(0.01):
-            for worker in list(grader._pool._workers):
-                if worker.busy and worker._fork not in (None, *met) and _computes(worker._fork):
-                    met.append(worker._fork)
-                    os.kill(worker._fork, number)
+            for fork in busy_forks(grader):
+                if fork not in met:
+                    met.append(fork)
+                    os.kill(fork, number)
 
     thread = threading.Thread(target=strike)
     thread.start()
@@ -88,17 +89,11 @@ def each_fork_gets(grader: Grader, number: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def _computes(process: int | None) -> bool:
-    """Whether it has used a tenth of a second of processor time."""
-    words = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(words[11]) >= 0.1 * os.sysconf("SC_CLK_TCK")
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_12_a_grading_process_killed_from_outside_is_graded_again(
     grader: Grader, number: int
 ) -> None:
-    fork = grader._pool._workers[0]._fork
+    fork = workers(grader)[0]._fork
     assert fork is not None
     os.kill(fork, number)
     assert judged(grader, EQUAL) == ("equal", "math_verify")
@@ -108,7 +103,9 @@ def test_12_a_grading_process_killed_from_outside_is_graded_again(
 
 
 def test_12_the_process_that_forks_may_be_killed_too(grader: Grader) -> None:
-    os.kill(grader._pool._workers[0]._process.pid, signal.SIGKILL)
+    process = workers(grader)[0]._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
     assert judged(grader, EQUAL) == ("equal", "math_verify")
 
 
@@ -519,7 +516,7 @@ def test_leaks_the_tries_of_an_answer_have_a_limit_of_time_together(
 ) -> None:
     monkeypatch.setattr(server_engine, "_DELAYS", (0.2,) * 50)
     monkeypatch.setattr(server_engine, "_ANSWER_SECONDS", 1.5)
-    server.answer = lambda body: (503, "busy")
+    server.answer = lambda body: Sent(503, "busy")
     begun = time.monotonic()
     with pytest.raises(EvaluationError, match=r"tries failed \(HTTP 503"):
         list(opened(folder, server.url).generate(_requests()))
@@ -548,7 +545,7 @@ def _requests() -> list[Any]:
 def test_leaks_any_reply_is_an_answer_or_a_sentence(
     folder: Path, server: Server, reply: dict[str, Any]
 ) -> None:
-    server.answer = lambda body: (200, reply)
+    server.answer = lambda body: Sent(200, reply)
     with pytest.raises(EvaluationError, match=re.escape(server.url)):
         list(opened(folder, server.url).generate(_requests()))
 

@@ -186,7 +186,7 @@ def test_a_webhook_that_is_not_there_changes_nothing_else(
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (b"no http\r\n\r\n", "no http"),
+        (b"no http\r\n\r\n", "illegal status line"),
         (b"HTTP/1.1 500 Sorry\r\nContent-Length: 0\r\n\r\n", "HTTP 500"),
         (b"", "timed out"),
     ],

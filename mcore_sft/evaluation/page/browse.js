@@ -9,15 +9,16 @@ const PER_PAGE = 10;
 
 const right = (row) => row.verdict === "equal";
 const FILTERS = {
-  all: ["all", () => true],
   wrong: ["wrong", (row) => !right(row) && !["no_answer", "not_graded"].includes(row.verdict)],
   no_answer: ["no answer", (row) => row.verdict === "no_answer"],
   right: ["right", right],
+  all: ["all", () => true],
   truncated: ["truncated", (row) => row.truncated],
   disputed: ["disputed", (row) => row.disputed],
   flipped: ["flipped", (row) => row.other],
   boxes: ["boxes differ", (row) => row.boxes_differ],
 };
+const ALWAYS = ["wrong", "no_answer", "right", "all"];
 // Of each row, what can be chosen from a list. Unless another sample is chosen, the answers are those
 // that the counts above are of: the greedy ones where there are any.
 const FACETS = {
@@ -27,6 +28,9 @@ const FACETS = {
   rule: (row) => row.rule,
   sample: (row) => row.sample,
 };
+// What a narrow window shows where it is asked for.
+const MORE = ["level", "rule", "sample", "find", "source"];
+const WIDE = matchMedia("(min-width: 40rem)");
 
 // --- text with mathematics ----------------------------------------------------------------------
 
@@ -128,12 +132,13 @@ function badge(text, kind = "") {
 }
 
 function card(row, typeset) {
-  const { id, text, gold, subject, level } = row.problem;
+  const { id, text, gold, solution, subject, level } = row.problem;
   const facts = [
     row.rule,
     subject,
     /^\d/.test(level) ? `level ${level}` : level,
     row.sample > 0 && `sample ${row.sample}`,
+    row.drawn,
     row.tokens !== undefined && `${row.tokens.toLocaleString("en")} tokens`,
   ].filter(Boolean);
   const head = element(
@@ -148,18 +153,26 @@ function card(row, typeset) {
   if (row.other) head.append(badge(`the other run: ${named(row.other.verdict)}`));
   if (row.boxes_differ) head.append(badge("boxes differ"));
   if (row.problem.defect) head.append(badge(`gold: ${row.problem.defect}`));
-  const answers = element(
-    "div",
-    { className: "pair" },
-    labelled("Gold answer", ...answer(gold, typeset)),
-    labelled("Extracted answer", ...answer(row.extracted, typeset)),
+  const made = element(
+    "article",
+    {},
+    head,
+    element(
+      "div",
+      { className: "pair answers" },
+      labelled("Gold answer", ...answer(gold, typeset)),
+      labelled("Extracted answer", ...answer(row.extracted, typeset)),
+    ),
   );
-  const made = element("article", {}, head);
   if (text) {
-    const problem = element("div", { className: "prose" }, ...rich(text, typeset));
+    const problem = element("div", { className: "prose problem" }, ...rich(text, typeset));
     made.append(labelled("Problem", problem));
   }
-  made.append(answers, labelled("Response", response(row.response, typeset)));
+  const said = labelled("Response", response(row.response, typeset));
+  if (solution) {
+    const gold = labelled("Gold solution", response(solution, typeset));
+    made.append(element("div", { className: "pair" }, gold, said));
+  } else made.append(said);
   if (row.other) {
     const { extracted, response: said, rule } = row.other;
     made.append(
@@ -214,11 +227,11 @@ function matching(query) {
 
 function draw() {
   const query = asked();
-  const filter = Object.hasOwn(FILTERS, query.get("filter")) ? query.get("filter") : "all";
   const rows = DATA.rows.filter(matching(query));
+  const filter = Object.hasOwn(FILTERS, query.get("filter")) ? query.get("filter") : DATA.filter;
   place("filters").replaceChildren(
     ...Object.entries(FILTERS)
-      .filter(([key]) => key !== "flipped" || DATA.compared)
+      .filter(([key, [, test]]) => ALWAYS.includes(key) || key === filter || rows.some(test))
       .map(([key, [label, test]]) => {
         const count = rows.filter(test).length.toLocaleString("en");
         const button = element("a", { href: link({ filter: key }) }, `${label} `);
@@ -227,7 +240,10 @@ function draw() {
         return button;
       }),
   );
+  const chip = place("filters").querySelector("[aria-current]");
+  place("filters").scrollLeft = chip.offsetLeft - place("filters").offsetLeft;
   for (const key of Object.keys(FACETS)) place(key).value = chosen(query, key);
+  if (WIDE.matches || MORE.some((key) => query.has(key))) place("more").open = true;
   if (document.activeElement !== place("find")) place("find").value = query.get("find") ?? "";
   place("source").checked = query.has("source");
   list(rows.filter(FILTERS[filter][1]), query);
@@ -305,6 +321,8 @@ async function unpack() {
   const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const data = await new Response(unpacked).json();
   for (const row of data.rows) row.problem = data.problems[row.problem];
+  // what most come to see
+  data.filter = data.rows.some(FILTERS.wrong[1]) ? "wrong" : "all";
   return data;
 }
 
@@ -314,7 +332,7 @@ async function start() {
     for (const [key, of] of Object.entries(FACETS)) choices(key, of);
     listen();
     draw();
-    if (location.hash) place("browse").scrollIntoView();
+    if (location.hash.length > 1) place("browse").scrollIntoView();
   } catch (error) {
     place("answers").textContent = `The answers cannot be shown here (${error}). `
       + "Needed is Chromium 94, Firefox 113, Safari 16.4 or later.";
