@@ -173,8 +173,8 @@ class Prompt:
             instruction = parse_section(Instruction, instruction)
         options = ("system", "reasoning_tags", "mask_reasoning", "variables")
         given = {name: description[name] for name in options if name in description}
-        if "date" in description:
-            given["date"] = datetime.date.fromisoformat(description["date"])
+        if date := description.get("date"):
+            given["date"] = datetime.date.fromisoformat(str(date))
         return cls(template, instruction, tokenizer, **given)
 
     def describe(self) -> dict[str, Any]:

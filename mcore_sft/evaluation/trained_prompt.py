@@ -158,7 +158,7 @@ def _part(name: str, value: Any) -> Any:
     """A part of a prompt, whichever way it is named."""
     if name in _GIVEN:
         return str(value) if isinstance(value, datetime.date) else value or None
-    if name == "system" or value == "chat":
+    if name not in ("template", "instruction") or value == "chat":
         return value
     if isinstance(value, Mapping):
         return parse_section(Template if name == "template" else Instruction, value)

@@ -32,7 +32,8 @@ def grader() -> Iterator[Grader]:
 def pairs(count: int) -> list[tuple[Pair, bool]]:
     """Every other is right, and takes a worker."""
     return [
-        (Pair(gold=f"x+{n}", prediction=f"{n + n % 2}+x"), n % 2 == 0) for n in range(2, count + 2)
+        (Pair(gold=f"2^m+{n}", prediction=f"{n + n % 2}+2^m"), n % 2 == 0)
+        for n in range(2, count + 2)
     ]
 
 

@@ -288,7 +288,8 @@ def _golden(folder: Path) -> Path:
 
 
 def _lane(folder: Path) -> Path:
-    return lane.keep({"python": "3.11", "torch": "2", "megatron-core": "0.16"}, folder)
+    stack = {"python": "3.11", "torch": "2", "megatron-core": "0.16", "parts": {}}
+    return lane.keep(stack, folder)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +310,7 @@ MAY_WRITE = {
     "carry_wheels.py": 4,  # its checksums, and what it carries
     "demo_data.py": 1,  # made again at each demo
     "gpu_report.py": 2,  # into an environment that it makes
+    "mutants.py": 2,  # into a copy of the tree
 }
 
 
