@@ -20,6 +20,8 @@ from mcore_sft.training.optimizer import learning_rate
 REFUSED = (
     *("data.train", "data.sequence_length", "data.seed"),
     *("prompt.template", "prompt.instruction", "prompt.system"),
+    *("prompt.reasoning_tags", "prompt.mask_reasoning", "prompt.variables.*", "prompt.date"),
+    "data.train_on",
     *("train.seed", "train.last_step", "train.precision"),
     "optimizer.decay_1d",
 )

@@ -457,7 +457,11 @@ def test_tilde_is_the_home_folder_in_every_path(
             "root": "~",
             "train": [source],
             "validation": [source],
-            "filters": {"contamination_file": "~/c.jsonl", "drop_if_contains": ["~/"]},
+            "filters": {
+                "contamination_file": "~/c.jsonl",
+                "remove_contaminated": True,
+                "drop_if_contains": ["~/"],
+            },
             "contamination": {"against": [source]},
         },
         "evaluation": {

@@ -185,7 +185,8 @@ def _vllm(patch: Patch, folder: Path) -> None:
 
 def _slow_tokenizer(patch: Patch, folder: Path) -> None:
     loaded = tokenizer.load_tokenizer(TOKENIZER)
-    loaded.path, loaded._fast, loaded.gigatoken = folder / HOSTILE, None, True
+    loaded.path, loaded.gigatoken = folder / HOSTILE, True
+    patch.setattr(tokenizer, "_load_gigatoken", lambda codec: fail(tokenizer._Unlike("it")))
     loaded.encode_batch(["a"] * tokenizer.BULK)
 
 
