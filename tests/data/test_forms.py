@@ -338,6 +338,6 @@ def test_tool_calls_may_be_json_text(tmp_path: Path) -> None:
     for wrong in ("[", "5", {"name": "f"}):
         rows[0]["messages"][1]["tool_calls"] = wrong
         with pytest.raises(
-            DataError, match=r"message 2: tool_calls is .*, expected a list of calls"
+            DataError, match=r"message 2: tool_calls .*, expected a list of calls"
         ):
             chats(tmp_path, as_lines(tmp_path, rows))
