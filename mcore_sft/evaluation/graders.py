@@ -68,7 +68,7 @@ class _Mathematics(ProblemGrader):
         self._grader = grader
 
     def close(self) -> None:
-        self._grader.__exit__()
+        self._grader.close()
 
     def grade_all(self, rows: Iterable[Row]) -> Iterator[tuple[int, Graded]]:
         return self._grader.grade_all(

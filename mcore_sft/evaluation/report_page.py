@@ -284,7 +284,10 @@ def _made_of(report: Mapping[str, Any]) -> str:
             "model": model["folder"],
         },
         "what answered": report.get("engine"),
-        "what graded": report.get("versions"),
+        "what graded": {
+            **{f"grader's {name}": said for name, said in report.get("grader", {}).items()},
+            **report.get("versions", {}),
+        },
     }
     details = {
         "settings": report.get("evaluation"),

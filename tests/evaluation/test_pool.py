@@ -275,7 +275,7 @@ def test_ten_thousand_calls_in_every_way_agree_with_one_thread() -> None:
     asked = [
         chance.choice(
             [
-                lambda n: (f"{n}+m", f"m+{n + n % 2}"),
+                lambda n: (f"{n}+2^m", f"2^m+{n + n % 2}"),
                 lambda n: (str(n), rf"\boxed{{{n + n % 2}}}"),
                 *[lambda n: (rf"\frac{{{n}}}{{7}}", f"{n}/{7 + n % 2}")] * 12,
                 lambda n: (rf"{n}\sqrt{{13}}", rf"\sqrt{{{13 * n * n + n % 2}}}"),

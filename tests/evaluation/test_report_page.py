@@ -123,6 +123,7 @@ def test_what_it_was_made_of_comes_last_and_overwrites_nothing() -> None:
         REPORT
         | {
             "engine": {"engine": "server", "model": "served-name", "torch": "2.9+theirs"},
+            "grader": {"kind": "mathematics", "version": 7},
             "versions": {"mcore_sft": "0.1", "torch": "2.13+ours"},
             "text": "the table",
             "configuration": "0123456789abcdef",
@@ -130,7 +131,14 @@ def test_what_it_was_made_of_comes_last_and_overwrites_nothing() -> None:
         ROWS,
     )
     shown, _, last = made.partition("<h2>What it was made of</h2>")
-    for said in ("/models/small", "served-name", "2.9+theirs", "2.13+ours", "<dt>mcore_sft"):
+    for said in (
+        "/models/small",
+        "served-name",
+        "2.9+theirs",
+        "2.13+ours",
+        "<dt>mcore_sft",
+        "<dd>7",
+    ):
         assert said in last
     hashes = last.partition("<summary>hashes")[2].partition("</section>")[0]
     for digest in ("f1", "c1", "0123456789abcdef"):
