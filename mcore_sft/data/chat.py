@@ -50,14 +50,9 @@ class Chat:
                 f"{tokenizer.path}: prompt.template is `chat`, but the tokenizer has no chat "
                 "template; give one in chat_template.jinja, or name another prompt.template"
             )
-        if (variables or date) and len(tokenizer.chat_templates) > 1:
-            names = ", ".join(tokenizer.chat_templates)
-            raise DataError(
-                f"{tokenizer.path}: prompt.variables and prompt.date go to one chat template, and "
-                f"the tokenizer has several ({names}). Fix: keep one, in chat_template.jinja"
-            )
-        self._template = tokenizer.chat_template.given(variables, date)
-        self._named = tokenizer.template_for if len(tokenizer.chat_templates) > 1 else None
+        templates = tokenizer.chat_templates.items()
+        self._templates = {name: one.given(variables, date) for name, one in templates}
+        self._template = self._templates["default"]
         spelt = tokenizer.special_in((system or "") + wording.user)
         if spelt is not None:
             raise DataError(
@@ -90,7 +85,7 @@ class Chat:
 
     def write(self, messages: Messages, tools: Tools | None, trained: Sequence[int]) -> Written:
         """The text of the whole conversation."""
-        template = (self._named and self._named(tools)) or self._template
+        template = self._templates.get("tool_use", self._template) if tools else self._template
         turns = _Turns(template, self._stop, messages, tools)
         text, answers = turns.find(trained)
         places = {i: (a.begin, a.end) for i, a in zip(trained, answers, strict=True)}

@@ -25,15 +25,17 @@ def save(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
 
 def chat_as(tokenizer: Tokenizer, prompt: Prompt, folder: Path) -> None:
     """Make the files of `tokenizer` in `folder` chat as `prompt`."""
-    template = prompt.chat_template
-    own = template is not None and template == tokenizer.chat_template_source
-    if not own:
+    templates = prompt.chat_templates
+    if templates != {name: own.source for name, own in tokenizer.chat_templates.items()}:
         (folder / TEMPLATE).unlink(missing_ok=True)
         shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
         _edit(folder / CONFIG, lambda told: told.pop("chat_template", None))
-        if template is not None:
-            (folder / TEMPLATE).write_text(template, encoding="utf-8")
-    if tokenizer.eos_id in prompt.stop_ids or (prompt.is_chat and "eos_token" in (template or "")):
+        for name, template in templates.items():
+            file = folder / (TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(template, encoding="utf-8")
+    named = any("eos_token" in template for template in templates.values())
+    if tokenizer.eos_id in prompt.stop_ids or (prompt.is_chat and named):
         return  # a template that names it would write another token
     stop = prompt.stop_tokens[0]
     _edit(folder / CONFIG, lambda told: told.update(eos_token=stop))

@@ -213,17 +213,24 @@ class Prompt:
         day = {} if self._date is None else {"date": self._date.isoformat()}
         return {**({"variables": dict(self._variables)} if self._variables else {}), **day}
 
-    @cached_property
+    @property
     def chat_template(self) -> str | None:
         """The markup as a Jinja chat template; None where the texts hold their own (`verbatim`)."""
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All of it by name, as `tool_use`, which writes conversations with tools where it is."""
         if isinstance(self._renderer, Chat):
-            source = self._tokenizer.chat_template_source
-            assert source is not None
-            return template_jinja.with_given(source, self._variables, self._date)
+            return {
+                name: template_jinja.with_given(own.source, self._variables, self._date)
+                for name, own in self._tokenizer.chat_templates.items()
+            }
         assert isinstance(self._renderer, Markup)
         if self._verbatim:
-            return None
-        return template_jinja.chat_template(read_template(self._template), self._renderer.end)
+            return {}
+        template = read_template(self._template)
+        return {"default": template_jinja.chat_template(template, self._renderer.end)}
 
     def text(self, problem: str) -> str:
         """The text that a model is asked to continue."""
@@ -383,11 +390,11 @@ class Prompt:
             self._require_reference(rows, told, found, kept)
         return examples
 
-    @property
-    def _export(self) -> str | None:
-        """The chat template of an export, if it is not the tokenizer's own."""
-        own = self.chat_template == self._tokenizer.chat_template_source
-        return None if own else self.chat_template
+    def _exported(self, tools: Tools | None) -> str | None:
+        """The chat template that an export writes a conversation by, if it is not the own one."""
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        exported = self.chat_templates[name]
+        return None if exported == self._tokenizer.chat_templates[name].source else exported
 
     def _require_reference(
         self, rows: Rows, told: Sequence[_Told], found: Located, kept: Sequence[int]
@@ -402,7 +409,10 @@ class Prompt:
             prompt = ids[: begin - found.offsets[k]].tolist()
             with _of_row(rows, one.row, None):
                 same = partial(
-                    require_same_ids, self._tokenizer, tools=one.tools, template=self._export
+                    require_same_ids,
+                    self._tokenizer,
+                    tools=one.tools,
+                    template=self._exported(one.tools),
                 )
                 same(ids.tolist(), one.messages, asks=False)
                 if one.last:

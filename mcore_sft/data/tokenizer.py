@@ -19,7 +19,7 @@ import pyarrow as pa
 from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import say
 from mcore_sft.data import hugging_face
-from mcore_sft.data.chat_template import ChatTemplate, Tools
+from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.codec import Codec, read_codec
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
@@ -287,10 +287,6 @@ class Tokenizer:
             name: ChatTemplate(source, where=where, tokens=self._told_tokens)
             for name, (source, where) in hugging_face.chat_templates(self._folder).items()
         }
-
-    def template_for(self, tools: Tools | None) -> ChatTemplate | None:
-        """The chat template of a conversation: the one named `tool_use` where it has tools."""
-        return self.chat_templates.get("tool_use" if tools else "default", self.chat_template)
 
     @cached_property
     def fingerprint(self) -> str:

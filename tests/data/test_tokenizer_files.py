@@ -2,12 +2,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from mcore_sft.data import chat_files
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prompt import Prompt
+from mcore_sft.data.rows import Chats
 from mcore_sft.data.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
@@ -154,7 +156,13 @@ def test_files_that_disagree_with_the_vocabulary_are_named(files, said, tmp_path
 
 
 def says(name):
-    return "{{ bos_token }}{% for m in messages %}" + name + "{{ m.content }}{% endfor %}"
+    return (
+        "{% for t in tools or [] %}{{ t.name }}{% endfor %}{% for m in messages %}"
+        "<|start_header_id|>{{ m.role }}" + name + " {{ mood }}<|end_header_id|>"
+        "{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant" + name + " {{ mood }}"
+        "<|end_header_id|>{% endif %}"
+    )
 
 
 LISTED = [{"name": name, "template": says(name)} for name in ("default", "tool_use")]
@@ -187,11 +195,19 @@ def test_chat_templates_by_name_are_those_of_transformers(files, more, tmp_path)
         named = theirs.chat_template
         named = named if isinstance(named, dict) else {"default": named}
         assert {name: one.source for name, one in ours.chat_templates.items()} == named
-        for tools in (None, [{"name": "add"}]):
-            talk = [{"role": "user", "content": "1"}]
-            expected = theirs.apply_chat_template(talk, tools=tools, tokenize=False)
-            assert ours.template_for(tools).render(talk, tools=tools) == expected
     assert ours.fingerprint == load_tokenizer(folder).fingerprint
+    for variables in ({}, {"mood": "dull"}):  # an export gives each template its variables
+        prompt = Prompt("chat", None, ours, variables=variables)
+        chat_files.save(ours, prompt, tmp_path / "hf")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        for tools in (None, [{"name": "add"}]):
+            talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+            rows = Chats(name="a", numbers=np.ones(1, np.int64), messages=[talk], tools=[tools])
+            made, dropped = prompt.encode(rows)
+            assert not dropped
+            assert made.tokens.tolist() == theirs.apply_chat_template(
+                talk, tools=tools, return_dict=False
+            )
 
 
 def test_an_export_with_other_markup_holds_none_of_them(tmp_path):
