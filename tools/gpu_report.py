@@ -84,7 +84,6 @@ class Outcome:
 def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool) -> list[Part]:
     """All parts in their order; without `kit` the set-up is make's own."""
     emulated = device == "emulated"
-    over = ("-m", "tests.te") if emulated else ()
 
     def limited(quickly: float, minutes: float) -> float:
         return quickly if quick and device == "cuda" else minutes
@@ -106,9 +105,11 @@ def parts(kit: Path | None, scratch: Path, *, device: str = "cuda", quick: bool)
         name: str, script: str, *words: str, quickly: float, minutes: float, short: str = ""
     ) -> Part:
         words = ("--device", "cpu" if emulated else device, *words)
-        words = (*over, f"benchmarks/{script}.py", *words, *(short.split() if quick else ()))
+        words = (f"benchmarks/{script}.py", *words, *(short.split() if quick else ()))
         if script != "head":  # which is short
             words = (*words, "--minutes", f"{0.9 * limited(quickly, minutes):g}")
+        if emulated and script in ("train_step", "converge"):  # which train
+            words = ("-m", "tests.te", *words)
         return writing(name, *words, quickly=quickly, minutes=minutes)
 
     this = (sys.executable, str(Path(__file__).resolve()))
