@@ -31,6 +31,12 @@ _LETTER = re.compile(
     r"|\b(?:choose|select|pick|go\s+with)\s+(?:(?i:option|choice)\s+)?\(?([A-J])\)?(?=[.!,)\s*]|$)"
 )
 _BOLD = re.compile(r"\*\*(?!\s)([^*\n]+?)\*\*|(?<!\w)__(?!\s)([^_\n]+?)__(?!\w)")
+_DISPLAY = re.compile(
+    r"\$\$[^$]*\n[^$]*\$\$|\\\[(?:(?!\\\]).)*\n(?:(?!\\\]).)*\\\]"
+    r"|\\begin\s*\{(align|equation|gather|multline)(\*?)\}(?:(?!\\begin).)*?\\end\s*\{\1\2\}",
+    re.DOTALL,
+)
+_EQUATION = re.compile(r"\s*([a-zA-Z](?:_\{?\w+\}?)?)\s*=\s*([^=<>]+?)\s*")
 _COURTESY = re.compile(r"\n+(?:I hope|Hope this|Let me know|Feel free|Please let)[^\n]*\s*$")
 _NUMBER = re.compile(
     r"[(\[]\s*-?[\w./\\]+(?:\s*,\s*-?[\w./\\]+)+\s*[)\]]"  # a point, an interval
@@ -81,9 +87,10 @@ def _at_the_end(response: str) -> str | None:
     """The last thing of a response whose last line is finished."""
     ended = _without_pictures(response[-2 * ANSWER_LENGTH :])
     ended = _COURTESY.sub("", ended).rstrip()[-ANSWER_LENGTH:]
-    display = [match for match in FORMULA.finditer(ended) if match.end() == len(ended.rstrip(" ."))]
-    if display and "\n" in display[-1][0]:
-        return _last_side([inside(display[-1][0])])
+    if display := [
+        match for match in _DISPLAY.finditer(ended) if not ended[match.end() :].strip(" .")
+    ]:
+        return _last_side([_last_row(display[-1][0])])
     line = ended.rpartition("\n")[2]
     if bold := [one or other for one, other in _BOLD.findall(line)]:
         told = _in_line(bold[-1])
@@ -103,11 +110,25 @@ def _in_line(line: str) -> str | None:
     return ", ".join(span.content for span in last_run(line, numbers)) if numbers else None
 
 
+def _last_row(display: str) -> str:
+    """What the last row of a formula says that stands by itself."""
+    inner = inside(display) if display[0] == "$" or display[1] == "[" else display
+    rows = re.split(r"\\\\", re.sub(r"\\(?:begin|end)\s*\{\w+\*?\}|&", "", inner))
+    whole = [row.strip().rstrip(".,; ") for row in rows if row.strip()]
+    return whole[-1] if whole else ""
+
+
 def _last_side(formulas: list[str]) -> str | None:
+    named = [_EQUATION.fullmatch(formula) for formula in formulas]
+    if len({match[1] for match in named if match}) == 1 and all(named):
+        return ", ".join(match[2] for match in named if match)  # x = 2 or x = 3
     if any("=" in formula for formula in formulas):
         return formulas[-1].rpartition("=")[2].strip() or None
     return ", ".join(formulas) or None
 
 
 def _without_pictures(text: str) -> str:
-    return "".join(sign for sign in text if sign.isascii() or unicodedata.category(sign) != "So")
+    """A picture ends a sentence."""
+    return "".join(
+        "." if not sign.isascii() and unicodedata.category(sign) == "So" else sign for sign in text
+    )
