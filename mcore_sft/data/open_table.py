@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 64
 class Parquet:
     """A Parquet file that is open."""
 
-    in_order_alone = False
+    sequential = False
 
     def __init__(self, opened: Any) -> None:
         self._opened = opened
@@ -44,12 +44,12 @@ class Parquet:
 
 
 class Arrow:
-    """An Arrow file or stream that is open. in_order_alone: whether it is a stream."""
+    """An Arrow file or stream that is open. sequential: whether it is a stream."""
 
     def __init__(self, mapped: Any) -> None:
         self._mapped = mapped
-        self.in_order_alone = mapped.read(6) != b"ARROW1"
-        self._open = pa.ipc.open_stream if self.in_order_alone else pa.ipc.open_file
+        self.sequential = mapped.read(6) != b"ARROW1"
+        self._open = pa.ipc.open_stream if self.sequential else pa.ipc.open_file
         mapped.seek(0)
         self.schema = self._open(mapped).schema
 
@@ -60,7 +60,7 @@ class Arrow:
         fields = [self.schema.get_field_index(column) for column in columns]
         options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         reader = self._open(mapped, options=options)
-        if not self.in_order_alone:
+        if not self.sequential:
             for number in range(part, reader.num_record_batches):
                 yield reader.get_batch(number)
             return
@@ -112,11 +112,11 @@ class OpenTable:
                 self._opened.close()
                 self._table = _open(file, self._opened)
             begin = first - skip
-            ahead = begin <= self._at or self._table.in_order_alone
+            ahead = begin <= self._at or self._table.sequential
             if not (same and ahead and self._at <= first):
                 wanted = wanted_columns(columns, self._table.schema, name)
                 self._batches = self._table.batches(part, wanted)
-                self._batch, self._at = next(self._batches), begin
+                self._batch, self._at = next(self._batches, None), begin
             taken = self._take(first, rows)
         self._of = file, columns
         return pa.Table.from_batches(taken)
@@ -125,10 +125,12 @@ class OpenTable:
         """So many rows from number `first` on; what the last batch has behind them is kept."""
         taken: list[Any] = []
         while rows:
+            if self._batch is None:
+                raise pa.ArrowInvalid("it has fewer rows than it had")
             before = first - self._at
             if before >= len(self._batch):
                 self._at += len(self._batch)
-                self._batch = next(self._batches)
+                self._batch = next(self._batches, None)
                 continue
             taken.append(self._batch.slice(before, rows))
             first, rows = first + len(taken[-1]), rows - len(taken[-1])

@@ -81,38 +81,37 @@ def survey(
 
     `alone`: of its rows, only problems are read.
     """
+    return _survey(source, root, alone, advance)
+
+
+def peek(source: SourceConfig, *, root: Path) -> Survey:
+    """A source without its checksums, for a look at the first blocks: no other is read."""
+    return _survey(source, root, alone=False, advance=None)
+
+
+def _survey(
+    source: SourceConfig, root: Path, alone: bool, advance: Callable[[int], None] | None
+) -> Survey:
     paths = _paths(source, root)
     if not paths:
         return _survey_dataset(source, root, alone)
-    described, parts, size = [], [], 0
+    files: list[dict[str, str]] = []
+    parts, size = [], 0
     columns = configured(source, alone=alone)
     for path in paths:
         opened = _parts_of(source, path, root)
         with _readable(path):
             columns = columns or _recognised(source, opened[0], alone)
-            checksums, part = _survey_file(source, columns, opened, root, advance)
-        names = (file.path.name for file in opened)
-        described += [{"name": n, "sha256": c} for n, c in zip(names, checksums, strict=True)]
+            part = _part(source, columns, opened, root)
+            if advance is not None:
+                checksums, part = _read_once(columns, opened, part, advance)
+                names = (file.path.name for file in opened)
+                files += [{"name": n, "sha256": c} for n, c in zip(names, checksums, strict=True)]
         parts.append(part)
         size += sum(file.size for file in opened)
-    using = _using(source, columns, alone)
-    description = {"path": source.path, "files": described}
+    using, told = _using(source, columns, alone)
+    description = {"path": source.path, "files": files, **told}
     return Survey(source=source, description=description, size=size, parts=parts, using=using)
-
-
-def peek(source: SourceConfig, *, root: Path) -> Survey:
-    """A source without its checksums, for a look at the first blocks: no other is read."""
-    paths = _paths(source, root)
-    if not paths:
-        return _survey_dataset(source, root, alone=False)
-    columns, parts = configured(source, alone=False), []
-    for path in paths:
-        opened = _parts_of(source, path, root)
-        with _readable(path):
-            columns = columns or _recognised(source, opened[0], alone=False)
-            parts.append(_part(source, columns, opened, root))
-    using = _using(source, columns, alone=False)
-    return Survey(source=source, description={}, size=0, parts=parts, using=using)
 
 
 def _paths(source: SourceConfig, root: Path) -> list[Path]:
@@ -147,10 +146,13 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 
 
-def _using(source: SourceConfig, columns: Columns | None, alone: bool) -> str:
-    """`using column messages`, where the configuration does not name it; else nothing."""
-    told = columns is None or not columns.roles or configured(source, alone=alone) is not None
-    return "" if told else f"using {columns}"
+def _using(
+    source: SourceConfig, columns: Columns | None, alone: bool
+) -> tuple[str, dict[str, Any]]:
+    """What is said and written of columns that the configuration does not name."""
+    if columns is None or not columns.roles or configured(source, alone=alone) is not None:
+        return "", {}
+    return f"using {columns}", {"columns": columns.roles}
 
 
 def _recognised(source: SourceConfig, file: SourceFile, alone: bool) -> Columns | None:
@@ -213,19 +215,17 @@ def _parts_of(source: SourceConfig, path: Path, root: Path) -> list[SourceFile]:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
-def _survey_file(
-    source: SourceConfig,
+def _read_once(
     columns: Columns | None,
     files: Sequence[SourceFile],
-    root: Path,
+    part: Part,
     advance: Callable[[int], None],
 ) -> tuple[list[str], Part]:
-    """Checksums of `files`, which are read together, and how to cut them into blocks."""
-    part = _part(source, columns, files, root)
-    if files[0].kind in _LINES:
-        checksum, part = survey_lines(columns or Columns(), files[0], advance)
-        return [checksum], part
-    return [_checksum(each, advance) for each in files], part
+    """Checksums of `files`, which are read together, and how to cut them now that they are read."""
+    if files[0].kind not in _LINES:
+        return [_checksum(each, advance) for each in files], part
+    checksum, part = survey_lines(columns or Columns(), files[0], advance)
+    return [checksum], part
 
 
 def _part(
@@ -283,14 +283,15 @@ def _survey_dataset(source: SourceConfig, root: Path, alone: bool) -> Survey:
     if sum(block.rows or 0 for block in blocks) != len(dataset):
         chosen = arrow.select_columns(wanted)
         part, size = (lambda _: dataset_blocks(columns, chosen, name)), chosen.data.nbytes
+    using, told = _using(source, columns, alone)
     description = {
         "path": source.path,
         "name": source.name,
         "split": source.split,
         "rows": len(dataset),
         "revision": _revision(files),
+        **told,
     }
-    using = _using(source, columns, alone)
     return Survey(source=source, description=description, size=size, parts=[part], using=using)
 
 

@@ -676,7 +676,9 @@ def test_dataset_of_the_hub(hub, small, tmp_path):
     assert set(hub["asked"]) == {("owner/name", "main", "train_1M")}
     seen = survey(SourceConfig(**source), root=tmp_path)
     assert seen.size == sum(block.size for block in seen.blocks()) > 0
-    assert seen.description == {**source, "rows": 12, "revision": None}
+    columns = {"problem": "problem", "generated_solution": "solution"}
+    described = {**source, "rows": 12, "revision": None, "columns": columns}
+    assert seen.description == described
     with pytest.raises(DataError, match=r"owner/name\[train_1M\]:1: no column 'answer'"):
         read(tmp_path, **source, solution="answer")
 
