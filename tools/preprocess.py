@@ -6,14 +6,14 @@ from mcore_sft import command
 from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
+from mcore_sft.data.export import export_json_lines
 from mcore_sft.data.fit import check_fit
 from mcore_sft.data.job import Job
-from mcore_sft.data.prepare import export_json_lines, merge, prepare, prepare_shard
+from mcore_sft.data.prepare import merge, prepare, prepare_shard
 from mcore_sft.data.preview import preview
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.report import show_manifest
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture
 
 
 def main() -> None:
@@ -74,6 +74,9 @@ def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
     unfed = check_fit(tokenizer, config.model.path)
     if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
+        # Imported here, because the processes that tokenize load this module and need no torch.
+        from mcore_sft.model import architecture
+
         architecture.read(config.model.path).check_length(config.data.sequence_length)
     return Job(
         config=config.data,

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -201,12 +202,23 @@ def _holder(handle: int) -> str:
     return said.strip() if _HOLDER.fullmatch(said) else ""
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """A folder for one process's files. alone: no other process can have one for the same place.
+
+    Where the file system has no locks, nobody knows.
+    """
+
+    folder: Path
+    alone: bool
+
+
 @contextmanager
-def workspace(place: Path) -> Iterator[Path]:
-    """A folder beside `place` for one process's files, removed in the end.
+def workspace(place: Path) -> Iterator[Workspace]:
+    """A folder beside `place`, removed in the end.
 
     Raises `Locked` if another process has one, and OSError. What killed processes left is removed,
-    or taken back: see `new_folder`.
+    or taken back: see `put`.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     with lock(_lock_of(place)) as alone:
@@ -215,7 +227,7 @@ def workspace(place: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=_partial(place), dir=place.parent))
         try:
             partial.chmod(0o755)
-            yield partial
+            yield Workspace(partial, alone)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -226,24 +238,32 @@ def new_folder(
 ) -> Iterator[Path]:
     """A folder to write to, which takes the name `place` once it is whole, or is removed.
 
+    Raises as `put` and `workspace` do.
+    """
+    with workspace(place) as work:
+        yield work.folder
+        put(work.folder, place, may_replace)
+
+
+def put(folder: Path, place: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Make a folder durable, and give it the name `place`; whoever calls has its workspace.
+
     What lies there by then is replaced if `may_replace(place)`, and is set aside until the new
     folder bears its name: a process that is killed between the two leaves the old folder to be
-    taken back by the next one. Raises `Locked`, `Occupied` and OSError.
+    taken back by the next one. Raises `Occupied` and OSError.
     """
-    with workspace(place) as partial:
-        yield partial
-        sync_tree(partial)
-        old = _replaced(place)
-        if place.exists() and may_replace(place):
-            shutil.rmtree(old, ignore_errors=True)
-            rename(place, old)
-        try:
-            rename(partial, place)  # which replaces an empty folder and nothing else
-        except OSError as error:
-            if error.errno in _OCCUPIED:
-                raise Occupied(str(place)) from None
-            raise
+    sync_tree(folder)
+    old = _replaced(place)
+    if place.exists() and may_replace(place):
         shutil.rmtree(old, ignore_errors=True)
+        rename(place, old)
+    try:
+        rename(folder, place)  # which replaces an empty folder and nothing else
+    except OSError as error:
+        if error.errno in _OCCUPIED:
+            raise Occupied(str(place)) from None
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(place: Path) -> None:

@@ -25,13 +25,17 @@ one template with other numbers; and each of those seven shares a 13-gram.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from itertools import repeat
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.indexed import ranges, running_sum
 from mcore_sft.data.rows import Pairs
 from mcore_sft.data.sources import Survey
 
@@ -43,6 +47,10 @@ THRESHOLD = 0.9
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]")
 _WORD_OR_SIGN = re.compile(rf"[^\W{_CJK}]+|\S")
+_END = b"Q"  # behind the words of a text: none of theirs has a capital
+_UNKNOWN, _ENDED = 0, -1  # numbers of words that no benchmark has, and of _END
+_AT_ONCE = 1024  # texts
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 _GRAM = 8
 _SHORTEST = 6  # words and signs of a problem that is looked for within others
 _ASCII = bytes(ord(chr(i).lower()) if i < 128 and _WORD.match(chr(i)) else 32 for i in range(256))
@@ -99,98 +107,149 @@ class Contamination:
         self._normalized: dict[str, list[int]] = defaultdict(list)
         for index, problem in enumerate(self._problems):
             self._normalized[_normalize(problem)].append(index)
-        words = [_words(problem) for problem in self._problems]
-        self._eights = _Grams(_GRAM, words)
-        self._thirteens = _Grams(13, words)
-        self._short = self._of_few_words(words)
-
-    def _of_few_words(self, words: Sequence[list[str]]) -> dict[str, dict[int, str]]:
-        """Problems of fewer than 8 words by the rarest of them: index, words and signs."""
-        common = Counter(word for own in words for word in set(own))
-        short: dict[str, dict[int, str]] = defaultdict(dict)
-        for index, own in enumerate(words):
+        words = _words(self._problems)
+        self._numbers = {word: number for number, word in enumerate(sorted({*words} - {_END}), 1)}
+        text = _Words(words, self._numbers)
+        self._eights = _Grams(_GRAM, text, len(self._problems))
+        self._thirteens = _Grams(13, text, len(self._problems))
+        self._spelt: dict[int, str] = {}
+        """Problems of few words, which are looked for as a whole."""
+        counts = text.counts(len(self._problems))
+        for index in np.flatnonzero((counts > 0) & (counts < _GRAM)).tolist():
             spelt = _spelt(self._problems[index])
-            if 0 < len(own) < _GRAM and len(spelt.split()) >= _SHORTEST:
-                short[min(own, key=lambda word: common[word])][index] = spelt
-        return short
+            if len(spelt.split()) >= _SHORTEST:
+                self._spelt[index] = spelt
+        self._short = [
+            _Grams(count, text.of(np.flatnonzero(counts == count)), len(self._problems))
+            for count in range(1, _GRAM)
+        ]
 
     def check(self, problems: Iterable[str]) -> list[Finding]:
         """Every overlapping pair, in the order of `problems`; a repeated problem counts once."""
-        return [found for problem in dict.fromkeys(problems) for found in self._check(problem)]
+        texts = list(dict.fromkeys(problems))
+        return [
+            found
+            for first in range(0, len(texts), _AT_ONCE)
+            for found in self._check(texts[first : first + _AT_ONCE])
+        ]
 
-    def _check(self, problem: str) -> Iterator[Finding]:
-        """The findings of one problem, strongest kind first, one for each benchmark problem."""
-        told: set[int] = set()
-        for kind, shares in self._overlaps(problem):
-            for index, overlap in shares.items():
-                if index not in told:
-                    told.add(index)
-                    yield Finding(
-                        problem=problem,
-                        benchmark_problem=self._problems[index],
-                        kind=kind,
-                        overlap=overlap,
-                    )
+    def _check(self, texts: Sequence[str]) -> Iterator[Finding]:
+        """The findings of each text, strongest kind first, one for each benchmark problem."""
+        words = _Words(_words(texts), self._numbers)
+        eights, thirteens = self._eights.shares(words), self._thirteens.shares(words)
+        candidates: dict[int, list[int]] = defaultdict(list)
+        for grams in self._short:
+            for number, shares in grams.shares(words).items():
+                candidates[number] += shares
+        for number, text in enumerate(texts):
+            same = self._normalized.get(_normalize(text), ())
+            # Every 13-gram holds six 8-grams.
+            if not same and number not in eights and number not in candidates:
+                continue
+            kinds: list[tuple[Kind, dict[int, float]]] = [
+                ("exact", {index: 1.0 for index in same if self._problems[index] == text}),
+                ("normalized", dict.fromkeys(same, 1.0)),
+                ("contained", self._contained(text, candidates.get(number, ()))),
+                ("8-gram", self._enough(eights.get(number, {}))),
+                ("13-gram", thirteens.get(number, {})),
+            ]
+            told: set[int] = set()
+            for kind, found in kinds:
+                for index, overlap in found.items():
+                    if index not in told:
+                        told.add(index)
+                        yield Finding(
+                            problem=text,
+                            benchmark_problem=self._problems[index],
+                            kind=kind,
+                            overlap=overlap,
+                        )
 
-    def _overlaps(self, problem: str) -> Iterator[tuple[Kind, dict[int, float]]]:
-        """For each kind that holds, the benchmark problems it holds for and their overlap."""
-        alike = self._normalized.get(_normalize(problem), [])
-        yield "exact", {index: 1.0 for index in alike if self._problems[index] == problem}
-        yield "normalized", dict.fromkeys(alike, 1.0)
-        words = _words(problem)
-        yield "contained", self._contained(problem, words)
-        eights = self._eights.shares(words)
-        yield "8-gram", {i: share for i, share in eights.items() if share >= self._threshold}
-        if eights:  # every 13-gram holds six 8-grams
-            yield "13-gram", self._thirteens.shares(words)
-
-    def _contained(self, problem: str, words: list[str]) -> dict[int, float]:
-        """The short benchmark problems that are part of `problem`, sign by sign."""
-        if self._short.keys().isdisjoint(words):
+    def _contained(self, text: str, candidates: Sequence[int]) -> dict[int, float]:
+        """The short benchmark problems that are part of `text`, sign by sign."""
+        if not candidates:
             return {}
-        spelt = _spelt(problem)
-        some = (self._short[word] for word in dict.fromkeys(words) if word in self._short)
-        return {i: 1.0 for candidates in some for i, own in candidates.items() if own in spelt}
+        spelt = _spelt(text)
+        return {
+            index: 1.0
+            for index in sorted(candidates)
+            if index in self._spelt and self._spelt[index] in spelt
+        }
+
+    def _enough(self, shares: dict[int, float]) -> dict[int, float]:
+        return {index: share for index, share in shares.items() if share >= self._threshold}
+
+
+class _Words:
+    """The words of some texts as numbers, and which text each is of. W = words, ends included."""
+
+    def __init__(self, words: Sequence[bytes], numbers: dict[bytes, int]) -> None:
+        known = {**numbers, _END: _ENDED}
+        self.numbers = np.fromiter(
+            map(known.get, words, repeat(_UNKNOWN)), np.int64, count=len(words)
+        )
+        self.texts = np.cumsum(self.numbers == _ENDED) - (self.numbers == _ENDED)
+
+    def counts(self, texts: int) -> npt.NDArray[np.int64]:
+        """How many words each of the `texts` has."""
+        return np.bincount(self.texts[self.numbers != _ENDED], minlength=texts)
+
+    def of(self, texts: npt.NDArray[np.int64]) -> "_Words":
+        """The words of some of the texts."""
+        some = object.__new__(_Words)
+        which = np.isin(self.texts, texts)
+        some.numbers, some.texts = self.numbers[which], self.texts[which]
+        return some
+
+    def grams(self, size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        """A hash of each `size` words in a row, all known, and which text they are of."""
+        unknown = running_sum(self.numbers <= _UNKNOWN)
+        starts = np.flatnonzero(unknown[size:] == unknown[:-size])
+        hashes = np.zeros(len(starts), np.uint64)
+        for place in range(size):
+            hashes = hashes * _MIX + self.numbers[starts + place].astype(np.uint64)
+        hashes ^= hashes >> np.uint64(31)
+        return hashes * _MIX, self.texts[starts]
 
 
 class _Grams:
-    """The n-grams of a list of texts, and which texts each is in."""
+    """The n-grams of texts, and which of the texts each is in."""
 
-    def __init__(self, size: int, texts: Iterable[list[str]]) -> None:
+    def __init__(self, size: int, words: _Words, texts: int) -> None:
         self._size = size
-        self._texts: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        self._counts: list[int] = []
-        for index, words in enumerate(texts):
-            distinct = dict.fromkeys(self._windows(words))
-            self._counts.append(len(distinct))
-            for gram in distinct:
-                self._texts[gram].append(index)
+        hashes, owners = words.grams(size)
+        order = np.lexsort((owners, hashes))
+        hashes, owners = hashes[order], owners[order]
+        new = np.append(True, (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1]))
+        hashes, self._owners = hashes[new[: len(hashes)]], owners[new[: len(hashes)]]
+        self._counts = np.bincount(self._owners, minlength=texts)
+        self._hashes, starts = np.unique(hashes, return_index=True)
+        self._offsets = np.append(starts, len(hashes))
+        # By their first bits most n-grams are known to be none of these.
+        bits = max(8, (8 * len(self._hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._worth = np.zeros(1 << bits, np.bool_)
+        self._worth[self._hashes >> self._shift] = True
 
-    def shares(self, words: list[str]) -> dict[int, float]:
-        """Of each text that shares an n-gram with `words`, the share of its n-grams found there."""
-        known = self._texts
-        if known.keys().isdisjoint(self._windows(words)):  # the common case, and it must be fast
+    def shares(self, words: _Words) -> dict[int, dict[int, float]]:
+        """For each text of `words` that shares n-grams, whose and which share of that one's."""
+        hashes, texts = words.grams(self._size)
+        worth = self._worth[hashes >> self._shift]
+        hashes, texts = hashes[worth], texts[worth]
+        if not len(hashes):
             return {}
-        shared = {gram for gram in self._windows(words) if gram in known}
-        hits = Counter(index for gram in shared for index in known[gram])
-        return {index: count / self._counts[index] for index, count in hits.items()}
-
-    def _windows(self, words: list[str]) -> Iterable[tuple[str, ...]]:
-        return zip(*(words[start:] for start in range(self._size)), strict=False)
-
-
-def distinct(problems: Iterable[str], seen: set[bytes]) -> list[str]:
-    """Those of `problems` that are new to `seen`, which remembers 16 bytes of each.
-
-    A training set asks the same problem many times over; this is for the one process that reads it.
-    """
-    new: dict[bytes, str] = {}
-    for problem in problems:
-        key = blake2b(problem.encode(errors="surrogatepass"), digest_size=16).digest()
-        if key not in seen:
-            new.setdefault(key, problem)
-    seen.update(new)
-    return list(new.values())
+        at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        there = self._hashes[at] == hashes
+        pairs = np.unique(texts[there] * len(self._hashes) + at[there])
+        sharing, grams = np.divmod(pairs, len(self._hashes))
+        owners = self._owners[ranges(self._offsets, grams)]
+        sharing = np.repeat(sharing, np.diff(self._offsets)[grams])
+        found, counts = np.unique(sharing * len(self._counts) + owners, return_counts=True)
+        shares: dict[int, dict[int, float]] = defaultdict(dict)
+        for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+            text, owner = divmod(number, len(self._counts))
+            shares[text][owner] = count / int(self._counts[owner])
+        return dict(shares)
 
 
 def _normalize(text: str) -> str:
@@ -202,7 +261,12 @@ def _spelt(text: str) -> str:
     return f" {' '.join(_WORD_OR_SIGN.findall(text.casefold()))} "
 
 
-def _words(text: str) -> list[str]:
-    if text.isascii():  # the same words, at a quarter of the time
-        return text.encode().translate(_ASCII).decode().split()
-    return _WORD.findall(text.casefold())
+def _words(texts: Iterable[str]) -> list[bytes]:
+    """The words of all texts, in UTF-8, with _END behind those of each."""
+
+    def words(text: str) -> bytes:
+        if text.isascii():  # the same words, at a quarter of the time
+            return text.encode().translate(_ASCII)
+        return " ".join(_WORD.findall(text.casefold())).encode(errors="surrogatepass")
+
+    return b"".join([words(text) + b" " + _END + b" " for text in texts]).split()

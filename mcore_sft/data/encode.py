@@ -1,6 +1,6 @@
 """A block of rows in, its examples as flat arrays out: the work of one process.
 
-Block -> Rows -> filters -> contamination -> Examples -> Encoded
+Block -> Rows -> filters -> Examples -> Encoded
 """
 
 import json
@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from mcore_sft.config import FilterConfig
 from mcore_sft.data.answers import TrainOn
+from mcore_sft.data.asked import Asked, asked, said_by_users
 from mcore_sft.data.blocks import Block
-from mcore_sft.data.contamination import Contamination, Finding, distinct
 from mcore_sft.data.conversation import system_text
 from mcore_sft.data.duplicates import Hashes, hashes_of, joined, text_hashes
 from mcore_sft.data.errors import DataError
@@ -29,19 +29,13 @@ from mcore_sft.data.open_table import OpenTable
 from mcore_sft.data.prompt import UNFIT, Prompt
 from mcore_sft.data.prompt_record import SystemHashes, system_hashes
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows, Tokens
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.tokenizer import BULK, load_tokenizer
 
 BAD = "bad row"
 """Why a row is dropped that cannot be used, where the run may leave such out."""
 
-TOO_LONG = "longer than the sequence"
-"""Why an example is dropped that no pack can hold."""
-
 UNTRAINED = "nothing to learn"
 """Why an example is dropped of which others have marked no token as trained."""
-
-CONTAMINATED = "in a benchmark"
-"""Why an example is dropped whose problem a benchmark asks too."""
 
 SAMPLES = 3
 """Rows of a block that are shown for each reason to drop them."""
@@ -94,8 +88,8 @@ class Encoded:
     compared too, else [0, 2].
     systems uint64 [M]: which system text each conversation has (`system_hashes`), else [0];
     system_texts: these texts, and how many examples have each.
-    rows: how many could be used, which `examples.rows` counts; size:
-    bytes of the source.
+    asked: what their users ask, where that is compared with benchmarks.
+    rows: how many could be used, which `examples.rows` counts; size: bytes of the source.
     """
 
     source: int
@@ -107,25 +101,12 @@ class Encoded:
     problems: npt.NDArray[np.uint64]
     systems: SystemHashes
     system_texts: Mapping[str, int]
-    findings: Sequence[Finding]
+    asked: Asked
     drops: Drops
     rows: int
     size: int
     gigatoken: bool
     kind: Literal["problems", "conversations", "tokens"]
-
-    def keep(self, wanted: npt.NDArray[np.bool_]) -> "Encoded":
-        """Only the `wanted` [M] examples."""
-        if wanted.all():
-            return self
-        return replace(
-            self,
-            examples=self.examples.keep(wanted),
-            numbers=self.numbers[wanted],
-            hashes=self.hashes[wanted],
-            problems=self.problems[wanted],
-            systems=self.systems[wanted] if self.kind == "conversations" else self.systems,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +116,11 @@ class Recipe:
     tokenizer: Path
     gigatoken: bool
     prompt: Mapping[str, Any]
-    sequence_length: int
     train_on: TrainOn
     skip_bad: bool
     filters: FilterConfig
-    benchmark: Mapping[str, str]
-    """Problems that training must not hold, and where each stands (`read_benchmarks`)."""
-    threshold: float
-    """Share of a benchmark problem's 8-grams that makes a training problem the same."""
-    remove: bool
-    """Whether rows with such problems are dropped, and not only told of."""
     as_json: bool = False
-    """Bytes of NeMo-Skills' JSON lines instead of tokens, and no row is too long."""
+    """Bytes of NeMo-Skills' JSON lines instead of tokens."""
     unfed: int | None = None
     """The id that no example may hold: a token that the model does not have."""
 
@@ -160,30 +134,25 @@ class Encoder:
         self._prompt = Prompt.restore(recipe.prompt, self._tokenizer)
         self._table = OpenTable()
         self._filters = Filters(recipe.filters, self._count_tokens)
-        self._benchmark = (
-            Contamination(recipe.benchmark, threshold=recipe.threshold)
-            if recipe.benchmark
-            else None
-        )
-        self._checked: set[bytes] = set()
-        self._contaminated: set[str] = set()
 
-    def encode(self, block: Block, source: int = 0) -> Encoded:
-        """Examples of all rows that are wanted and that a pack can hold; the rest is counted."""
+    def load(self) -> None:
+        """Load what is loaded otherwise when it is first used."""
+        self._tokenizer.encode_column(pa.array(["1 + 1"] * BULK, pa.large_string()))
+
+    def encode(self, block: Block, source: int = 0, *, compared: bool = False) -> Encoded:
+        """Examples of all rows that are wanted; the rest is counted.
+
+        compared: whether what users ask is to be compared with benchmarks.
+        """
         skip_bad, eos = self._recipe.skip_bad, self._tokenizer.eos_id
         read = block.read(skip_bad=skip_bad, eos=eos, table=self._table)
         drops = Drops()
         bad = (Sample(f"{read.name}:{number}", said) for number, said in read.bad.items())
         drops.add(BAD, len(read.bad), bad)
         rows, origin = self._filtered(read, drops)
-        findings = self._check(rows)
-        if self._contaminated and self._recipe.remove:
-            asked = _asked(rows)
-            clean = np.array([self._contaminated.isdisjoint(said) for said in asked], np.bool_)
-            drops.add(CONTAMINATED, int((~clean).sum()), _samples(rows, ~clean))
-            rows, origin = rows.take(clean), origin[clean]
         examples = self._examples(rows, drops)
-        hashes, problem_hashes = _hashes(rows, examples)
+        asked_first = _problem_hashes(rows)
+        hashes, problems = _hashes(rows, examples, asked_first)
         systems = _systems(rows, examples)
         return Encoded(
             source=source,
@@ -192,10 +161,10 @@ class Encoder:
             numbers=rows.numbers[examples.rows],
             hashes=hashes,
             read_hashes=self._read_hashes(read),
-            problems=problem_hashes,
+            problems=problems,
             systems=system_hashes(systems),
             system_texts=Counter(text for text in systems if text is not None),
-            findings=findings,
+            asked=_asked(rows, asked_first, examples) if compared else Asked(),
             drops=drops,
             rows=len(read),
             size=block.size,
@@ -223,31 +192,6 @@ class Encoder:
         changed = replace(rows.take(kept), solutions=pa.array(left, pa.large_string()))
         return changed, everything[kept]
 
-    def _check(self, rows: Any) -> list[Finding]:
-        """What the benchmark shares with problems that this process has not seen before."""
-        if self._benchmark is None:
-            return []
-        if isinstance(rows, Tokens):
-            raise DataError(
-                f"{rows.name}: tokens cannot be compared with benchmarks; give this source as "
-                "text, or leave data.contamination.against empty"
-            )
-        first: dict[str, int] = {}
-        for index, said in enumerate(_asked(rows)):
-            for text in said:
-                first.setdefault(text, index)
-        found = self._benchmark.check(distinct(first, self._checked))
-        # A 13-gram alone is often a phrase that everybody uses: it is told of, and stays.
-        self._contaminated.update(each.problem for each in found if each.kind != "13-gram")
-        return [
-            replace(
-                each,
-                where=rows.where(first[each.problem]),
-                benchmark=self._recipe.benchmark[each.benchmark_problem],
-            )
-            for each in found
-        ]
-
     def _read_hashes(self, rows: Rows) -> Hashes:
         """Of the rows before the filters: what NeMo-Skills compares when it reads."""
         filters = self._recipe.filters
@@ -269,7 +213,7 @@ class Encoder:
             drops.add(reason, 1, _samples(rows, np.array([index])))
         for index, said in (unfit or {}).items():
             drops.add(UNFIT, 1, [Sample(rows.where(index), said)])
-        return self._that_fit(rows, examples, drops)
+        return self._that_are_fed(rows, examples)
 
     def _require_prompts_of_evaluation(self, rows: Pairs, examples: Examples) -> None:
         """`DataError` if some examples do not begin with the ids that evaluation would send."""
@@ -296,9 +240,9 @@ class Encoder:
             )
         idle = examples.span_counts == 0
         drops.add(UNTRAINED, int(idle.sum()), _samples(rows, examples.rows[idle]))
-        return self._that_fit(rows, examples.keep(~idle), drops)
+        return self._that_are_fed(rows, examples.keep(~idle))
 
-    def _that_fit(self, rows: Rows, examples: Examples, drops: Drops) -> Examples:
+    def _that_are_fed(self, rows: Rows, examples: Examples) -> Examples:
         unfed = self._recipe.unfed
         if unfed is not None and (found := np.flatnonzero(examples.tokens == unfed)).size:
             raise DataError(
@@ -306,22 +250,19 @@ class Encoder:
                 f"{self._tokenizer.decode([unfed])} ({unfed}), which only pads and which the model "
                 "does not have; take it out of the row or of prompt.template"
             )
-        long = examples.lengths > self._recipe.sequence_length
-        drops.add(TOO_LONG, int(long.sum()), _samples(rows, examples.rows[long]))
-        return examples.keep(~long)
+        return examples
 
     def _count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
 
 
-def _asked(rows: Pairs | Chats) -> list[list[str]]:
-    """For each row what its user says: the problem, or every message of a conversation."""
-    if isinstance(rows, Pairs):
-        return [[problem] for problem in rows.problems.to_pylist()]
-    return [
-        [message["content"] for message in messages if message["role"] == "user"]
-        for messages in rows.messages
-    ]
+def _asked(rows: Any, problems: Hashes, examples: Examples) -> Asked:
+    if isinstance(rows, Tokens):
+        raise DataError(
+            f"{rows.name}: tokens cannot be compared with benchmarks; give this source as text, or "
+            "leave data.contamination.against empty"
+        )
+    return asked(rows, problems, examples.rows)
 
 
 def _where(rows: Rows, examples: Examples, at: int) -> str:
@@ -343,19 +284,29 @@ def _systems(rows: Rows, examples: Examples) -> list[str | None]:
     return [system_text(rows.messages[row]) for row in examples.rows.tolist()]
 
 
-def _hashes(rows: Any, examples: Examples) -> tuple[Hashes, npt.NDArray[np.uint64]]:
+def _problem_hashes(rows: Rows) -> Hashes:
+    """Hashes of the problems of the rows [N, 2]; of tokens, nothing."""
+    if isinstance(rows, Pairs):
+        return text_hashes(rows.problems)
+    if isinstance(rows, Chats):
+        first = [said[0] if said else "" for said in said_by_users(rows)]
+        return text_hashes(pa.array(first, pa.large_string()))
+    return np.zeros((0, 2), np.uint64)
+
+
+def _hashes(
+    rows: Any, examples: Examples, problems: Hashes
+) -> tuple[Hashes, npt.NDArray[np.uint64]]:
     """Hashes of the examples and of their problems."""
     if isinstance(rows, Pairs):
-        problems = text_hashes(rows.problems)[examples.rows]
         solutions = text_hashes(rows.solutions)[examples.rows]
+        problems = problems[examples.rows]
         return joined(problems, solutions), problems[:, 0]
     tokens = _stretch_hashes(examples.tokens, examples.lengths)
     masks = _stretch_hashes(examples.spans.reshape(-1), 2 * examples.span_counts)
     if isinstance(rows, Tokens):
         return joined(tokens, masks), tokens[:, 0]
-    first = [said[0] if said else "" for said in _asked(rows)]
-    problems = text_hashes(pa.array(first, pa.large_string()))[examples.rows]
-    return joined(tokens, masks), problems[:, 0]
+    return joined(tokens, masks), problems[examples.rows, 0]
 
 
 def _stretch_hashes(numbers: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> Hashes:

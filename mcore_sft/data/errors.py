@@ -10,3 +10,7 @@ class DataError(UserError):
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or what kind it is."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class WorkerEnded(DataError):
+    """A process that worked on the data was ended from outside; what it had finished is sound."""

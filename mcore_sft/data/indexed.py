@@ -33,6 +33,16 @@ def running_sum(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return sums
 
 
+def ranges(offsets: npt.NDArray[np.int64], which: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The numbers from offsets[i] to offsets[i + 1], for each i of `which`, end to end."""
+    counts = offsets[which + 1] - offsets[which]
+    before = np.cumsum(counts) - counts
+    numbers: npt.NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(
+        offsets[which] - before, counts
+    )
+    return numbers
+
+
 def write_index(
     file: Path, lengths: npt.NDArray[np.int32], dtype: np.dtype[np.int32] | np.dtype[np.uint16]
 ) -> None:
@@ -46,6 +56,14 @@ def write_index(
         offsets.astype("<i8", copy=False).tofile(out)
         del offsets  # of a large dataset, one such array is enough at a time
         np.arange(len(lengths) + 1, dtype="<i8").tofile(out)
+
+
+def begin_array(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Begin the .npy of an array; returns the byte that its values are to be written from."""
+    told = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with file.open("wb") as out:
+        np.lib.format.write_array_header_1_0(out, told)
+        return out.tell()
 
 
 class IndexedTokens:

@@ -1,6 +1,7 @@
 """The data section of an experiment in, what it names out: sources, blocks, the recipe, inputs."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,15 @@ from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.encode import Recipe
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.find_files import find_files
-from mcore_sft.data.progress import progress
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.source_file import SourceFile, changed
-from mcore_sft.data.sources import Survey, source_size, survey
+from mcore_sft.data.sources import Looks, Survey, source_size, survey
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 
 _ELSEWHERE = {"packed", "root", "workers", "gigatoken"}
 """Keys of the data section that say where and how, and change no byte of the dataset."""
+
+_ROW = 2048  # bytes, as a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,43 @@ class Job:
                 "data.train names no source; give at least one (path, problem, solution)"
             )
 
+    @property
+    def num_workers(self) -> int:
+        """Processes that work on the data."""
+        return self.config.workers or len(os.sched_getaffinity(0))
+
     @cached_property
     def sources(self) -> dict[str, tuple[SourceConfig, ...]]:
         """The sources of each split that is read."""
         splits = {"train": self.config.train, "validation": self.config.validation}
         return {split: sources for split, sources in splits.items() if sources}
 
+    def read_sources(self, advance: Callable[[int], None]) -> None:
+        """Read every file for its checksum, once, counting the bytes on `advance`."""
+        self._looks.advance = advance
+        assert self.surveys is not None
+        assert self.against is not None
+
+    @property
+    def bytes_of_sources(self) -> int:
+        """Bytes that `read_sources` reads."""
+        its = [source for sources in self.sources.values() for source in sources]
+        return source_size(*its, *self.config.contamination.against, root=self.config.root)
+
+    def guessed_size(self, split: str) -> int:
+        """About how many bytes of its sources `split` has, before they are looked at."""
+        return sum(
+            min(source_size(source, root=self.config.root), (source.limit or 2**40) * _ROW)
+            for source in self.sources[split]
+        )
+
+    @cached_property
+    def _looks(self) -> Looks:
+        return Looks()
+
     @cached_property
     def surveys(self) -> dict[str, list[Survey]]:
-        """What the sources hold; every file is read once."""
+        """What the sources hold."""
         return {
             split: [self._survey(source) for source in sources]
             for split, sources in self.sources.items()
@@ -107,8 +137,8 @@ class Job:
         if load_tokenizer(path, gigatoken=False).fingerprint != self.tokenizer.fingerprint:
             raise changed(path)
 
-    def recipe(self, split: str, *, as_json: bool = False) -> Recipe:
-        """How the rows of `split` become examples; only training is compared with benchmarks."""
+    def recipe(self, *, as_json: bool = False) -> Recipe:
+        """How rows become examples."""
         config, filters = self.config, self.config.filters
         if filters.contamination_file is not None:
             file = config.root / filters.contamination_file
@@ -117,18 +147,15 @@ class Job:
             tokenizer=self.tokenizer.path,
             gigatoken=self.tokenizer.gigatoken,
             prompt=self.prompt.describe(),
-            sequence_length=config.sequence_length,
             train_on=config.train_on,
             skip_bad=config.on_bad_row == "skip",
             filters=filters,
-            benchmark=self._benchmark() if split == "train" else {},
-            threshold=config.contamination.threshold,
-            remove=config.contamination.remove,
             as_json=as_json,
             unfed=self.unfed,
         )
 
-    def _benchmark(self) -> dict[str, str]:
+    @cached_property
+    def benchmark(self) -> dict[str, str]:
         """The problems of all benchmarks that training must not hold, and where they stand."""
         return read_benchmarks(self.against)
 
@@ -148,11 +175,7 @@ class Job:
             ) from None
 
     def _survey(self, source: SourceConfig, *, alone: bool = False) -> Survey:
-        root = self.config.root
-        name = f"checksums of {source.path}"
-        total = source_size(source, root=root)
-        with progress(name, total=total or None, console=self.console) as advance:
-            surveyed = survey(source, root=root, alone=alone, advance=advance)
+        surveyed = survey(source, root=self.config.root, alone=alone, looks=self._looks)
         if surveyed.using:
             self.console.print(f"{source.path}: {surveyed.using}", soft_wrap=True)
         return surveyed

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -14,6 +16,10 @@ from mcore_sft.data.errors import DataError
 FORMAT = 3
 NAME = "manifest.json"
 REPORTS = ("report.json", "report.html")
+
+_ASIDE = {"origins", "systems", "long"}
+"""What the names of files have behind the split that tell where examples come from, or that hold
+those too long for a sequence."""
 
 _AGAIN = "run preprocess again with --overwrite"
 _Count = Annotated[int, Field(ge=0)]
@@ -72,23 +78,34 @@ def digest_of(tree: Any) -> str:
 def fingerprint_of(files: Mapping[str, Any]) -> str:
     """SHA-256 that stands for a dataset, of what `describe_files` says of its files.
 
-    Reports are left out: how they look changes nothing that is trained on.
+    Reports are left out, and where examples come from: neither changes what is trained on.
     """
-    return digest_of({name: told for name, told in files.items() if name not in REPORTS})
+    return digest_of({name: told for name, told in files.items() if _is_trained(name)})
 
 
 def split_fingerprint(manifest: Mapping[str, Any], split: str) -> str:
     """SHA-256 that stands for one split of a dataset, whatever other splits it has."""
     files = manifest["files"]
-    return digest_of({name: files[name] for name in files if name.startswith(f"{split}.")})
+    own = (name for name in files if name.startswith(f"{split}.") and _is_trained(name))
+    return digest_of({name: files[name] for name in own})
 
 
-def describe_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each file, by name."""
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in sorted(files)
-    }
+def _is_trained(name: str) -> bool:
+    """Whether a file of a dataset decides what is trained on."""
+    return name not in REPORTS and not _ASIDE & set(name.split(".")[1:])
+
+
+def describe_files(
+    files: Iterable[Path], known: Mapping[Path, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file, by name; a checksum that is `known` is not made again."""
+    ordered = sorted(files)
+    with ThreadPoolExecutor() as threads:
+        sums = threads.map(lambda file: known.get(file) or sha256_of(file), ordered)
+        return {
+            file.name: {"bytes": file.stat().st_size, "sha256": checksum}
+            for file, checksum in zip(ordered, sums, strict=True)
+        }
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -149,8 +166,13 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify:
                 f"{file}: {size} bytes, expected {described['bytes']} ({NAME}); the file is "
                 f"truncated or of another run; {_AGAIN}"
             )
-        if verify and (found := sha256_of(file)) != described["sha256"]:
-            raise DataError(
-                f"{file}: corrupt: SHA-256 {found}, expected {described['sha256']} ({NAME}); "
-                f"{_AGAIN}"
-            )
+    if not verify:
+        return
+    with ThreadPoolExecutor() as threads:
+        sums = threads.map(sha256_of, [folder / name for name in files])
+        for (name, described), found in zip(files.items(), sums, strict=True):
+            if found != described["sha256"]:
+                raise DataError(
+                    f"{folder / name}: corrupt: SHA-256 {found}, expected {described['sha256']} "
+                    f"({NAME}); {_AGAIN}"
+                )

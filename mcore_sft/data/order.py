@@ -7,18 +7,19 @@ rows kept.
 """
 
 import math
-import random
-from collections.abc import MutableSequence, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from mcore_sft.config import FilterConfig, HoldoutConfig
 from mcore_sft.data.duplicates import Hashes, Seen
+from mcore_sft.data.shuffle import shuffle
 
 Ids = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 Order = npt.NDArray[np.int64]
+
+_AT_ONCE = 1 << 16  # rows compared at a time
 
 
 def row_order(problems: Ids, config: FilterConfig) -> Order:
@@ -29,49 +30,56 @@ def row_order(problems: Ids, config: FilterConfig) -> Order:
     ours keeps all.
     """
     c, num_samples = config, config.num_output_samples or len(problems)
-    if c.order == "source" and num_samples >= len(problems):
+    if not len(problems) or (c.order == "source" and num_samples >= len(problems)):
         return np.arange(len(problems))
     order = _grouped(problems)
     if c.downsampling_method == "fair" and num_samples < len(problems):
         order = order[_by_turns(problems[order])[:num_samples]]
-    _shuffle(order, c.random_seed)
+    shuffle(order, c.random_seed)
     order = order[:num_samples]
     return np.sort(order) if c.order == "source" else order
 
 
 def distinct_rows(order: Order, hashes: Hashes) -> Order:
-    """Of `order` [M] the first of the rows alike in `hashes` [N, 2]; all of it without hashes.
+    """Of `order` [M] the first of the rows alike in `hashes` [N, 2].
 
     NeMo-Skills compares once more when it writes what it has shuffled and sampled.
     """
-    return order[Seen().new(hashes[order])] if len(hashes) else order
+    seen, new = Seen(), np.empty(len(order), np.bool_)
+    for first in range(0, len(order), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        new[some] = seen.new(hashes[order[some]])
+    return order[new]
 
 
 def _grouped(problems: Ids) -> Order:
     """Rows of the first problem, of the second to appear, and so on; in source order in each."""
-    by_id = np.argsort(problems, kind="stable")
-    starts, counts = _groups(problems[by_id])
-    first_row = np.repeat(by_id[starts], counts)
-    return by_id[np.argsort(first_row, kind="stable")]
+    count = len(problems)
+    by_id = np.argsort(problems)  # not stable: the row itself is part of the key below
+    starts = _starts(problems[by_id])
+    first_row = np.empty(count, np.uint32)
+    firsts = np.minimum.reduceat(by_id, starts).astype(np.uint32)
+    first_row[by_id] = np.repeat(firsts, np.diff(starts, append=count))
+    del by_id, starts, firsts  # of many rows, one such array is enough at a time
+    keys = first_row.astype(np.int64)
+    del first_row
+    keys <<= 32
+    keys |= np.arange(count, dtype=np.uint32)
+    keys.sort()
+    keys &= 2**32 - 1
+    return keys
 
 
 def _by_turns(grouped: Ids) -> Order:
     """Places in `grouped` by turns: the first row of each group, then the second, and so on."""
-    starts, counts = _groups(grouped)
-    turn = np.arange(len(grouped)) - np.repeat(starts, counts)
+    starts = _starts(grouped)
+    turn = np.arange(len(grouped)) - np.repeat(starts, np.diff(starts, append=len(grouped)))
     return np.argsort(turn, kind="stable")
 
 
-def _groups(ids: Ids) -> tuple[Order, Order]:
-    """Where each run of equal ids begins, and how long it is."""
-    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
-    return starts, np.diff(starts, append=len(ids))
-
-
-def _shuffle(order: Order, seed: int) -> None:
-    """random.seed(seed); random.shuffle(list(order)), in place and without a list's memory."""
-    in_place = cast(MutableSequence[int], order.data)
-    random.Random(seed).shuffle(in_place)
+def _starts(ids: Ids) -> Order:
+    """Where each run of equal ids begins."""
+    return np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
 
 
 def held_out(

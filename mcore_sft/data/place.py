@@ -3,13 +3,15 @@
 What a run leaves behind that was killed is never taken for data, and the next one takes care of it.
 """
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_sft.base import files
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.errors import DataError
+from mcore_sft.data.errors import DataError, WorkerEnded
 
 
 def holds_dataset(folder: Path) -> bool:
@@ -29,11 +31,31 @@ def holds_dataset(folder: Path) -> bool:
         return True
 
 
-@contextmanager
-def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `folder` once it is whole, or is removed.
+@dataclass(frozen=True)
+class Room:
+    """Where a run works.
 
-    What lies there by then is replaced if `overwrite`, and it is a dataset; else a `DataError`.
+    result: a folder that is to take the dataset's name; scratch: one that is removed in any case;
+    blocks: a folder for what is encoded, which outlives a run that is killed, if that was `alone`.
+    """
+
+    result: Path
+    blocks: Path
+    scratch: Path
+    alone: bool
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is something that outlives this run."""
+        return self.alone and any(self.blocks.glob("*.block"))
+
+
+@contextmanager
+def workroom(folder: Path, *, overwrite: bool = False) -> Iterator[Room]:
+    """A room for the run that makes `folder`: its result takes that place once it is whole.
+
+    What lies there by then is replaced if `overwrite`, and it is a dataset; else a `DataError`. The
+    blocks are removed then, and where anything fails but that somebody ended the run.
     """
     folder = files.end_of_links(folder)
     if folder.is_mount():
@@ -41,17 +63,46 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             f"{folder}: a disk is mounted there, which no folder can take the place of; "
             f"give a folder on it, such as data.packed={folder / 'packed'}"
         )
-    with written(folder), files.new_folder(folder, holds_dataset if overwrite else _nothing) as new:
+    with written(folder), files.workspace(folder) as work:
         if not overwrite and holds_dataset(folder):
             raise files.Occupied
-        yield new
+        room = Room(
+            result=work.folder / "result",
+            blocks=unfinished(folder) if work.alone else work.folder / "blocks",
+            scratch=work.folder / "scratch",
+            alone=work.alone,
+        )
+        room.result.mkdir()
+        room.scratch.mkdir()
+        try:
+            yield room
+            shutil.rmtree(room.scratch)
+            files.put(room.result, folder, holds_dataset if overwrite else _nothing)
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt | WorkerEnded) or not room.is_kept:
+                shutil.rmtree(room.blocks, ignore_errors=True)
+            raise
+        shutil.rmtree(room.blocks, ignore_errors=True)
+
+
+def unfinished(folder: Path) -> Path:
+    """Where the blocks lie of a run that was ended before `folder` was whole."""
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run left that was killed when `folder` was whole, unless another one works."""
+    left = unfinished(files.end_of_links(folder))
+    if left.exists():
+        with suppress(files.Locked, OSError), files.workspace(folder):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def workspace(place: Path) -> Iterator[Path]:
     """A folder beside `place` for one run's files, removed in the end; no other run has one."""
-    with written(place), files.workspace(place) as partial:
-        yield partial
+    with written(place), files.workspace(place) as work:
+        yield work.folder
 
 
 @contextmanager

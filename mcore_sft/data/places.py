@@ -1,16 +1,12 @@
-"""Encoded rows in, where each stands in its file out, for reports: some bytes a block.
+"""Rows as what is written names and shows them: without the folders of this machine."""
 
-position of a row among all that were read -> FILE:NUMBER
-"""
-
-from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from mcore_sft.data.encode import Sample, excerpt
 
-Ids = npt.NDArray[np.int64]
+Shown = dict[str, str]
+"""A row that was dropped: where it stands, its text, and perhaps the row that it repeats."""
 
 
 def place(where: str, root: Path) -> str:
@@ -23,33 +19,17 @@ def place(where: str, root: Path) -> str:
     return str(path) if where else ""
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """Rows of one file from positions `starts`, whose numbers are `shifts` more."""
+def shown(
+    samples: Mapping[str, Sequence[Sample]], root: Path, decode: Callable[[list[int]], str]
+) -> dict[str, list[Shown]]:
+    """Rows of each reason as they are shown; `decode` gives the text of those that are tokens."""
 
-    name: str
-    starts: Ids
-    shifts: Ids
+    def show(sample: Sample) -> Shown:
+        text = sample.text.removeprefix(f"{sample.where}: ")
+        told = {
+            "where": place(sample.where, root),
+            "text": text or excerpt(decode(list(sample.tokens))),
+        }
+        return {**told, "same_as": place(sample.same_as, root)} if sample.same_as else told
 
-
-class Places:
-    """Lines and rows are numbered in step with positions but for blank lines and bad rows."""
-
-    def __init__(self) -> None:
-        self._firsts: list[int] = []
-        self._runs: list[_Run] = []
-
-    def add(self, name: str, positions: Ids, numbers: Ids) -> None:
-        """The rows of a block: `positions` [M], ascending and behind all before, and `numbers`."""
-        if not len(positions):
-            return
-        shifts = numbers - positions
-        at = np.flatnonzero(np.append(True, shifts[1:] != shifts[:-1]))
-        self._firsts.append(int(positions[0]))
-        self._runs.append(_Run(name, positions[at], shifts[at]))
-
-    def where(self, position: int) -> str:
-        """FILE:NUMBER of a row that was added."""
-        run = self._runs[bisect_right(self._firsts, position) - 1]
-        at = int(np.searchsorted(run.starts, position, side="right")) - 1
-        return f"{run.name}:{position + run.shifts[at]}"
+    return {reason: [show(sample) for sample in some] for reason, some in samples.items()}

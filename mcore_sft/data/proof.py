@@ -1,6 +1,6 @@
 """The files of one split in, what holds for every example out; `DataError` where it does not.
 
-    Arrays -> read once, some millions of tokens at a time -> Proof
+    Arrays -> parts of the examples, read once, by several processes -> Proof
 
 Every example has supervised tokens, ends with a stop token that is trained, does not begin with
 two BOS tokens, and is in a pack; no pack is longer than a sequence. Nothing is taken from what the
@@ -8,9 +8,10 @@ writer said: the tokens are those of the .bin. N = examples.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.rows import num_trained
 from mcore_sft.data.trained_parts import Parts
+from mcore_sft.data.workers import Workers, no_tool
 
 _TOKENS_AT_ONCE = 1 << 21
+_TOKENS_OF_A_TASK = 1 << 24
 _PACKS_AT_ONCE = 1 << 16
 _MEND = "the tokenizer, the prompt.template and the source do not fit each other; name other ones"
 
@@ -70,6 +73,18 @@ class _Some:
         return running_sum(self.lengths)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is asked of every example of the split `split` in `folder`."""
+
+    folder: Path
+    split: str
+    longest: int
+    stop_ids: Sequence[int] | None
+    bos_id: int | None
+    parts: Parts
+
+
 def prove(
     arrays: Arrays,
     *,
@@ -77,28 +92,61 @@ def prove(
     stop_ids: Sequence[int] | None,
     bos_id: int | None,
     vocab: Mapping[str, int],
+    workers: Workers | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Proof:
     """Look at every token, span and pack of a split; holds some tens of MB and 4 bytes a row.
 
     Without `stop_ids`, as for tokens that others made by rules of their own, neither the ends of
-    examples nor BOS tokens are judged.
+    examples nor BOS tokens are judged. `advance` counts bytes of tokens.
     """
     times = _times(arrays, sequence_length)
-    longest = int(arrays.tokens.lengths.max(initial=0))
-    lengths = np.zeros(longest + 1, dtype=np.int64)
-    supervised = np.zeros(longest + 1, dtype=np.int64)
-    bos = None if stop_ids is None else bos_id
+    asked = _Asked(
+        folder=arrays.prefix.parent,
+        split=arrays.prefix.name,
+        longest=int(arrays.tokens.lengths.max(initial=0)),
+        stop_ids=stop_ids,
+        bos_id=None if stop_ids is None else bos_id,
+        parts=Parts.of(vocab, stop_ids or ()),
+    )
+    cuts = _cut(arrays, _TOKENS_OF_A_TASK)
+    tasks = [(asked, first, last, times[first:last]) for first, last in cuts]
+    found: list[Proof] = []
+    pool = workers or Workers(1, no_tool)
+    for (first, last), part in zip(cuts, pool.each(_prove, tasks), strict=True):
+        found.append(part)
+        size = int(arrays.tokens.lengths[first:last].sum(dtype=np.int64))
+        advance(size * arrays.tokens.dtype.itemsize)
+    nothing = np.zeros(asked.longest + 1, np.int64)
+    parts = Counter[str]()
+    for part in found:
+        parts.update(part.parts)
+    return Proof(
+        lengths=sum((part.lengths for part in found), nothing),
+        supervised=sum((part.supervised for part in found), nothing),
+        tokens=sum(part.tokens for part in found),
+        supervised_tokens=sum(part.supervised_tokens for part in found),
+        with_bos=None if asked.bos_id is None else sum(part.with_bos or 0 for part in found),
+        parts=parts,
+    )
+
+
+def _prove(_: None, asked: _Asked, first: int, last: int, times: npt.NDArray[np.int32]) -> Proof:
+    """What is found in the examples `first` to `last`, which an epoch shows so many `times` [n]."""
+    arrays = Arrays.open(asked.folder, asked.split)
+    lengths = np.zeros(asked.longest + 1, dtype=np.int64)
+    supervised = np.zeros(asked.longest + 1, dtype=np.int64)
     tokens, supervised_tokens, with_bos = 0, 0, 0
-    parts, found = Parts.of(vocab, stop_ids or ()), Counter[str]()
-    for some in _read(arrays):
+    parts = Counter[str]()
+    for some in _read(arrays, first, last):
         _require_supervised(arrays, some)
-        if stop_ids is not None:
-            _require_trained_stop(arrays, some, stop_ids)
-        with_bos += _require_one_bos(arrays, some, bos)
-        found.update(parts.count(some.tokens, some.begins, some.spans))
-        lengths += np.bincount(some.lengths, minlength=longest + 1)
-        supervised += np.bincount(some.supervised, minlength=longest + 1)
-        visits = times[some.first : some.first + len(some.lengths)].astype(np.int64)
+        if asked.stop_ids is not None:
+            _require_trained_stop(arrays, some, asked.stop_ids)
+        with_bos += _require_one_bos(arrays, some, asked.bos_id)
+        parts.update(asked.parts.count(some.tokens, some.begins, some.spans))
+        lengths += np.bincount(some.lengths, minlength=len(lengths))
+        supervised += np.bincount(some.supervised, minlength=len(lengths))
+        visits = times[some.first - first :][: len(some.lengths)].astype(np.int64)
         tokens += int(visits @ some.lengths)
         supervised_tokens += int(visits @ some.supervised)
     return Proof(
@@ -106,8 +154,8 @@ def prove(
         supervised=supervised,
         tokens=tokens,
         supervised_tokens=supervised_tokens,
-        with_bos=None if bos is None else with_bos,
-        parts=found,
+        with_bos=with_bos,
+        parts=parts,
     )
 
 
@@ -133,15 +181,26 @@ def _times(arrays: Arrays, sequence_length: int) -> npt.NDArray[np.int32]:
     return times
 
 
-def _read(arrays: Arrays) -> Iterator[_Some]:
-    """All examples in order; the tokens are read, not mapped, so that no page of them stays."""
+def _cut(
+    arrays: Arrays, size: int, begin: int = 0, end: int | None = None
+) -> list[tuple[int, int]]:
+    """Examples `begin` to `end` in parts of about `size` tokens."""
     index = arrays.tokens
-    size = index.dtype.itemsize
-    total = int(index.offsets[-1]) // size + int(index.lengths[-1]) if len(index) else 0
-    starts = np.arange(0, total, _TOKENS_AT_ONCE) * size
-    cuts = np.unique([*np.searchsorted(index.offsets, starts).tolist(), len(index)])
+    end = len(index) if end is None else end
+    size *= index.dtype.itemsize
+    if begin == end:
+        return []
+    starts = np.arange(int(index.offsets[begin]), int(index.offsets[end - 1]) + 1, size)
+    places = np.searchsorted(index.offsets[begin:end], starts) + begin
+    return list(pairwise(np.unique([*places.tolist(), end]).tolist()))
+
+
+def _read(arrays: Arrays, begin: int, end: int) -> Iterator[_Some]:
+    """Examples `begin` to `end`; tokens are read, not mapped, so that no page of them stays."""
+    index = arrays.tokens
     with arrays.file("bin").open("rb") as opened:
-        for first, last in pairwise(cuts.tolist()):
+        opened.seek(int(index.offsets[begin]))
+        for first, last in _cut(arrays, _TOKENS_AT_ONCE, begin, end):
             lengths = np.array(index.lengths[first:last])
             offsets = np.array(arrays.span_offsets[first : last + 1])
             spans = np.array(arrays.spans[offsets[0] : offsets[-1]])

@@ -6,7 +6,7 @@ files of the splits, counts, examples of what was dropped -> report -> report.js
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,10 +18,9 @@ from rich.table import Table
 from mcore_sft.base.terminal import Console
 from mcore_sft.data.contamination import Kind
 from mcore_sft.data.dataset import Arrays
-from mcore_sft.data.encode import Sample, excerpt
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.manifest import REPORTS
-from mcore_sft.data.places import place
+from mcore_sft.data.places import Shown
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.proof import Proof, prove
 from mcore_sft.data.report_page import page
@@ -29,6 +28,7 @@ from mcore_sft.data.rows import num_trained
 from mcore_sft.data.show import coloured
 from mcore_sft.data.summary import summary
 from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.workers import Workers
 
 FORMAT = 1
 JSON, HTML = REPORTS
@@ -45,16 +45,16 @@ def write_report(
     counts: Mapping[str, Mapping[str, Any]],
     inputs: Mapping[str, Any],
     sequence_length: int,
-    samples: Mapping[str, Mapping[str, Sequence[Sample]]],
+    dropped: Mapping[str, Mapping[str, Sequence[Shown]]],
     tokenizer: Tokenizer,
     prompt: Prompt,
-    root: Path = Path(),
+    workers: Workers | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Prove what must hold of every example in `folder`, and write the report beside the files.
 
-    counts: those of each split; samples: for each split, some rows of each reason for dropping;
-    root: the folder that sources are named from, which is left out of what is written. The same
-    dataset gives the same bytes. `DataError` names the first example that should not be.
+    counts: those of each split; dropped: for each split, some rows of each reason for dropping.
+    The same dataset gives the same bytes. `DataError` names the first example that should not be.
     """
     report = {
         "format": FORMAT,
@@ -65,14 +65,13 @@ def write_report(
             split: _describe_split(
                 Arrays.open(folder, split),
                 counts[split],
-                samples={
-                    reason: [_sample(sample, root, tokenizer) for sample in some]
-                    for reason, some in samples.get(split, {}).items()
-                },
+                dropped=dropped.get(split, {}),
                 sources=inputs["sources"].get(split, inputs["sources"]["train"]),
                 tokenizer=tokenizer,
                 stop_ids=prompt.stop_ids,
                 sequence_length=sequence_length,
+                workers=workers,
+                advance=advance,
             )
             for split in counts
         },
@@ -90,11 +89,13 @@ def _describe_split(
     arrays: Arrays,
     counts: Mapping[str, Any],
     *,
-    samples: Mapping[str, Sequence[Mapping[str, str]]],
+    dropped: Mapping[str, Sequence[Shown]],
     sources: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     stop_ids: Sequence[int],
     sequence_length: int,
+    workers: Workers | None,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
     ours = not counts["tokenized_elsewhere"]
     proof = prove(
@@ -103,6 +104,8 @@ def _describe_split(
         stop_ids=stop_ids if ours else None,
         bos_id=tokenizer.bos_id,
         vocab=tokenizer.vocab,
+        workers=workers,
+        advance=advance,
     )
     _require_counts(arrays, proof, counts)
     width = _bin_width(len(proof.lengths) - 1)
@@ -120,7 +123,7 @@ def _describe_split(
             "tokens": _distribution(proof.lengths, width),
             "supervised": _distribution(proof.supervised, width),
         },
-        "dropped": {reason: samples.get(reason, []) for reason in counts["dropped"]},
+        "dropped": {reason: dropped.get(reason, []) for reason in counts["dropped"]},
         "contamination": _contamination(Path(f"{arrays.prefix}.contamination.jsonl")),
         "examples": [
             _describe_example(arrays, index, tokenizer) for index in _spread(proof.examples)
@@ -137,16 +140,6 @@ def _source(source: Mapping[str, Any], counts: Mapping[str, Any], index: int) ->
         "examples": counts["source_examples"][index],
         "visits": counts["source_visits"][index],
     }
-
-
-def _sample(sample: Sample, root: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """A row as it is shown: where it stands, without the folders of this machine, and its text."""
-    text = sample.text.removeprefix(f"{sample.where}: ")
-    shown = {
-        "where": place(sample.where, root),
-        "text": text or excerpt(tokenizer.decode(list(sample.tokens))),
-    }
-    return {**shown, "same_as": place(sample.same_as, root)} if sample.same_as else shown
 
 
 def _require_counts(arrays: Arrays, proof: Proof, counts: Mapping[str, Any]) -> None:

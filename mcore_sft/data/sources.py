@@ -6,8 +6,10 @@ Where the blocks begin and end depends on the source alone.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,47 +72,69 @@ class Survey:
             )
 
 
+class Looks:
+    """Files that were read for their checksums, each once, whatever sources name it."""
+
+    def __init__(self, advance: Callable[[int], None] = _nothing) -> None:
+        """`advance` counts the bytes that are read."""
+        self.advance = advance
+        self._known: dict[SourceFile, tuple[str, Sequence[Block] | None]] = {}
+
+    def at(self, files: Sequence[SourceFile]) -> list[tuple[str, Sequence[Block] | None]]:
+        """The checksum of each file, and its blocks where they are found on the way."""
+        new = [file for file in files if file not in self._known]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            self._known |= zip(new, threads.map(self._look, new), strict=True)
+        return [self._known[file] for file in files]
+
+    def _look(self, file: SourceFile) -> tuple[str, Sequence[Block] | None]:
+        with _readable(file.path):
+            if file.kind in _LINES:
+                return survey_lines(Columns(), file, self.advance)
+            return _checksum(file, self.advance), None
+
+
 def survey(
     source: SourceConfig,
     *,
     root: Path,
     alone: bool = False,
     advance: Callable[[int], None] = _nothing,
+    looks: Looks | None = None,
 ) -> Survey:
-    """Look at a source: read each file once, counting its bytes on `advance`.
+    """Look at a source: read each file, unless `looks` has, counting its bytes on `advance`.
 
     `alone`: of its rows, only problems are read.
     """
-    return _survey(source, root, alone, advance)
+    return _survey(source, root, alone, looks or Looks(advance))
 
 
 def peek(source: SourceConfig, *, root: Path) -> Survey:
     """A source without its checksums, for a look at the first blocks: no other is read."""
-    return _survey(source, root, alone=False, advance=None)
+    return _survey(source, root, alone=False, looks=None)
 
 
-def _survey(
-    source: SourceConfig, root: Path, alone: bool, advance: Callable[[int], None] | None
-) -> Survey:
+def _survey(source: SourceConfig, root: Path, alone: bool, looks: Looks | None) -> Survey:
     paths = _paths(source, root)
     if not paths:
         return _survey_dataset(source, root, alone)
-    files: list[dict[str, str]] = []
-    parts, size = [], 0
-    columns = configured(source, alone=alone)
-    for path in paths:
-        opened = _parts_of(source, path, root)
-        with _readable(path):
-            columns = columns or _recognised(source, opened[0], alone)
-            part = _part(source, columns, opened, root)
-            if advance is not None:
-                checksums, part = _read_once(columns, opened, part, advance)
-                names = (file.path.name for file in opened)
-                files += [{"name": n, "sha256": c} for n, c in zip(names, checksums, strict=True)]
-        parts.append(part)
-        size += sum(file.size for file in opened)
+    columns, parts = configured(source, alone=alone), []
+    together = [_parts_of(source, path, root) for path in paths]
+    for files in together:
+        with _readable(files[0].path):
+            columns = columns or _recognised(source, files[0], alone)
+            parts.append(_part(source, columns, files, root))
+    every = [file for files in together for file in files]
+    seen = {} if looks is None else dict(zip(every, looks.at(every), strict=True))
+    for index, files in enumerate(together):
+        if files[0] in seen and (blocks := seen[files[0]][1]) is not None:
+            parts[index] = _lines(columns or Columns(), blocks, parts[index])
     using, told = _using(source, columns, alone)
-    description = {"path": source.path, "files": files, **told}
+    described = [
+        {"name": file.path.name, "sha256": seen[file][0]} for file in every if file in seen
+    ]
+    description = {"path": source.path, "files": described, **told}
+    size = sum(file.size for file in every)
     return Survey(source=source, description=description, size=size, parts=parts, using=using)
 
 
@@ -195,10 +219,11 @@ def _recognised_in_table(
     return require_known(source, row, alone=alone, where=where)
 
 
-def source_size(source: SourceConfig, *, root: Path) -> int:
-    """Bytes that `survey` reads."""
-    files = find_files(source.path, root=root)
-    return sum(each.size for file in files for each in _parts_of(source, file, root))
+def source_size(*sources: SourceConfig, root: Path) -> int:
+    """Bytes that `survey` reads of `sources`; of what several of them name, once."""
+    named = ((source, file) for source in sources for file in find_files(source.path, root=root))
+    files = {each for source, file in named for each in _parts_of(source, file, root)}
+    return sum(file.size for file in files)
 
 
 def _parts_of(source: SourceConfig, path: Path, root: Path) -> list[SourceFile]:
@@ -215,17 +240,15 @@ def _parts_of(source: SourceConfig, path: Path, root: Path) -> list[SourceFile]:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
-def _read_once(
-    columns: Columns | None,
-    files: Sequence[SourceFile],
-    part: Part,
-    advance: Callable[[int], None],
-) -> tuple[list[str], Part]:
-    """Checksums of `files`, which are read together, and how to cut them now that they are read."""
-    if files[0].kind not in _LINES:
-        return [_checksum(each, advance) for each in files], part
-    checksum, part = survey_lines(columns or Columns(), files[0], advance)
-    return [checksum], part
+def _lines(columns: Columns, blocks: Sequence[Block], otherwise: Part) -> Part:
+    """Blocks of lines that are known, unless so many rows alone are wanted."""
+
+    def part(most: int | None) -> Iterator[Block]:
+        if most is not None:
+            return otherwise(most)
+        return (replace(block, columns=columns) for block in blocks)
+
+    return part
 
 
 def _part(

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from mcore_sft.data.blocks import Block, LineBlock, Part, TextBlock, ValueBlock
+from mcore_sft.data.blocks import Block, LineBlock, TextBlock, ValueBlock
 from mcore_sft.data.columns import texts_in
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.json_array import JsonArray
@@ -36,8 +36,8 @@ BLOCK_BYTES = 8 << 20
 
 def survey_lines(
     columns: Columns, file: SourceFile, advance: Callable[[int], None]
-) -> tuple[str, Part]:
-    """Checksum of a file of lines, and where its blocks lie."""
+) -> tuple[str, list[Block]]:
+    """Checksum of a file of lines, and its blocks, which say where they lie."""
     digest = hashlib.sha256()
     blocks: list[Block] = []
     start, line = 0, 1
@@ -63,10 +63,7 @@ def survey_lines(
             start += size
             line += _count_lines(data)
 
-    def part(most: int | None) -> Iterator[Block]:
-        return iter(blocks) if most is None else text_blocks(columns, file, most)
-
-    return digest.hexdigest(), part
+    return digest.hexdigest(), blocks
 
 
 def first_row(file: SourceFile, texts: Iterable[str]) -> Mapping[str, Any] | None:

@@ -40,12 +40,12 @@ def shard(job, folder):
 def test_what_the_manifest_names_is_what_was_used(work, name, when, folder, monkeypatch):
     encode = Encoder.encode
 
-    def encode_while_it_changes(self, *block):
-        made = None if when == "before" else encode(self, *block)
+    def encode_while_it_changes(self, *block, **settings):
+        made = None if when == "before" else encode(self, *block, **settings)
         with (folder / name).open("a", encoding="utf-8") as file:
             row = {"problem": "2 + 2?", "contaminated": True}
             file.write(json.dumps(row) + "\n" if name == "known.jsonl" else "\n")
-        return made or encode(self, *block)
+        return made or encode(self, *block, **settings)
 
     monkeypatch.setattr(Encoder, "encode", encode_while_it_changes)
     with pytest.raises(DataError, match=r"(known\.jsonl|tokenizer): it changed while it was read"):

@@ -11,7 +11,7 @@ import pytest
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.place import new_folder, workspace
+from mcore_sft.data.place import workroom, workspace
 
 
 def make(
@@ -21,9 +21,9 @@ def make(
     overwrite: bool = False,
     meanwhile: Callable[[Path], object] = lambda partial: None,
 ) -> None:
-    with new_folder(folder, overwrite=overwrite) as partial:
-        (partial / "manifest.json").write_text(content, encoding="utf-8")
-        meanwhile(partial)
+    with workroom(folder, overwrite=overwrite) as room:
+        (room.result / "manifest.json").write_text(content, encoding="utf-8")
+        meanwhile(room.result)
 
 
 def found(folder: Path) -> str:

@@ -13,6 +13,7 @@ from mcore_sft.data.dataset import Arrays
 from mcore_sft.data.encode import Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum, write_index
+from mcore_sft.data.places import shown
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.proof import prove
 from mcore_sft.data.report import show_manifest, write_report
@@ -194,13 +195,13 @@ def made(tmp_path_factory):
 
 
 def report(folder: Path, counts: dict) -> dict:
-    samples = {"train": {"duplicate": [Sample("rows.jsonl:7", EVIL)]}}
+    dropped = {"train": {"duplicate": [{"where": "rows.jsonl:7", "text": EVIL}]}}
     write_report(
         folder,
         counts={"train": counts},
         inputs=INPUTS,
         sequence_length=64,
-        samples=samples,
+        dropped=dropped,
         tokenizer=TOKENIZER,
         prompt=PROMPT,
     )
@@ -288,10 +289,9 @@ def test_rows_are_named_without_the_folders_of_this_machine(made):
         counts={"train": counts},
         inputs=INPUTS,
         sequence_length=64,
-        samples={"train": samples},
+        dropped={"train": shown(samples, Path("/here/data"), TOKENIZER.decode)},
         tokenizer=TOKENIZER,
         prompt=PROMPT,
-        root=Path("/here/data"),
     )
     dropped = json.loads((folder / "report.json").read_bytes())["splits"]["train"]["dropped"]
     assert dropped == {
@@ -376,7 +376,7 @@ def test_table_of_counts(made):
     labels = [line[0] for line in shown]
     dropped = [label for label in labels if label.startswith("dropped: ")]
     assert dropped == [
-        f"dropped: {x}" for x in ("bad row", "longer than the sequence", "duplicate")
+        f"dropped: {x}" for x in ("bad row", "duplicate", "longer than the sequence")
     ]
     assert ["dropped: duplicate", "3 (33.3%)", "0 (0.0%)"] in shown
     assert ["held out for validation", "0 (0.0%)", "3 (33.3%)"] in shown

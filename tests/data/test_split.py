@@ -3,15 +3,21 @@
 import json
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mcore_sft.data import store
+from mcore_sft.data.collect import CONTAMINATED, DUPLICATE
+from mcore_sft.data.contamination import Contamination
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.encode import BAD, CONTAMINATED, TOO_LONG, Encoder
+from mcore_sft.data.encode import BAD
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prepare import export_json_lines, merge, prepare_shard
-from mcore_sft.data.split import DUPLICATE, NOT_SAMPLED, by_rule
+from mcore_sft.data.export import export_json_lines
+from mcore_sft.data.prepare import merge, prepare_shard
+from mcore_sft.data.split import NOT_SAMPLED, TOO_LONG, by_rule
+from mcore_sft.data.store import Bench
 from tests.data.test_prepare import ROWS, config, contents, job, run, solved, texts, write_rows
 
 
@@ -201,11 +207,11 @@ def test_reasons_stand_in_the_order_of_the_rules(tmp_path):
     expected = [
         BAD,
         "trim_prefix",
-        CONTAMINATED,
         "a prompt's own",
-        TOO_LONG,
+        CONTAMINATED,
         DUPLICATE,
         NOT_SAMPLED,
+        TOO_LONG,
     ]
     assert by_rule(told) == expected
     rows = [solved("a?", "1"), solved("a?", "1"), solved("b?", "\\boxed{1} \\boxed{2}")]
@@ -252,9 +258,10 @@ def test_pair_names_the_first_row_of_both_sides(tmp_path):
     write_rows(tmp_path / "rows.jsonl", rows)
     write_rows(tmp_path / "test.jsonl", [{"problem": SHORT}, {"problem": LONG}])
     work = job(config(tmp_path, contamination={"against": [{"path": "test.jsonl"}]}))
-    recipe = work.recipe("train")
+    bench = Bench(work.recipe(), work.benchmark, 0.9)
     (block,) = (block for _, block in work.blocks("train"))
-    (found,) = Encoder(recipe).encode(block).findings
+    file = store.encode(bench, block, 0, tmp_path / "1.block", np.dtype(np.uint16), True)
+    (found,) = store.compare(bench, file, np.arange(2))
     assert found.where == f"{tmp_path}/rows.jsonl:2"
     assert found.benchmark == f"{tmp_path}/test.jsonl:2"
 
@@ -279,6 +286,36 @@ def test_pairs_are_written_with_the_first_row_of_a_pair(tmp_path, monkeypatch):
         assert (found["where"], found["benchmark"]) == ("rows.jsonl:41", "test.jsonl:1")
         assert made["splits"]["train"]["contaminated_by"] == {"test.jsonl": 1}
         assert "rows.jsonl:41" in (tmp_path / str(workers) / "report.html").read_text()
+
+
+@pytest.mark.parametrize("met", [1, 1 << 20])
+def test_each_distinct_text_is_compared_once_by_whoever_is_asked(met, tmp_path, monkeypatch):
+    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("mcore_sft.data.asked._MET", met)  # a process forgets what it met, or not
+    compared, check = [], Contamination.check
+
+    def checked(self, problems):
+        compared.extend(problems)
+        return check(self, problems)
+
+    monkeypatch.setattr(Contamination, "check", checked)
+    write_rows(tmp_path / "rows.jsonl", [*ROWS[:80], solved(LONG, "one"), *ROWS[:90]])
+    talks = [talk(ROWS[3]["problem"], LONG), talk("Hello.", "Hello.")]
+    write_rows(tmp_path / "talks.jsonl", talks * 3)
+    write_rows(tmp_path / "test.jsonl", [{"problem": LONG}])
+    sources = [{"path": "rows.jsonl"}, {"path": "talks.jsonl", "messages": "messages"}]
+    against = {"against": [{"path": "test.jsonl"}]}
+    data = config(tmp_path, train=sources, contamination=against)
+    made, _ = run(data, tmp_path / "packed")
+    assert made["splits"]["train"]["dropped"]["in a benchmark"] == 1 + 3
+    asked = {row["problem"] for row in ROWS[:90]} | {LONG, "Hello."}
+    assert sorted(compared) == sorted(asked)
+    del compared[:]
+    for index in range(2):
+        prepare_shard(job(data), tmp_path / "shards", index=index, count=2)
+    assert compared == []
+    assert merge(job(data), tmp_path / "shards", count=2) == made
+    assert sorted(compared) == sorted(asked)
 
 
 def test_empty_benchmark_ends_the_run(tmp_path):

@@ -135,7 +135,7 @@ def test_another_tokenizer_is_refused(packed, inspect, tmp_path):
 
 def test_verify_passes_what_is_sound_and_names_damage(packed, inspect, tmp_path):
     code, shown, _ = inspect(packed, "--verify")
-    assert (code, "sound (16 files, train, validation)" in shown) == (0, True)
+    assert (code, "sound (20 files, train, validation)" in shown) == (0, True)
     folder = Path(shutil.copytree(packed, tmp_path / "packed"))
     spans = np.load(folder / "train.spans.npy")
     spans[3] = (5, 9999)

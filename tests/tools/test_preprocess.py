@@ -105,8 +105,7 @@ def start(experiment, *overrides, **options) -> subprocess.Popen:
 def wait_for_tokens(experiment) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        written = (experiment.parent / "run").glob(".data.partial-*/train.collected")
-        if any(file.stat().st_size for file in written):
+        if any((experiment.parent / "run").glob("data.unfinished/*.block")):
             return
         time.sleep(0.005)
     raise AssertionError("nothing was written in a minute")
@@ -127,6 +126,7 @@ def processes_of(running: subprocess.Popen, *, at_least: int) -> list[psutil.Pro
 
 
 INTERRUPTED, TERMINATED = (130, "interrupted\n"), (143, "terminated\n")
+KEPT = "run/data.unfinished: holds what was encoded; the same command goes on from there"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ INTERRUPTED, TERMINATED = (130, "interrupted\n"), (143, "terminated\n")
         (os.killpg, [signal.SIGTERM, signal.SIGTERM], TERMINATED),  # timeout(1), schedulers
     ],
 )
-def test_ended_run_leaves_nothing_and_says_one_sentence(many, send, signals, end):
+def test_ended_run_leaves_what_it_encoded_and_says_so(many, send, signals, end):
     running = start(many)
     wait_for_tokens(many)
     started = processes_of(running, at_least=3)
@@ -145,15 +145,17 @@ def test_ended_run_leaves_nothing_and_says_one_sentence(many, send, signals, end
         send(running.pid, number)
         time.sleep(0.02)
     _, said = running.communicate(timeout=60)
+    kept, said = said.splitlines(keepends=True)
+    assert KEPT in kept
     assert (running.returncode, said) == end
-    assert left_in(many) == []
+    assert left_in(many) == ["data.unfinished"]
     assert psutil.wait_procs(started, timeout=10)[1] == []
 
 
 def test_interrupted_while_processes_start(many):
     running = start(many)
     processes_of(running, at_least=2)
-    time.sleep(0.3)  # the second, which tokenizes, is at its imports
+    time.sleep(0.3)  # the second, the foreman of those that tokenize, is at its imports
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert (running.returncode, said) == INTERRUPTED
@@ -175,7 +177,8 @@ def test_killed_run_leaves_no_dataset_nor_processes_and_the_next_one_is_whole(ma
     os.kill(running.pid, signal.SIGKILL)
     assert psutil.wait_procs(started, timeout=10)[1] == []
     running.communicate(timeout=60)
-    assert [name[:14] for name in left_in(many)] == [".data.lock", ".data.partial-"]
+    left = [name.rpartition("-")[0] or name for name in left_in(many)]
+    assert left == [".data.lock", ".data.partial", "data.unfinished"]
     again = start(many)
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
