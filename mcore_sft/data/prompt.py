@@ -13,9 +13,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from mcore_sft.data.conversation import (
     Conversation,
     UnfitRow,
     checked,
-    texts_in,
+    collect_texts,
 )
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
@@ -324,9 +324,9 @@ class Prompt:
     ) -> Examples:
         """Examples of conversations, each of which is one text."""
         talks: dict[int, Talk] = {}
-        for index in range(len(rows)):
+        for index, (messages, tools) in enumerate(self._said(rows)):
             with _of_row(rows, index, unfit):
-                talk = self._talk(rows, index)
+                talk = checked(messages), tools
                 if _is_answered(*talk):
                     talks[index] = talk
                 else:
@@ -345,7 +345,7 @@ class Prompt:
     def _tell(self, row: int, messages: Messages, tools: Tools | None) -> _Told:
         """A conversation of a row as text, with the answers that are trained."""
         trained = trained_in(messages)
-        plain = [{key: one[key] for key in one if key != "weight"} for one in messages]
+        plain = list(map(_unweighed, messages))
         written = self._renderer.write(plain, tools, trained)
         if self._masks_reasoning:
             said = zip(written.answers, trained, strict=True)
@@ -408,22 +408,27 @@ class Prompt:
                 if one.last:
                     same(prompt, one.messages[: one.last], asks=True)
 
-    def _talk(self, rows: Pairs | Chats, index: int) -> Talk:
-        """Messages and tools of a row."""
+    def _said(self, rows: Pairs | Chats) -> Iterator[Talk]:
+        """Messages and tools of each row."""
         if isinstance(rows, Chats):
-            return checked(rows.messages[index]), rows.tools[index] if rows.tools else None
+            return zip(rows.messages, rows.tools or repeat(None))  # noqa: B905 (repeats for ever)
         assert isinstance(self._renderer, Chat)
-        problem, solution = rows.problems[index].as_py(), rows.solutions[index].as_py()
-        return self._renderer.messages(problem, solution), None
+        texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), strict=True)
+        return ((self._renderer.messages(*pair), None) for pair in texts)
 
     def _that_spell_specials(self, talks: Mapping[int, Talk]) -> list[int]:
         """Which of `talks` hold a special token in a text of their own."""
-        texts = [(index, text) for index, talk in talks.items() for text in texts_in(talk)]
-        column = pa.array([text for _, text in texts], pa.large_string())
-        ids, offsets = self._tokenizer.encode_column(column)
-        places = self._specials(ids)
-        found = np.searchsorted(offsets, places, side="right") - 1
-        return sorted({texts[i][0] for i in found.tolist()})
+        texts: list[str] = []
+        counts = []
+        for talk in talks.values():
+            before = len(texts)
+            collect_texts(talk, texts)
+            counts.append(len(texts) - before)
+        ids, offsets = self._tokenizer.encode_column(pa.array(texts, pa.large_string()))
+        found = np.searchsorted(offsets, self._specials(ids), side="right") - 1
+        rows = np.searchsorted(np.cumsum(counts), found, side="right")
+        every = list(talks)
+        return [every[row] for row in np.unique(rows).tolist()]
 
     def _specials(self, ids: Ids) -> npt.NDArray[np.int64]:
         """Where special tokens stand in `ids`, and stop tokens, if they are none."""
@@ -502,16 +507,30 @@ def _is_answered(messages: Messages, tools: Tools | None) -> bool:
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
-@contextmanager
-def _of_row(rows: Rows, index: int, unfit: dict[int, str] | None) -> Iterator[None]:
+class _of_row:
     """A `DataError` within says first which row it is about; an `UnfitRow` is put into `unfit`."""
-    try:
-        yield
-    except DataError as error:
-        said = f"{rows.where(index)}: {error}"
-        if unfit is None or not isinstance(error, UnfitRow):
+
+    def __init__(self, rows: Rows, index: int, unfit: dict[int, str] | None) -> None:
+        self._rows, self._index, self._unfit = rows, index, unfit
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, DataError):
+            return False
+        said = f"{self._rows.where(self._index)}: {error}"
+        if self._unfit is None or not isinstance(error, UnfitRow):
             raise DataError(said) from None
-        unfit[index] = said
+        self._unfit[self._index] = said
+        return True
+
+
+def _unweighed(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message without what says whether it is trained, as templates are given it."""
+    if "weight" not in message:
+        return message
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _stop_id(token: str, tokenizer: Tokenizer) -> int:

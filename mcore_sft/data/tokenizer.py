@@ -155,12 +155,13 @@ class Tokenizer:
         ids, offsets = (self.encode_turns if turns else self.encode_column)(texts)
         starts = text_offsets(texts)
         data = memoryview((texts.buffers()[2] if len(texts) else None) or b"")
-        lengths = self._lengths[ids]
-        sums = running_sum(lengths)
+        sums = running_sum(self._lengths[ids]) + starts[0]
         spelt, lead = self._spelt(data, ids, offsets, starts, np.diff(sums[offsets]))
-        shift = np.repeat(starts[:-1] - sums[offsets[:-1]] - lead, np.diff(offsets))
-        begins, ends = sums[:-1] + shift, sums[1:] + shift
-        begins[offsets[:-1][lead > 0]] += 1
+        begins, ends = sums[:-1], sums[1:]
+        if not spelt.all() or lead.any():
+            shift = np.repeat(starts[:-1] - sums[offsets[:-1]] - lead, np.diff(offsets))
+            begins, ends = begins + shift, ends + shift
+            begins[offsets[:-1][lead > 0]] += 1
         for i in np.flatnonzero(~spelt).tolist():
             text = texts[i].as_py()
             codec = self._codec.continued if turns and i % 2 else self._codec
