@@ -232,6 +232,14 @@ class Tokenizer:
         """Text of `ids` to the letter: what each token stands for, end to end."""
         return self._codec.spell(ids)
 
+    def text_of(self, ids: Sequence[int], *, continued: bool = False) -> str:
+        """The text that has these `ids`; `continued` as in `encode_column`."""
+        return self._codec.text_of(ids, continued=continued)
+
+    def encode_slowly(self, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
+        """Ids of each text, as `encode_column` gives them, by `tokenizers` alone."""
+        return (self._codec.continued if continued else self._codec).encode_batch(texts)
+
     @property
     def isolating_ids(self) -> Sequence[int]:
         """Ids of tokens that cut a text: what stands before one changes no id behind it."""

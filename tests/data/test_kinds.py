@@ -58,6 +58,9 @@ def test_conversation_has_the_ids_of_transformers(kind, gigatoken, tmp_path):
             assert tokens[:first] == asked
             assert tokens[last - 1] == end
             if "NF" not in kind:
+                assert (
+                    theirs(tokenizer.text_of(tokens), add_special_tokens=False).input_ids == tokens
+                )
                 learned = tokenizer.spell(tokens[first:last])
                 assert learned.strip() == talk[2 * turn + 1]["content"] + END
 

@@ -712,7 +712,7 @@ def test_other_ids_than_those_of_transformers_end_the_run(tmp_path, monkeypatch)
         "apply_chat_template",
         lambda *a, **k: [*whole(*a, **k)[:-1], 7, *whole(*a, **k)[-1:]],
     )
-    error = r"a\.jsonl:1: .*token \d+ is 4 '<\|eot_id\|>' \(expected 7 '.*', as apply_chat_template"
+    error = r"a\.jsonl:1: .*token \d+ is 4 '<\|eot_id\|>' \(expected 7 '.*', as transformers has it"
     with pytest.raises(DataError, match=error):
         chat.encode(chats(said("1?", "one")), {})
 
