@@ -95,23 +95,29 @@ def unknown_keys(message: Mapping[str, Any]) -> list[str]:
 def texts_in(value: Any) -> list[str]:
     """Every text in `value`, keys included."""
     texts: list[str] = []
-    collect_texts(value, texts)
+    _collect_texts(value, texts)
     return texts
 
 
-def collect_texts(value: Any, texts: list[str]) -> None:
-    """Put every text in `value` into `texts`: keys too, but those that all messages have."""
+def texts_of(message: Mapping[str, Any]) -> list[str]:
+    """Every text of a message, but what all messages have: their keys, and who speaks."""
+    texts = [key for key in message if key not in _KNOWN]
+    for key, value in message.items():
+        if key != "role":
+            _collect_texts(value, texts)
+    return texts
+
+
+def _collect_texts(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
         texts.append(value)
     elif isinstance(value, dict | Mapping):
         for key, inner in value.items():
-            if key not in _KNOWN:
-                collect_texts(key, texts)
-            if key != "role":
-                collect_texts(inner, texts)
+            _collect_texts(key, texts)
+            _collect_texts(inner, texts)
     elif isinstance(value, Sequence):
         for inner in value:
-            collect_texts(inner, texts)
+            _collect_texts(inner, texts)
 
 
 def _says_something(value: Any) -> bool:

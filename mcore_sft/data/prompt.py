@@ -31,7 +31,8 @@ from mcore_sft.data.conversation import (
     Conversation,
     UnfitRow,
     checked,
-    collect_texts,
+    texts_in,
+    texts_of,
 )
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
@@ -420,9 +421,11 @@ class Prompt:
         """Which of `talks` hold a special token in a text of their own."""
         texts: list[str] = []
         counts = []
-        for talk in talks.values():
+        for messages, tools in talks.values():
             before = len(texts)
-            collect_texts(talk, texts)
+            for message in messages:
+                texts += texts_of(message)
+            texts += texts_in(tools)
             counts.append(len(texts) - before)
         ids, offsets = self._tokenizer.encode_column(pa.array(texts, pa.large_string()))
         found = np.searchsorted(offsets, self._specials(ids), side="right") - 1

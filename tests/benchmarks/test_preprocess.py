@@ -74,6 +74,7 @@ def test_both_pipelines_are_measured_compared_printed_and_written(
     assert preprocess.main([str(word) for word in (*places, *sizes, "--json", out)]) == 0
     figures = {row["name"].strip(): row for row in json.loads(out.read_text())["rows"]}
     assert figures["ours, tokens a second"]["value"] > 0
+    assert figures["conversations through a chat template, tokens a second"]["value"] > 0
     assert figures["ours, peak memory (PSS)"]["value"] > 1e7
     assert "100 examples, ids and masks the same" in figures["peer, tokens a second"]["shown"]
     assert "opening 300 examples" in capsys.readouterr().out

@@ -171,6 +171,7 @@ def test_chat_is_the_tokenizers_own_template(tokenizer):
 
 
 def tokenizer_with(template: str, folder: Path) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
     shutil.copy(FOLDER / "tokenizer.json", folder)
     config = {"bos_token": "<|begin_of_text|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -664,6 +665,18 @@ def test_assistant_may_speak_first(template, tmp_path):
     chat = chat_with(template.replace("{{ bos_token }}", "{{ bos_token }}" + looks), tmp_path, None)
     talk = [{"role": "assistant", "content": "hello"}, *said("1?", "one")]
     assert learned(chat, talk) == [["hello<|eot_id|>", "one<|eot_id|>"]]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_given_under_the_names_that_templates_ask_for(name, tmp_path):
+    for asked in ("reasoning_content", "thinking"):
+        thinks = f"(m.{asked} + '. ' if m.{asked} else '') + m.content"
+        chat = chat_with(UNMARKED.replace("m.content", thinks), tmp_path / asked, None)
+        talk = said("1?", "one", "2?", "two")
+        talk[3][name] = "Hm"
+        assert learned(chat, talk) == [["one<|eot_id|>", "Hm. two<|eot_id|>"]]
+    with pytest.raises(DataError, match=r"message 4: the chat template makes nothing of its reas"):
+        chat_with(UNMARKED, tmp_path, None).encode(chats(talk))
 
 
 def test_last_answer_alone_after_what_a_template_forgets(tmp_path):
