@@ -72,6 +72,8 @@ def _parser() -> Parser:
 
 def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
+    if tokenizer.caveat:
+        say(f"{tokenizer.path}: {tokenizer.caveat}", error=True)
     unfed = check_fit(tokenizer, config.model.path)
     if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
         architecture.read(config.model.path).check_length(config.data.sequence_length)

@@ -129,6 +129,26 @@ class Codec:
         return frozenset(self.isolating)
 
     @cached_property
+    def caveat(self) -> str | None:
+        """What is to be known of a sentencepiece model of which transformers makes something else.
+
+        Its ids are those that engines work with, but not those that the model has seen.
+        """
+        if self.file_name != "tokenizer.model":
+            return None
+        import sentencepiece
+
+        own = sentencepiece.SentencePieceProcessor(model_proto=self.saved)
+        for text in _PROBES:
+            if (ids := self.encode(text)) != (expected := own.encode(text)):
+                return (
+                    f"transformers, and so every engine that runs it, has other ids for {text!r} "
+                    f"than the sentencepiece model itself ({ids}, and {expected}). They are used; "
+                    "if the model has a tokenizer.json of its own, give that"
+                )
+        return None
+
+    @cached_property
     def changes_text(self) -> bool:
         """Whether a token may stand for other letters than those of the text."""
         return self._is_sentencepiece or self._inner.normalizer is not None
@@ -342,3 +362,4 @@ def _letters() -> dict[int, str]:
 _BYTES = _letters()
 _LETTERS = {letter: byte for byte, letter in _BYTES.items()}
 _SPACE = "\u2581"
+_PROBES = ("The sum of two numbers is 12.", "so  a  b is   the answer", "one\n\n two\t3")

@@ -28,7 +28,13 @@ def other_ids(
             f"{folder}: examples of {split} were tokenized elsewhere, by rules of their own, so "
             "that their ids cannot be told. Fix: leave out --tokenizer"
         )
-    whole = dataset.manifest["inputs"]["prompt"]["template"] == "chat"
+    prompt = dataset.manifest["inputs"]["prompt"]
+    whole = prompt["template"] == "chat"
+    if prompt.get("mask_reasoning") and not whole:
+        raise DataError(
+            f"{folder}: its masks leave out reasoning, and so do not tell where an answer of fixed "
+            "strings begins, which is tokenized by itself. Fix: leave out --tokenizer"
+        )
     for first in range(0, dataset.num_distinct, _AT_ONCE):
         some = range(first, min(first + _AT_ONCE, dataset.num_distinct))
         examples = [dataset.example(index) for index in some]

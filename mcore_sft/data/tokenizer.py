@@ -241,6 +241,11 @@ class Tokenizer:
         return (self._codec.continued if continued else self._codec).encode_batch(texts)
 
     @property
+    def caveat(self) -> str | None:
+        """What whoever trains with this tokenizer should know, if anything."""
+        return self._codec.caveat
+
+    @property
     def isolating_ids(self) -> Sequence[int]:
         """Ids of tokens that cut a text: what stands before one changes no id behind it."""
         return self._codec.isolating
