@@ -337,7 +337,5 @@ def test_tool_calls_may_be_json_text(tmp_path: Path) -> None:
     assert chats(tmp_path, as_lines(tmp_path, rows)) == expected
     for wrong in ("[", "5", {"name": "f"}):
         rows[0]["messages"][1]["tool_calls"] = wrong
-        with pytest.raises(
-            DataError, match=r"message 2: tool_calls .*, expected a list of calls"
-        ):
+        with pytest.raises(DataError, match=r"message 2: tool_calls .*, expected a list of calls"):
             chats(tmp_path, as_lines(tmp_path, rows))

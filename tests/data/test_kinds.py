@@ -116,7 +116,7 @@ def test_sentencepiece_model_of_which_transformers_makes_something_else_is_told(
     assert load_tokenizer(folder_of("spm", tmp_path / "t")).caveat is None
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString((tmp_path / "t" / "tokenizer.model").read_bytes())
-    model.pieces.add(piece="\u2581\u2581", score=1.0)  # merged first, though it stands last
+    model.pieces[-1].piece, model.pieces[-1].score = "\u2581\u2581", 1.0  # last, and merged first
     (tmp_path / "t" / "tokenizer.model").write_bytes(model.SerializeToString())
     said = load_tokenizer(tmp_path / "t").caveat
     assert said is not None

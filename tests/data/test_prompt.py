@@ -676,7 +676,9 @@ def test_reasoning_is_given_under_the_names_that_templates_ask_for(name, tmp_pat
         talk = said("1?", "one", "2?", "two")
         talk[3][name] = "Hm"
         assert learned(chat, talk) == [["one<|eot_id|>", "Hm. two<|eot_id|>"]]
-    with pytest.raises(DataError, match=r"message 4: the chat template makes nothing of its \w*(reas|think)"):
+    with pytest.raises(
+        DataError, match=r"message 4: the chat template makes nothing of its \w*(reas|think)"
+    ):
         chat_with(UNMARKED, tmp_path, None).encode(chats(talk))
 
 
