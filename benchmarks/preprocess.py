@@ -45,6 +45,7 @@ from rich.table import Table
 from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import PromptConfig
+from mcore_sft.data import chat_files
 from mcore_sft.data.contamination import Contamination
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.indexed import IndexedTokens
@@ -188,7 +189,8 @@ def template_for(tokenizer: Tokenizer) -> str:
 def run_ours(
     rows: Path,
     tokenizer: Path,
-    template: str,
+    prompt: dict[str, Any],
+    columns: dict[str, str],
     output: Path,
     *overrides: str,
     group: Path | None = None,
@@ -198,10 +200,10 @@ def run_ours(
     config = {
         "name": "benchmark",
         "model": {"path": str(rows.parent), "tokenizer": str(tokenizer)},
-        "prompt": {"template": template, "instruction": "generic/math"},
+        "prompt": prompt,
         "data": {
             "root": str(rows.parent),
-            "train": [{"path": rows.name, "solution": "solution"}],
+            "train": [{"path": rows.name, **columns}],
             "sequence_length": CAPACITY,
         },
     }
@@ -264,18 +266,19 @@ def end_to_end(options: argparse.Namespace, work: Path) -> Iterator[Figure]:
     make_rows(options.data, rows, options.rows)
     tokenizer = load_tokenizer(options.tokenizer)
     template = template_for(tokenizer)
-    ran = run_ours(rows, options.tokenizer, template, packed)
+    asked = {"template": template, "instruction": "generic/math"}
+    columns = {"problem": "problem", "solution": "solution"}
+    ran = run_ours(rows, options.tokenizer, asked, columns, packed)
     counts = json.loads((packed / "manifest.json").read_text())["splits"]["train"]
     if counts["dropped"].get("duplicate"):
         raise SystemExit(f"the rows are not distinct: {counts['dropped']}")
 
-    def judged(figure: Figure) -> Figure:
-        return figure if options.rows >= 1_000_000 else replace(figure, goal="")
-
     rate = counts["tokens"] / ran.seconds
     told = f"{options.rows:,} rows, {counts['tokens']:,} tokens in {ran.seconds:.1f} s"
     yield Figure(name="rows to packed dataset", value=ran.seconds, shown=told)
-    yield judged(at_least("ours, tokens a second", rate, 5e6, f"{rate / 1e6:.2f} M", ">= 5 M"))
+    yield judged(
+        options, at_least("ours, tokens a second", rate, 5e6, f"{rate / 1e6:.2f} M", ">= 5 M")
+    )
     most = law(options.rows)
     memory, heap = f"{ran.pss / 1e6:.0f} MB", f"{ran.anonymous / 1e6:.0f} MB"
     yield at_most("ours, anonymous memory", ran.anonymous, most, heap, f"<= {most / 1e6:.0f} MB")
@@ -294,17 +297,21 @@ def end_to_end(options: argparse.Namespace, work: Path) -> Iterator[Figure]:
     share = made["tokens"] / made["packs"] / CAPACITY
     yield Figure(name="peer, packing efficiency", value=share, shown=f"{share:.2%}")
     ratio = rate / peer_rate
-    yield judged(at_least("ours / peer", ratio, 6, f"{ratio:.1f}", ">= 6"))
+    yield judged(options, at_least("ours / peer", ratio, 6, f"{ratio:.1f}", ">= 6"))
     yield from opening(packed)
-    yield from shuffled(options, rows, template, work / "shuffled")
+    yield from shuffled(options, rows, asked, columns, work / "shuffled")
 
 
 def shuffled(
-    options: argparse.Namespace, rows: Path, template: str, packed: Path
+    options: argparse.Namespace,
+    rows: Path,
+    prompt: dict[str, Any],
+    columns: dict[str, str],
+    packed: Path,
 ) -> Iterator[Figure]:
     """The rows in an order that is drawn, where memory holds the tokens and where it does not."""
     order, size = "data.filters.order=nemo_skills", int(law(options.rows))
-    ran = run_ours(rows, options.tokenizer, template, packed, order)
+    ran = run_ours(rows, options.tokenizer, prompt, columns, packed, order)
     made = json.loads((packed / "manifest.json").read_text())["fingerprint"]
     told = f"{ran.seconds:.1f} s, {ran.anonymous / 1e6:.0f} MB"
     yield Figure(name="shuffled", value=ran.seconds, shown=told)
@@ -313,11 +320,46 @@ def shuffled(
         if group is None:
             yield Figure(name=name, value=0, shown="nobody here may limit memory")
             return
-        ran = run_ours(rows, options.tokenizer, template, packed, order, group=group)
+        ran = run_ours(rows, options.tokenizer, prompt, columns, packed, order, group=group)
     again = json.loads((packed / "manifest.json").read_text())["fingerprint"]
     if again != made:
         raise SystemExit(f"under a limit the dataset is {again}, expected {made}")
     yield Figure(name=name, value=ran.seconds, shown=f"{ran.seconds:.1f} s, the same bytes")
+
+
+def conversations(options: argparse.Namespace, work: Path) -> Iterator[Figure]:
+    """The same rows as conversations, through the same template as a chat template of Jinja."""
+    rows, packed = work / f"rows-{options.rows}.jsonl", work / f"packed-{options.rows}"
+    talks, folder = work / f"talks-{options.rows}.jsonl", work / "chat"
+    make_talks(rows, talks)
+    tokenizer = load_tokenizer(options.tokenizer)
+    prompt = Prompt(template_for(tokenizer), None, tokenizer)
+    chat_files.save(tokenizer, prompt, folder)
+    asked = {"template": "chat", "instruction": None}
+    ran = run_ours(talks, folder, asked, {"messages": "messages"}, packed)
+    counts = json.loads((packed / "manifest.json").read_text())["splits"]["train"]
+    rate = counts["tokens"] / ran.seconds
+    name, shown = "conversations through a chat template, tokens a second", f"{rate / 1e6:.2f} M"
+    yield judged(options, at_least(name, rate, 5e6, shown, ">= 5 M"))
+
+
+def make_talks(rows: Path, file: Path) -> None:
+    """Write `rows` as conversations to `file`, unless they are there."""
+    if file.is_file():
+        return
+    partial = file.with_suffix(".partial")
+    with rows.open(encoding="utf-8") as lines, partial.open("w", encoding="utf-8") as out:
+        for line in lines:
+            row = json.loads(line)
+            said = (("user", row["problem"]), ("assistant", row["solution"]))
+            messages = [{"role": role, "content": text} for role, text in said]
+            out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    partial.rename(file)
+
+
+def judged(options: argparse.Namespace, figure: Figure) -> Figure:
+    """A figure whose goal is that of a million rows: with fewer, the start is most of it."""
+    return figure if options.rows >= 1_000_000 else replace(figure, goal="")
 
 
 # ---- parts of ours
@@ -430,6 +472,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     figures = [
         *end_to_end(options, work),
+        *conversations(options, work),
         *packing(PACKED_LENGTHS),
         *contamination(options.data),
     ]

@@ -3,6 +3,7 @@
 python tools/inspect_data.py DIR                                 counts and lengths
 python tools/inspect_data.py DIR --pack 3 --tokenizer MODEL      a pack as text, coloured
 python tools/inspect_data.py DIR --verify                        checksums, then structure
+python tools/inspect_data.py DIR --verify --tokenizer MODEL      and the ids of every example
 """
 
 import argparse
@@ -16,9 +17,12 @@ from mcore_sft.data import manifest as manifests
 from mcore_sft.data.damage import find_damage, find_structural_damage
 from mcore_sft.data.dataset import Arrays, PackedDataset
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.progress import progress
 from mcore_sft.data.report import show_manifest
+from mcore_sft.data.retokenize import other_ids
 from mcore_sft.data.show import Viewer, length_chart, load_own_tokenizer
 
+_SHOWN = 20
 _LEGEND = "green: supervised; dim: not; bold: special tokens"
 _HOW_TO_GET_TEXT = "for text, give the tokenizer that made the dataset (--tokenizer DIR)"
 
@@ -29,7 +33,7 @@ def main() -> None:
     folder: Path = arguments.folder
     console = Console()
     if arguments.verify:
-        _verify(folder, console)
+        _verify(folder, arguments.tokenizer, console)
         return
     manifest = manifests.read(folder)
     if arguments.pack is None and arguments.example is None and arguments.random is None:
@@ -61,22 +65,49 @@ def _arguments() -> argparse.Namespace:
     what.add_argument("--example", type=int, metavar="N", help="show this example, from 0")
     what.add_argument("--random", type=int, metavar="SEED", help="show a pack drawn by this seed")
     what.add_argument("--verify", action="store_true", help="read all of it and name any damage")
-    parser.add_argument("--tokenizer", type=command.path, metavar="DIR", help="needed to show text")
+    parser.add_argument(
+        "--tokenizer",
+        type=command.path,
+        metavar="DIR",
+        help="needed to show text, and to verify ids",
+    )
     parser.add_argument("--ids", action="store_true", help="a line for each token, with its id")
     return parser.parse_args()
 
 
-def _verify(folder: Path, console: Console) -> None:
+def _verify(folder: Path, tokenizer: Path | None, console: Console) -> None:
     found = find_damage(folder, console=Console(stderr=True))
     for sentence in found:
         console.print(sentence, soft_wrap=True)
     if found:
         raise DataError(f"{folder}: damaged, see above; run preprocess again with --overwrite")
     manifest = manifests.read(folder)
+    verified = _verify_ids(folder, manifest, tokenizer, console) if tokenizer else ""
     console.print(
-        f"{folder}: sound ({len(manifest['files'])} files, {', '.join(manifest['splits'])})",
+        f"{folder}: sound ({len(manifest['files'])} files, {', '.join(manifest['splits'])})"
+        f"{verified}",
         soft_wrap=True,
     )
+
+
+def _verify_ids(folder: Path, manifest: dict[str, Any], tokenizer: Path, console: Console) -> str:
+    """Compare the ids of every example with those of its text; `DataError` if some differ."""
+    first = next(iter(manifest["splits"]))
+    own = load_own_tokenizer(tokenizer, PackedDataset(folder, first, verify=False))
+    total = sum(split["tokens"] for split in manifest["splits"].values())
+    wrong = 0
+    with progress("ids", total=total, console=Console(stderr=True)) as advance:
+        for split in manifest["splits"]:
+            for sentence in other_ids(folder, split, own, advance):
+                wrong += 1
+                if wrong <= _SHOWN:
+                    console.print(sentence, soft_wrap=True)
+    if wrong:
+        raise DataError(
+            f"{folder}: {wrong:,} examples have other ids than their text (the first are above). "
+            "Fix: run preprocess again with --overwrite"
+        )
+    return "; every example has the ids of its text"
 
 
 def _summarize(folder: Path, manifest: dict[str, Any], only: str | None, console: Console) -> None:

@@ -72,6 +72,8 @@ def _parser() -> Parser:
 
 def _job(config: RunConfig) -> Job:
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
+    if tokenizer.caveat:
+        say(f"{tokenizer.path}: {tokenizer.caveat}", error=True)
     unfed = check_fit(tokenizer, config.model.path)
     if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
         # Imported here, because the processes that tokenize load this module and need no torch.

@@ -133,7 +133,7 @@ class _Turns:
             if end < 0:
                 begin = self._prompt_end(i)
                 end = self._answer_end(begin, i, again=not answers)
-            if not answers:
+            if not answers and len(written) < len(trained):
                 opening = self._opening(begin, i) or ""
             answers.append(Answer(begin, [(begin, end)]))
             first, done = i + 1, end

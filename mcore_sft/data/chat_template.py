@@ -52,6 +52,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = date.strftime if date else _no_date(where)
         try:
             self._template = environment.from_string(source)
+            # As one dict: it is copied for every text.
+            self._template.globals = dict(self._template.globals)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template is not valid Jinja: {error}") from None
 

@@ -103,6 +103,51 @@ class Codec:
             return self.decode(ids, skip_special=False)
         return b"".join(map(self.spellings.__getitem__, ids)).decode("utf-8", "replace")
 
+    def text_of(self, ids: Sequence[int], *, continued: bool) -> str:
+        """The text that has these `ids`: what they spell, but for spaces that are always put in.
+
+        `continued`: it goes on where another ends.
+        """
+        if self.spellings is None or not self._prepends:
+            return self.spell(ids)
+        cuts = [i for i, number in enumerate(ids) if number in self._cutting]
+        texts, done = [], 0
+        for cut in (*cuts, len(ids)):
+            text = self.spell(ids[done:cut])
+            texts.append(text if continued and not done else text.removeprefix(" "))
+            texts.append(self.spell(ids[cut : cut + 1]))
+            done = cut + 1
+        return "".join(texts)
+
+    @cached_property
+    def _prepends(self) -> bool:
+        """Whether a space is put before each stretch of text, even before a space."""
+        return "Prepend" in _types(self._step("normalizer"))
+
+    @cached_property
+    def _cutting(self) -> frozenset[int]:
+        return frozenset(self.isolating)
+
+    @cached_property
+    def caveat(self) -> str | None:
+        """What is to be known of a sentencepiece model of which transformers makes something else.
+
+        Its ids are those that engines work with, but not those that the model has seen.
+        """
+        if self.file_name != "tokenizer.model":
+            return None
+        import sentencepiece
+
+        own = sentencepiece.SentencePieceProcessor(model_proto=self.saved)
+        for text in _PROBES:
+            if (ids := self.encode(text)) != (expected := own.encode(text)):
+                return (
+                    f"transformers, and so every engine that runs it, has other ids for {text!r} "
+                    f"than the sentencepiece model itself ({ids}, and {expected}). They are used; "
+                    "if the model has a tokenizer.json of its own, give that"
+                )
+        return None
+
     @cached_property
     def changes_text(self) -> bool:
         """Whether a token may stand for other letters than those of the text."""
@@ -317,3 +362,4 @@ def _letters() -> dict[int, str]:
 _BYTES = _letters()
 _LETTERS = {letter: byte for byte, letter in _BYTES.items()}
 _SPACE = "\u2581"
+_PROBES = ("The sum of two numbers is 12.", "so  a  b is   the answer", "one\n\n two\t3")

@@ -1,8 +1,7 @@
 """Who said what: the messages of a row, checked and in the one form that templates take."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 from mcore_sft.data import json_text
@@ -93,16 +92,32 @@ def unknown_keys(message: Mapping[str, Any]) -> list[str]:
     return [key for key, value in message.items() if key not in _KNOWN and _says_something(value)]
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> list[str]:
     """Every text in `value`, keys included."""
+    texts: list[str] = []
+    _collect_texts(value, texts)
+    return texts
+
+
+def texts_of(message: Mapping[str, Any]) -> list[str]:
+    """Every text of a message, but what all messages have: their keys, and who speaks."""
+    texts = [key for key in message if key not in _KNOWN]
+    for key, value in message.items():
+        if key != "role":
+            _collect_texts(value, texts)
+    return texts
+
+
+def _collect_texts(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
+        texts.append(value)
+    elif isinstance(value, dict | Mapping):
         for key, inner in value.items():
-            yield from chain(texts_in(key), texts_in(inner))
+            _collect_texts(key, texts)
+            _collect_texts(inner, texts)
     elif isinstance(value, Sequence):
         for inner in value:
-            yield from texts_in(inner)
+            _collect_texts(inner, texts)
 
 
 def _says_something(value: Any) -> bool:
@@ -121,6 +136,9 @@ def _message(number: int, message: Any, ignored: Collection[str]) -> dict[str, A
             f"message {number}: expected an object of role and content, "
             f"found {type(message).__name__}"
         )
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, str) and content.strip() and len(message) == 2 and role in ROLES:
+        return {"role": role, "content": content}
     plain = {key: said for key, said in message.items() if said is not None and key not in ignored}
     if "role" not in plain and {"from", "value"} <= plain.keys():
         plain = _of_sharegpt(number, plain)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mcore_sft.data.conversation import UnfitRow
 from mcore_sft.data.render import Written
 from mcore_sft.data.rows import Examples
-from mcore_sft.data.tokenizer import Located, Offsets, Tokenizer
+from mcore_sft.data.tokenizer import Located, Offsets, Tokenizer, byte_places
 
 _SHORT = 200
 """Bytes of a text whose ids are remembered."""
@@ -41,55 +41,61 @@ class Masks:
 
         found: their tokens.
         """
-        edges = [
-            [place for a in one.answers for span in a.spans for place in span] for one in written
+        spans = [
+            [place for answer in one.answers for span in answer.spans for place in span]
+            for one in written
         ]
-        begins = [[answer.begin for answer in one.answers] for one in written]
-        cuts, spanned = found.cut(_in_bytes(found, written, edges))
-        asked = _in_bytes(found, written, begins)
-        prompts, _ = found.cut(asked)
-        isolating = np.flatnonzero(self._isolates[found.ids])
-        since = np.append(-1, isolating)[np.searchsorted(isolating, prompts)]
-        made, kept, edge, prompt = _Made(), [], 0, 0
-        for k, (row, one) in enumerate(zip(rows, written, strict=True)):
-            mine = slice(edge, edge := edge + len(edges[k]))
-            asks = range(prompt, prompt := prompt + len(begins[k]))
-            first = int(found.offsets[k])
-            try:
-                if spanned[mine].any():
-                    raise self._spanned(found, int(cuts[mine][spanned[mine]][0]) - 1)
-                for ask in asks:
-                    start = max(int(since[ask]), first)
-                    self._require_asked_alike(found, start, int(prompts[ask]), int(asked[ask]))
-                for answer in np.cumsum([2 * len(answer.spans) for answer in one.answers]):
-                    self._require_stop(found, int(cuts[mine][answer - 1]) - 1)
-            except UnfitRow as error:
-                refuse(row, error)
-            else:
-                kept.append(k)
-                made.add(row, found.ids[first : cuts[mine][-1]], cuts[mine] - first)
-        return made.examples(), kept
+        counts = np.array([len(some) for some in spans], np.int64)
+        cuts, spanned = found.cut(_in_bytes(found, written, spans))
+        ends = np.array([len(a.spans) for one in written for a in one.answers], np.int64)
+        stops = cuts[2 * np.cumsum(ends) - 1] - 1
+        faults = self._unlike(written, found)
+        owners = np.repeat(np.arange(len(written)), [len(one.answers) for one in written])
+        unstopped = ~np.isin(found.ids[stops], self._stop_ids)
+        for k, token in zip(owners[unstopped].tolist(), stops[unstopped].tolist(), strict=True):
+            faults.setdefault(k, self._without_stop(int(found.ids[token])))
+        owners = np.repeat(np.arange(len(written)), counts)
+        for k, cut in zip(owners[spanned].tolist(), cuts[spanned].tolist(), strict=True):
+            faults[k] = self._spanned(found, cut - 1)
+        for k in sorted(faults):
+            refuse(rows[k], faults[k])
+        kept = np.ones(len(written), np.bool_)
+        kept[list(faults)] = False
+        return _cut_out(found, rows, cuts, counts, kept), np.flatnonzero(kept).tolist()
 
-    def _require_asked_alike(self, found: Located, start: int, end: int, place: int) -> None:
-        """`UnfitRow` if tokens `start` to `end`, up to `place`, are not those of this text alone.
+    def _unlike(self, written: Sequence[Written], found: Located) -> dict[int, UnfitRow]:
+        """What is wrong with texts in which a prompt has other ids than by itself.
 
-        Nothing before `start` changes them.
+        What stands before a token that cuts texts changes nothing behind it.
         """
-        text = bytes(found.data[int(found.begins[start]) if end > start else place : place])
-        alone = self._alone.get(text)
-        if alone is None:
-            alone = self._tokenizer.encode(text.decode())
-            if len(text) <= _SHORT:
-                self._alone[text] = alone
-        trained = found.ids[start:end].tolist()
-        if trained != alone:
-            raise UnfitRow(
-                f"before an answer an engine would send {alone[-3:]} "
-                f"({self._tokenizer.spell(alone[-3:])!r}), expected {trained[-3:]} "
-                f"({self._tokenizer.spell(trained[-3:])!r}), as the conversation has them. Fix: "
-                "mend the row (does an answer begin with white space?), or name another "
-                "prompt.template"
-            )
+        begins = [[answer.begin for answer in one.answers] for one in written]
+        places = _in_bytes(found, written, begins)
+        prompts, _ = found.cut(places)
+        isolating = np.flatnonzero(self._isolates[found.ids])
+        owners = np.repeat(np.arange(len(written)), [len(some) for some in begins])
+        since = np.append(-1, isolating)[np.searchsorted(isolating, prompts)]
+        since = np.maximum(since, found.offsets[owners])
+        starts = np.where(since < prompts, np.append(found.begins, 0)[since], places)
+        faults: dict[int, UnfitRow] = {}
+        every = zip(*(a.tolist() for a in (owners, since, prompts, starts, places)), strict=True)
+        for k, first, last, start, end in every:
+            text = bytes(found.data[start:end])
+            alone = self._alone.get(text)
+            if alone is None:
+                alone = self._tokenizer.encode(text.decode())
+                if len(text) <= _SHORT:
+                    self._alone[text] = alone
+            if (trained := found.ids[first:last].tolist()) != alone:
+                faults.setdefault(k, self._asked_otherwise(trained[-3:], alone[-3:]))
+        return faults
+
+    def _asked_otherwise(self, trained: list[int], alone: list[int]) -> UnfitRow:
+        return UnfitRow(
+            f"before an answer an engine would send {alone} ({self._tokenizer.spell(alone)!r}), "
+            f"expected {trained} ({self._tokenizer.spell(trained)!r}), as the conversation has "
+            "them. Fix: mend the row (does an answer begin with white space?), or name another "
+            "prompt.template"
+        )
 
     def _spanned(self, found: Located, token: int) -> UnfitRow:
         number = int(found.ids[token])
@@ -101,44 +107,51 @@ class Masks:
             "with white space?), or name another prompt.template"
         )
 
-    def _require_stop(self, found: Located, token: int) -> None:
-        number = int(found.ids[token])
-        if number not in self._stop_ids:
-            raise UnfitRow(
-                f"an answer ends with the token {self._tokenizer.spell([number])!r} ({number}), "
-                f"expected a stop token ({', '.join(map(str, self._stop_ids))}). Fix: mend the "
-                "row, or name another prompt.template"
-            )
-
-
-class _Made:
-    """Examples, one by one."""
-
-    def __init__(self) -> None:
-        self._tokens = [np.zeros(0, np.int32)]
-        self._cuts = [np.zeros(0, np.int64)]
-        self._rows: list[int] = []
-
-    def add(self, row: int, tokens: npt.NDArray[np.int32], cuts: Offsets) -> None:
-        """One more: where its trained runs begin and end, in turn."""
-        self._rows.append(row)
-        self._tokens.append(tokens)
-        self._cuts.append(cuts)
-
-    def examples(self) -> Examples:
-        """All of them."""
-        return Examples(
-            tokens=np.concatenate(self._tokens),
-            lengths=np.array([len(tokens) for tokens in self._tokens[1:]], np.int32),
-            spans=np.concatenate(self._cuts).reshape(-1, 2).astype(np.int32),
-            span_counts=np.array([len(cuts) // 2 for cuts in self._cuts[1:]], np.int32),
-            rows=np.array(self._rows, np.int64),
+    def _without_stop(self, number: int) -> UnfitRow:
+        return UnfitRow(
+            f"an answer ends with the token {self._tokenizer.spell([number])!r} ({number}), "
+            f"expected a stop token ({', '.join(map(str, self._stop_ids))}). Fix: mend the row, or "
+            "name another prompt.template"
         )
+
+
+def _cut_out(
+    found: Located,
+    rows: Sequence[int],
+    cuts: Offsets,
+    counts: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.bool_],
+) -> Examples:
+    """The tokens of each text that is `kept`, up to the end of its last trained run.
+
+    cuts: where trained runs begin and end, in turn, so many of each text as `counts` says.
+    """
+    firsts = found.offsets[:-1]
+    lasts = np.append(cuts, 0)[np.cumsum(counts) - 1]
+    mine = np.zeros(len(found.ids) + 1, np.int8)
+    mine[firsts[kept]] += 1
+    mine[lasts[kept]] -= 1
+    spans = (cuts - np.repeat(firsts, counts))[np.repeat(kept, counts)]
+    return Examples(
+        tokens=found.ids[np.cumsum(mine[:-1], dtype=np.int8).astype(np.bool_)],
+        lengths=(lasts - firsts)[kept].astype(np.int32),
+        spans=spans.reshape(-1, 2).astype(np.int32),
+        span_counts=(counts // 2)[kept].astype(np.int32),
+        rows=np.array(rows, np.int64)[kept],
+    )
 
 
 def _in_bytes(
     found: Located, written: Sequence[Written], places: Sequence[Sequence[int]]
 ) -> Offsets:
     """`places` in the characters of each text as places in the bytes of all."""
-    made = [found.places(k, one.text, places[k]) for k, one in enumerate(written)]
-    return np.concatenate([np.zeros(0, np.int64), *made])
+    made = [
+        place
+        for one, some, start in zip(written, places, found.starts.tolist(), strict=False)
+        for place in (
+            [start + at for at in some]
+            if one.text.isascii()
+            else (start + byte_places(one.text, np.array(some, np.int64))).tolist()
+        )
+    ]
+    return np.array(made, np.int64)

@@ -12,10 +12,9 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,46 +23,29 @@ import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
 from mcore_sft.data import template_jinja
-from mcore_sft.data.answers import TrainOn, divided, reasoning_in, trained_in
+from mcore_sft.data.answers import TrainOn
 from mcore_sft.data.chat import Chat
-from mcore_sft.data.chat_template import Messages, Tools
 from mcore_sft.data.conversation import (
     Conversation,
-    UnfitRow,
-    checked,
-    texts_in,
 )
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
-from mcore_sft.data.masks import Masks
-from mcore_sft.data.reference import require_same_ids
 from mcore_sft.data.render import (
-    Answer,
     Instruction,
     Markup,
-    Renderer,
     Template,
-    Written,
     is_file,
     read_instruction,
     read_template,
 )
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows
-from mcore_sft.data.tokenizer import Ids, Located, Offsets, Tokenizer, sampled
-
-Talk = tuple[Messages, Tools | None]
-"""Messages of a row, checked, and its tools."""
+from mcore_sft.data.talks import SPECIAL_IN_TEXT, Talks, places_of
+from mcore_sft.data.tokenizer import Ids, Offsets, Tokenizer
 
 _TAGS = ("<think>", "</think>")
 
-SPECIAL_IN_TEXT = "special token in text"
-"""Why a row is dropped whose own text spells a special token."""
-
 _CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<[be]os>|<(?:start|end)_of_turn>")
 """How control tokens are spelt in the templates of the usual models."""
-
-NO_ANSWER = "no answer at the end"
-"""Why a conversation is dropped that an assistant does not end: nothing is ever cut."""
 
 UNFIT = "does not fit the template"
 """Why a row is dropped that the template cannot write, where the run may leave such out."""
@@ -84,17 +66,6 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Told:
-    """A conversation as it is trained. last: its last message that is an answer to learn."""
-
-    row: int
-    messages: Messages
-    tools: Tools | None
-    last: int
-    written: Written
 
 
 class Prompt:
@@ -128,7 +99,7 @@ class Prompt:
         wording = read_instruction(instruction)
         self.has_instruction = wording.user != Instruction().user
         self.system = (wording.system or None) if system is None else system
-        self._renderer: Renderer
+        self._renderer: Chat | Markup
         if template == "chat":
             self._renderer = Chat(wording, self.system, tokenizer, self._variables, date)
         else:
@@ -138,7 +109,19 @@ class Prompt:
         self.stop_tokens = self._renderer.stop_tokens
         self.stop_ids = tuple(_stop_id(token, tokenizer) for token in self.stop_tokens)
         self._reserved = np.union1d(tokenizer.special_ids, self.stop_ids)
-        self._masks = Masks(tokenizer, self.stop_ids)
+        self._talks = Talks(
+            self._renderer,
+            tokenizer,
+            stop_ids=self.stop_ids,
+            reserved=() if self._verbatim else self._reserved.tolist(),
+            tags=self._tags if mask_reasoning else None,
+            exported={
+                name: template
+                for name, template in self.chat_templates.items()
+                if name not in tokenizer.chat_templates
+                or template != tokenizer.chat_templates[name].source
+            },
+        )
         asked = np.array(tokenizer.encode(self.text("1 + 1")), np.int32)
         if self._begins_twice(asked, np.array([0, len(asked)])).any():
             raise DataError(
@@ -273,7 +256,7 @@ class Prompt:
         if isinstance(rows, Pairs) and isinstance(self._renderer, Markup):
             examples = self._of_pairs(rows, dropped, unfit)
         else:
-            examples = self._of_talks(rows, dropped, unfit, train_on)
+            examples = self._talks.encode(rows, dropped, unfit, train_on)
         return self._proved(examples, rows, dropped), dropped
 
     def example(self, conversation: Conversation) -> Example:
@@ -287,7 +270,9 @@ class Prompt:
         self, rows: Pairs, dropped: dict[int, str], unfit: dict[int, str] | None
     ) -> Examples:
         """Examples of problems and solutions between fixed strings: a prompt, and what it asks."""
-        examples = self._pairs(rows) if not self._masks_reasoning else self._apart(rows, unfit)
+        examples = (
+            self._pairs(rows) if not self._masks_reasoning else self._talks.apart(rows, unfit)
+        )
         if self._verbatim:
             return examples
         spelt = self._with_more_specials(examples)
@@ -308,141 +293,9 @@ class Prompt:
             rows=np.arange(len(rows), dtype=np.int64),
         )
 
-    def _apart(self, rows: Pairs, unfit: dict[int, str] | None) -> Examples:
-        """Problems and solutions of which the reasoning is not trained."""
-        told = []
-        texts = zip(rows.problems.to_pylist(), rows.solutions.to_pylist(), strict=True)
-        for row, (problem, solution) in enumerate(texts):
-            prompt = self.text(problem)
-            whole = prompt + self.answer(problem, solution)
-            with _of_row(rows, row, unfit):
-                answer = Answer(len(prompt), [(len(prompt), len(whole))])
-                answer = self._without_reasoning(whole, answer, {})
-                written = Written(text=whole, answers=[answer])
-                told.append(_Told(row=row, messages=(), tools=None, last=0, written=written))
-        return self._masked(rows, told, unfit)
-
-    def _of_talks(
-        self,
-        rows: Pairs | Chats,
-        dropped: dict[int, str],
-        unfit: dict[int, str] | None,
-        train_on: TrainOn,
-    ) -> Examples:
-        """Examples of conversations, each of which is one text."""
-        talks: dict[int, Talk] = {}
-        for index in range(len(rows)):
-            with _of_row(rows, index, unfit):
-                talk = self._talk(rows, index)
-                if _is_answered(*talk):
-                    talks[index] = talk
-                else:
-                    dropped[index] = NO_ANSWER
-        if not self._verbatim:
-            for index in self._that_spell_specials(talks):
-                dropped[index] = SPECIAL_IN_TEXT
-                del talks[index]
-        told: list[_Told] = []
-        for index, (messages, tools) in talks.items():
-            with _of_row(rows, index, unfit):
-                told += [self._tell(index, said, tools) for said in divided(messages, train_on)]
-        examples = self._masked(rows, told, unfit)
-        return examples.keep(~np.isin(examples.rows, list(unfit or ())))  # a row, or none of it
-
-    def _tell(self, row: int, messages: Messages, tools: Tools | None) -> _Told:
-        """A conversation of a row as text, with the answers that are trained."""
-        trained = trained_in(messages)
-        plain = [{key: one[key] for key in one if key != "weight"} for one in messages]
-        written = self._renderer.write(plain, tools, trained)
-        if self._masks_reasoning:
-            said = zip(written.answers, trained, strict=True)
-            answers = [self._without_reasoning(written.text, a, plain[i]) for a, i in said]
-            written = replace(written, answers=answers)
-        return _Told(row=row, messages=plain, tools=tools, last=trained[-1], written=written)
-
-    def _without_reasoning(self, text: str, answer: Answer, said: Mapping[str, Any]) -> Answer:
-        """An answer to the message `said` of which the reasoning is not trained."""
-        spans = list(answer.spans)
-        for begin, end in reasoning_in(text[answer.begin : answer.end], said, self._tags):
-            first, last = answer.begin + begin, answer.begin + end
-            cut = [part for a, b in spans for part in ((a, min(b, first)), (max(a, last), b))]
-            spans = [(a, b) for a, b in cut if a < b]
-        return Answer(answer.begin, spans)
-
-    def _masked(self, rows: Rows, told: Sequence[_Told], unfit: dict[int, str] | None) -> Examples:
-        """Examples of texts; of fixed strings, the last answer goes on where its prompt ends."""
-
-        def refuse(row: int, error: UnfitRow) -> None:
-            with _of_row(rows, row, unfit):
-                raise error
-
-        written = [one.written for one in told]
-        if isinstance(self._renderer, Chat):
-            texts = pa.array([one.text for one in written], pa.large_string())
-            found = self._tokenizer.locate_column(texts)
-        else:
-            cuts = [(one.text, one.answers[-1].begin) for one in written]
-            pieces = [piece for text, at in cuts for piece in (text[:at], text[at:])]
-            texts = pa.array(pieces, pa.large_string())
-            found = self._tokenizer.locate_column(texts, turns=True).joined()
-        examples, kept = self._masks.examples([one.row for one in told], written, found, refuse)
-        if isinstance(self._renderer, Chat):
-            self._require_reference(rows, told, found, kept)
-        return examples
-
-    def _exported(self, tools: Tools | None) -> str | None:
-        """The chat template that an export writes a conversation by, if it is not the own one."""
-        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
-        exported = self.chat_templates[name]
-        return None if exported == self._tokenizer.chat_templates[name].source else exported
-
-    def _require_reference(
-        self, rows: Rows, told: Sequence[_Told], found: Located, kept: Sequence[int]
-    ) -> None:
-        """`DataError` if transformers has other ids than `found` for some of those `kept`."""
-        for place in sampled(len(kept), least=4):
-            k = kept[place]
-            one, ids = told[k], found.of(k)
-            begin = found.cut(found.places(k, one.written.text, [one.written.answers[-1].begin]))[
-                0
-            ][0]
-            prompt = ids[: begin - found.offsets[k]].tolist()
-            with _of_row(rows, one.row, None):
-                same = partial(
-                    require_same_ids,
-                    self._tokenizer,
-                    tools=one.tools,
-                    template=self._exported(one.tools),
-                )
-                same(ids.tolist(), one.messages, asks=False)
-                if one.last:
-                    same(prompt, one.messages[: one.last], asks=True)
-
-    def _talk(self, rows: Pairs | Chats, index: int) -> Talk:
-        """Messages and tools of a row."""
-        if isinstance(rows, Chats):
-            return checked(rows.messages[index]), rows.tools[index] if rows.tools else None
-        assert isinstance(self._renderer, Chat)
-        problem, solution = rows.problems[index].as_py(), rows.solutions[index].as_py()
-        return self._renderer.messages(problem, solution), None
-
-    def _that_spell_specials(self, talks: Mapping[int, Talk]) -> list[int]:
-        """Which of `talks` hold a special token in a text of their own."""
-        texts = [(index, text) for index, talk in talks.items() for text in texts_in(talk)]
-        column = pa.array([text for _, text in texts], pa.large_string())
-        ids, offsets = self._tokenizer.encode_column(column)
-        places = self._specials(ids)
-        found = np.searchsorted(offsets, places, side="right") - 1
-        return sorted({texts[i][0] for i in found.tolist()})
-
-    def _specials(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """Where special tokens stand in `ids`, and stop tokens, if they are none."""
-        near = np.flatnonzero((ids >= self._reserved[0]) & (ids <= self._reserved[-1]))
-        return near[np.isin(ids[near], self._reserved)]
-
     def _with_more_specials(self, examples: Examples) -> npt.NDArray[np.bool_]:
         """Which examples [M] have other special tokens than those of the markup."""
-        places = self._specials(examples.tokens)
+        places = places_of(self._reserved, examples.tokens)
         counts = np.diff(np.searchsorted(places, running_sum(examples.lengths)))
         return np.asarray(counts != self._num_specials)
 
@@ -450,7 +303,7 @@ class Prompt:
     def _num_specials(self) -> int:
         """Special tokens of the template around a problem and its solution."""
         texts = pa.array([self.text("1 + 1"), self.answer("1 + 1", "2")], pa.large_string())
-        return len(self._specials(self._tokenizer.encode_turns(texts)[0]))
+        return len(places_of(self._reserved, self._tokenizer.encode_turns(texts)[0]))
 
     def _proved(self, examples: Examples, rows: Rows, dropped: dict[int, str]) -> Examples:
         """`examples`, of which each ends with a stop token and none begins with BOS twice."""
@@ -506,22 +359,6 @@ def _row(conversation: Conversation) -> Pairs | Chats:
         texts = [pa.array([message.content], pa.large_string()) for message in said]
         return Pairs(problems=texts[0], solutions=texts[1], **where)
     return Chats(messages=[list(map(asdict, said))], tools=[conversation.tools], **where)
-
-
-def _is_answered(messages: Messages, tools: Tools | None) -> bool:
-    return bool(messages) and messages[-1]["role"] == "assistant"
-
-
-@contextmanager
-def _of_row(rows: Rows, index: int, unfit: dict[int, str] | None) -> Iterator[None]:
-    """A `DataError` within says first which row it is about; an `UnfitRow` is put into `unfit`."""
-    try:
-        yield
-    except DataError as error:
-        said = f"{rows.where(index)}: {error}"
-        if unfit is None or not isinstance(error, UnfitRow):
-            raise DataError(said) from None
-        unfit[index] = said
 
 
 def _stop_id(token: str, tokenizer: Tokenizer) -> int:

@@ -40,18 +40,23 @@ def require_same_ids(
             f"{tokenizer.path}: transformers refuses this conversation, which was written here "
             f"({type(error).__name__}: {said:.300}). Fix: mend the chat template"
         ) from None
-    found = list(ids)
+    if said := differ(tokenizer, ids, expected):
+        raise DataError(f"{tokenizer.path}: {said}")
+
+
+def differ(tokenizer: Tokenizer, found: Sequence[int], expected: Sequence[int]) -> str:
+    """Where ids differ from those of transformers, in a sentence; nothing where they do not."""
     if found == expected:
-        return
+        return ""
     at = next(
         (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
         min(len(found), len(expected)),
     )
-    raise DataError(
-        f"{tokenizer.path}: token {at} is {_token(tokenizer, found, at)} (expected "
-        f"{_token(tokenizer, expected, at)}, as apply_chat_template of transformers has it), "
-        f"behind {tokenizer.spell(found[max(0, at - 8) : at])!r}. Fix: give the tokenizer's files "
-        "as the model has them; data.gigatoken=false may avoid it"
+    return (
+        f"token {at} is {_token(tokenizer, found, at)} (expected "
+        f"{_token(tokenizer, expected, at)}, as transformers has it), behind "
+        f"{tokenizer.spell(found[max(0, at - 8) : at])!r}. Fix: give the tokenizer's files as the "
+        "model has them; data.gigatoken=false may avoid it"
     )
 
 

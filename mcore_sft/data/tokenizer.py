@@ -155,12 +155,13 @@ class Tokenizer:
         ids, offsets = (self.encode_turns if turns else self.encode_column)(texts)
         starts = text_offsets(texts)
         data = memoryview((texts.buffers()[2] if len(texts) else None) or b"")
-        lengths = self._lengths[ids]
-        sums = running_sum(lengths)
+        sums = running_sum(self._lengths[ids]) + starts[0]
         spelt, lead = self._spelt(data, ids, offsets, starts, np.diff(sums[offsets]))
-        shift = np.repeat(starts[:-1] - sums[offsets[:-1]] - lead, np.diff(offsets))
-        begins, ends = sums[:-1] + shift, sums[1:] + shift
-        begins[offsets[:-1][lead > 0]] += 1
+        begins, ends = sums[:-1], sums[1:]
+        if not spelt.all() or lead.any():
+            shift = np.repeat(starts[:-1] - sums[offsets[:-1]] - lead, np.diff(offsets))
+            begins, ends = begins + shift, ends + shift
+            begins[offsets[:-1][lead > 0]] += 1
         for i in np.flatnonzero(~spelt).tolist():
             text = texts[i].as_py()
             codec = self._codec.continued if turns and i % 2 else self._codec
@@ -230,6 +231,19 @@ class Tokenizer:
     def spell(self, ids: Sequence[int]) -> str:
         """Text of `ids` to the letter: what each token stands for, end to end."""
         return self._codec.spell(ids)
+
+    def text_of(self, ids: Sequence[int], *, continued: bool = False) -> str:
+        """The text that has these `ids`; `continued` as in `encode_column`."""
+        return self._codec.text_of(ids, continued=continued)
+
+    def encode_slowly(self, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
+        """Ids of each text, as `encode_column` gives them, by `tokenizers` alone."""
+        return (self._codec.continued if continued else self._codec).encode_batch(texts)
+
+    @property
+    def caveat(self) -> str | None:
+        """What whoever trains with this tokenizer should know, if anything."""
+        return self._codec.caveat
 
     @property
     def isolating_ids(self) -> Sequence[int]:

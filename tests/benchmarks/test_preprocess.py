@@ -77,6 +77,7 @@ def test_both_pipelines_are_measured_compared_printed_and_written(
     assert figures["ours, anonymous memory"]["value"] > 1e7
     assert figures["shuffled"]["value"] > 0
     assert any(name.startswith("shuffled, in 1000 MB") for name in figures)
+    assert figures["conversations through a chat template, tokens a second"]["value"] > 0
     assert "100 examples, ids and masks the same" in figures["peer, tokens a second"]["shown"]
     assert "opening 300 examples" in capsys.readouterr().out
 

@@ -58,6 +58,9 @@ def test_conversation_has_the_ids_of_transformers(kind, gigatoken, tmp_path):
             assert tokens[:first] == asked
             assert tokens[last - 1] == end
             if "NF" not in kind:
+                assert (
+                    theirs(tokenizer.text_of(tokens), add_special_tokens=False).input_ids == tokens
+                )
                 learned = tokenizer.spell(tokens[first:last])
                 assert learned.strip() == talk[2 * turn + 1]["content"] + END
 
@@ -105,3 +108,16 @@ def test_located_tokens_tile_what_they_spell(kind, tmp_path):
             put_before = spelt == " " and text.encode()[begin:end] != b" "
             assert not exact or put_before or text.encode()[begin:end].decode() == spelt
         assert bytes(found.data[found.starts[i] : found.starts[i + 1]]).decode() == text
+
+
+def test_sentencepiece_model_of_which_transformers_makes_something_else_is_told(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    assert load_tokenizer(folder_of("spm", tmp_path / "t")).caveat is None
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((tmp_path / "t" / "tokenizer.model").read_bytes())
+    model.pieces[-1].piece, model.pieces[-1].score = "\u2581\u2581", 1.0  # last, and merged first
+    (tmp_path / "t" / "tokenizer.model").write_bytes(model.SerializeToString())
+    said = load_tokenizer(tmp_path / "t").caveat
+    assert said is not None
+    assert "than the sentencepiece model itself" in said

@@ -15,9 +15,10 @@ from mcore_sft.data import chat_files
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prompt import MANY_BOS, NO_ANSWER, NO_STOP, SPECIAL_IN_TEXT, Prompt
+from mcore_sft.data.prompt import MANY_BOS, NO_STOP, Prompt
 from mcore_sft.data.render import read_instruction
 from mcore_sft.data.rows import Chats, Examples, Pairs
+from mcore_sft.data.talks import NO_ANSWER, SPECIAL_IN_TEXT
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from tests.prompts import MathPrompt as PromptConfig
 
@@ -171,6 +172,7 @@ def test_chat_is_the_tokenizers_own_template(tokenizer):
 
 
 def tokenizer_with(template: str, folder: Path) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
     shutil.copy(FOLDER / "tokenizer.json", folder)
     config = {"bos_token": "<|begin_of_text|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -666,6 +668,20 @@ def test_assistant_may_speak_first(template, tmp_path):
     assert learned(chat, talk) == [["hello<|eot_id|>", "one<|eot_id|>"]]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_given_under_the_names_that_templates_ask_for(name, tmp_path):
+    for asked in ("reasoning_content", "thinking"):
+        thinks = f"(m.{asked} + '. ' if m.{asked} else '') + m.content"
+        chat = chat_with(UNMARKED.replace("m.content", thinks), tmp_path / asked, None)
+        talk = said("1?", "one", "2?", "two")
+        talk[3][name] = "Hm"
+        assert learned(chat, talk) == [["one<|eot_id|>", "Hm. two<|eot_id|>"]]
+    with pytest.raises(
+        DataError, match=r"message 4: the chat template makes nothing of its \w*(reas|think)"
+    ):
+        chat_with(UNMARKED, tmp_path, None).encode(chats(talk))
+
+
 def test_last_answer_alone_after_what_a_template_forgets(tmp_path):
     talk = said("1?", "one", "2?", "two")
     talk[1]["weight"] = 0
@@ -712,7 +728,7 @@ def test_other_ids_than_those_of_transformers_end_the_run(tmp_path, monkeypatch)
         "apply_chat_template",
         lambda *a, **k: [*whole(*a, **k)[:-1], 7, *whole(*a, **k)[-1:]],
     )
-    error = r"a\.jsonl:1: .*token \d+ is 4 '<\|eot_id\|>' \(expected 7 '.*', as apply_chat_template"
+    error = r"a\.jsonl:1: .*token \d+ is 4 '<\|eot_id\|>' \(expected 7 '.*', as transformers has it"
     with pytest.raises(DataError, match=error):
         chat.encode(chats(said("1?", "one")), {})
 

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from mcore_sft import command
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
 from tests import runs
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -148,6 +149,26 @@ def test_verify_passes_what_is_sound_and_names_damage(packed, inspect, tmp_path)
     for arguments in ((), ("--example", 3)):
         code, _, error = inspect(folder, *arguments)
         assert (code, "--verify lists all" in error) == (2, True)
+
+
+def test_verify_compares_ids_with_those_of_the_text(packed, inspect, monkeypatch, tmp_path):
+    code, shown, _ = inspect(packed, "--verify", *TOKENIZER)
+    assert (code, "; every example has the ids of its text" in shown) == (0, True)
+
+    def letter_by_letter(self, texts):
+        """As a fast tokenizer that knows no merges might have it, of one solution."""
+        made = [self.encode(text) for text in texts.to_pylist()]
+        if len(texts) > 3:
+            letters = texts[3].as_py().removesuffix("<|eot_id|>")
+            made[3] = [i for letter in letters for i in self.encode(letter)] + made[3][-1:]
+        return np.concatenate(made).astype(np.int32), np.cumsum([0, *map(len, made)])
+
+    monkeypatch.setattr(Tokenizer, "encode_turns", letter_by_letter)
+    runs.pack_rows(runs.experiment(tmp_path, tmp_path, data__workers=1))
+    code, shown, error = inspect(tmp_path / "packed", "--verify", *TOKENIZER)
+    assert code == 2
+    assert re.search(r"train\.bin: example 1: token \d+ is \d+ '.' \(expected \d+ '..", shown)
+    assert "1 examples have other ids than their text" in error
 
 
 def test_any_damaged_byte_is_met_with_a_sentence(packed, inspect, tmp_path):
