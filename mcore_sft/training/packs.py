@@ -15,7 +15,7 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import eight_bit_unit
-from mcore_sft.runtime.hardware import check_deterministic, layer_implementation
+from mcore_sft.runtime.hardware import check_deterministic, chosen_layers
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 
@@ -70,15 +70,16 @@ def load(
         context=mesh.context.size,
         context_rank=mesh.context.rank,
     )
-    if (
-        split == "train"
-        and config.train.deterministic
-        and layer_implementation(config.model, config.train, mesh.device) == "transformer_engine"
-    ):
+    if split == "train" and config.train.deterministic and _by_engine(config, mesh):
         heads = architecture.heads // mesh.tensor.size
         size = heads * dataset.largest_attention(loader.length, config.train.micro_batch)
         check_deterministic(size, mesh.device)
     return loader
+
+
+def _by_engine(config: RunConfig, mesh: Mesh) -> bool:
+    gpu = mesh.device.type == "cuda"
+    return chosen_layers(config.model, config.train, gpu=gpu) == "transformer_engine"
 
 
 def as_begun(loader: Loader, progress: Progress | None, say: Callable[[str], None]) -> Loader:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.manifest import read_manifest
@@ -97,16 +98,17 @@ def test_a_dataset_too_large_for_deterministic_attention(
         context=SimpleNamespace(size=1, rank=0),
         data=SimpleNamespace(size=1, rank=0),
         parallel=ParallelConfig(tensor=2),
-        device="the GPU",
+        device=torch.device("cuda", 0),
         local_rank=0,
     )
     sizes: list[int] = []
     monkeypatch.setattr(packs, "check_deterministic", lambda size, device: sizes.append(size))
     dataset = packs.open_dataset(config, "train", mesh)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
-    for layers in ("local", "transformer_engine"):
-        monkeypatch.setattr(packs, "layer_implementation", lambda *_, layers=layers: layers)
-        loader = packs.load(config, "train", dataset, tokenizer, read(place), mesh)
+    for precision in ("fp32", "bf16"):  # local layers, and Transformer Engine's
+        train = config.train.model_copy(update={"precision": precision})
+        asked = config.model_copy(update={"train": train})
+        loader = packs.load(asked, "train", dataset, tokenizer, read(place), mesh)
     rows = [batch for step in range(loader.steps_per_epoch) for batch in loader.batches(step)]
     heads = 4 // 2
     assert sizes == [heads * max((len(row.starts) - 1) * row.longest**2 for row in rows)]
