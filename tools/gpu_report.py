@@ -485,6 +485,8 @@ def main() -> int:
     wanted = options.parts or names
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"--parts {' '.join(unknown)}: expected some of {', '.join(names)}")
+    if names[0] not in wanted and not (VENV / "bin" / "python").exists():
+        parser.error(f"--parts {' '.join(wanted)}: there is no {VENV.name}; ask for {names[0]} too")
     folder = options.out or (RESULTS if options.device == "cuda" else scratch)
     return make_report([part for part in known if part.name in wanted], where, folder)
 

@@ -222,6 +222,16 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     assert "--parts losses: expected some of setup, doctor, engine, ops" in done.stderr
 
 
+def test_parts_without_an_environment_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_report, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr("sys.argv", ["gpu_report", "--device", "cpu", "--parts", "ops"])
+    with pytest.raises(SystemExit):
+        gpu_report.main()
+    assert "--parts ops: there is no .venv; ask for setup too" in capsys.readouterr().err
+
+
 # ---- what is carried
 
 
