@@ -401,11 +401,13 @@ def cuda_memory(run: Run, problem: Problem, *, into_main_grad: bool) -> int:
     return torch.cuda.max_memory_allocated() - before - kept
 
 
-def fresh_processes() -> ProcessPoolExecutor:
-    """A new process for every call, forked from one that has torch and has computed nothing."""
+def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What `function` returns in a process forked from one that has torch and computed nothing."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["mcore_sft.ops.linear_cross_entropy", "rich.table"])
-    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+    # A pool for each call: one with max_tasks_per_child may never end in Python 3.12.
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(function, *arguments).result()
 
 
 # ---- what is asked of ours
@@ -537,7 +539,6 @@ def measure(
     case: Case,
     contestants: Sequence[Contestant],
     seconds: float,
-    processes: ProcessPoolExecutor,
     best: Best,
 ) -> list[Result]:
     """All contestants on one case, taking turns for about so many seconds."""
@@ -548,7 +549,7 @@ def measure(
     for result in running:
         name, variant, run = result.contestant.name, result.variant, result.run
         if case.device == "cpu":
-            result.memory = processes.submit(cpu_memory, case, name, variant).result()
+            result.memory = in_fresh_process(cpu_memory, case, name, variant)
         else:
             into_main_grad = result.contestant.into_main_grad
             result.memory = cuda_memory(run, problem, into_main_grad=into_main_grad)
@@ -631,7 +632,7 @@ def columns_of(device: str) -> list[Column]:
 
     def verdict(*figures: str) -> Callable[[Result], str]:
         def show(result: Result) -> str:
-            verdicts = {True: "met", False: "[bold]MISSED[/]"}
+            verdicts = {True: "met", False: "MISSED"}
             asked = [goal for goal in result.goals if goal.figure in figures]
             return "".join(f"{goal.text} {verdicts[goal.met(result)]}" for goal in asked)
 
@@ -664,7 +665,7 @@ def show(results: list[Result]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for masked, section in groupby(results, key=lambda result: result.case.masked):
         table.add_section()
-        table.add_row(f"[bold]{masked} % masked[/]")
+        table.add_row(f"{masked} % masked")
         for result in section:
             figures = ["" if result.reason else figure(result) for _, figure in columns]
             errors = [f"{error:.1e}" for error in result.errors.values()]
@@ -703,16 +704,15 @@ def main(arguments: list[str] | None = None) -> int:
     best: Best = {}
     seconds = 1.0 if options.quick else 3.0
     cases = cases_of(options.device, quick=options.quick)
-    with fresh_processes() as processes:
-        begun = takewhile(lambda _: not deadline.over, cases)
-        for _, group in groupby(begun, key=lambda case: replace(case, masked=0)):
-            of_shape = [measure(case, contestants, seconds, processes, best) for case in group]
-            measured += len(of_shape)
-            results += chain.from_iterable(of_shape)
-            show([*chain.from_iterable(of_shape)])
-            if options.json:
-                report = {**where, "rows": [result.row() for result in results]}
-                write_named(options.json, json.dumps(report, indent=1) + "\n")
+    begun = takewhile(lambda _: not deadline.over, cases)
+    for _, group in groupby(begun, key=lambda case: replace(case, masked=0)):
+        of_shape = [measure(case, contestants, seconds, best) for case in group]
+        measured += len(of_shape)
+        results += chain.from_iterable(of_shape)
+        show([*chain.from_iterable(of_shape)])
+        if options.json:
+            report = {**where, "rows": [result.row() for result in results]}
+            write_named(options.json, json.dumps(report, indent=1) + "\n")
     verdicts = [goal.met(result) for result in results for goal in result.goals]
     wrong = [result for result in results if result.contestant.ours and result.reason]
     console.print(f"goals: {sum(verdicts)} of {len(verdicts)} met; wrong or not run: {len(wrong)}")

@@ -443,7 +443,7 @@ def show(figures: list[Figure]) -> None:
     for column in ("measured", "goal"):
         table.add_column(column, justify="right")
     for figure in figures:
-        verdict = "" if not figure.goal else " met" if figure.met else " [bold]MISSED[/]"
+        verdict = "" if not figure.goal else " met" if figure.met else " MISSED"
         table.add_row(figure.name, figure.shown, figure.goal + verdict)
     console.print(table)
 
