@@ -55,7 +55,7 @@ class RandomWeights:
 
     def __init__(self, shape: dict[str, Any], device: torch.device) -> None:
         self.device, self.width = device, shape["hidden_size"]
-        self.shapes = weights.shapes(architecture(shape))
+        self.shapes = architecture(shape).shapes()
         self.draw = functools.lru_cache(maxsize=4)(self._draw)
 
     def names(self) -> set[str]:

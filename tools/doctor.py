@@ -317,9 +317,9 @@ def _apex() -> str:
 
 def _model(config: "RunConfig") -> str:
     from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-    from mcore_sft.model import architecture
+    from mcore_sft.model import families
 
-    found = architecture.read(config.model.path)
+    found = families.read(config.model.path)
     found.check(config.parallel, config.data.sequence_length)
     weights = SafetensorsFolder(config.model.path)
     types = " and ".join(

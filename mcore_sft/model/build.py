@@ -223,14 +223,7 @@ def transformer_config(
         num_query_groups=architecture.kv_heads,
         kv_channels=architecture.head_dim,
         ffn_hidden_size=architecture.intermediate,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        # With it, the gradients of these norms are summed over the heads of all tensor ranks.
-        qk_layernorm=architecture.qk_norm,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_eps,
+        **architecture.layer_settings(),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=mesh.tensor.size,
@@ -302,19 +295,13 @@ def block_spec(layers: str, architecture: Architecture, mesh: Mesh) -> Transform
     if layers == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = (
-            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm),
-            TENorm,
-        )
+        normed = architecture.layer_settings()["qk_layernorm"]
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=normed), TENorm
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         norm = ApexRMSNorm if layers == "apex" else RMSNorm
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PackedAttention
-        if architecture.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = norm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        architecture.set_norms(layer, norm)
     chunk_layers = architecture.layers // (mesh.pipeline.size * mesh.parallel.virtual)
     return TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=norm)
 

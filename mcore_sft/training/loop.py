@@ -16,8 +16,8 @@ from mcore_sft.checkpoint.sums import Sums
 from mcore_sft.config import RunConfig
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
-from mcore_sft.model import build
+from mcore_sft.model import build, families
+from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import be_deterministic, peak_memory
 from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.mesh import Mesh, join
@@ -51,7 +51,7 @@ def train(config: RunConfig) -> Progress:
         Watchdog(config.folder, hang, peers) as watchdog,
     ):
         launch.check(config.train.nodes, peers.machines)
-        architecture = arch.read(config.model.path)
+        architecture = families.read(config.model.path)
         architecture.check(config.parallel, config.data.sequence_length)
         if config.train.deterministic:
             be_deterministic()
@@ -65,7 +65,7 @@ def train(config: RunConfig) -> Progress:
 def train_on(
     mesh: Mesh,
     config: RunConfig,
-    architecture: arch.Architecture,
+    architecture: Architecture,
     stop: Stop,
     watchdog: Watchdog,
 ) -> Progress:

@@ -24,7 +24,7 @@ from mcore_sft import config as configuration
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import Progress, read_manifest, steps
 from mcore_sft.config import LogConfig, ParallelConfig, RunConfig, TrainConfig
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import loop
 from mcore_sft.training.alone import alone
@@ -315,7 +315,7 @@ def _log(folder: Path, model: Path, *, resumed_at: int, said: Sequence[int]) -> 
     mesh: Any = SimpleNamespace(
         is_main=True, device=torch.device("cpu"), from_main=lambda find: find()
     )
-    made = Metrics(folder, "name", LogConfig(), 9, arch.read(model), mesh)
+    made = Metrics(folder, "name", LogConfig(), 9, families.read(model), mesh)
     with made.logging(resumed_at):
         for step in said:
             made.validation(Progress(step=step), 1.0)

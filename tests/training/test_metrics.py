@@ -14,7 +14,7 @@ import torch
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig, RunConfig
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from mcore_sft.training import loop, trackers, validation
 from mcore_sft.training.flops import step_flops
 from mcore_sft.training.metrics import Metrics, _open
@@ -40,7 +40,7 @@ def test_flops_are_six_for_each_weight_and_token(model: Path) -> None:
     sizes = {name: tensor.numel() for name, tensor in tensors.items() if tensor.dim() == 2}
     head = sizes.pop("lm_head.weight")
     del sizes["model.embed_tokens.weight"]
-    shape = arch.read(model)
+    shape = families.read(model)
     weights = step_flops(shape, tokens=10, supervised=0, squares=0)
     assert weights == 6 * 10 * sum(sizes.values())
     assert step_flops(shape, tokens=0, supervised=3, squares=0) == 6 * 3 * head
@@ -94,7 +94,7 @@ def test_the_slow_rank_is_named_though_all_take_as_long(
             assert sum(line[f"{part}_seconds"] for part in parts) == line["step_seconds"]
             assert line["data_seconds"] < line["forward_backward_seconds"]  # it is rank 0's
             weights = step_flops(
-                arch.read(model), tokens=line["tokens"], supervised=0, squares=0
+                families.read(model), tokens=line["tokens"], supervised=0, squares=0
             ) / (line["step_seconds"] * 1e12 * 2)
             assert weights < line["mfu"] < 3 * weights
             assert line["peak_memory_bytes"] > 2**26
@@ -198,7 +198,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_log_that_cannot_be_written_is_named(model: Path, tmp_path: Path) -> None:
     mesh: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"))
-    made = Metrics(tmp_path, "name", LogConfig(), 1, arch.read(model), mesh)
+    made = Metrics(tmp_path, "name", LogConfig(), 1, families.read(model), mesh)
     made.path = Path("/dev/full")
     with pytest.raises(UserError, match=r"/dev/full could not be written \(No space left"):
         made.validation(Progress(step=1), 1.0)
