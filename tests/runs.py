@@ -29,7 +29,7 @@ from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import loop
 from mcore_sft.training import optimizer as optim
-from mcore_sft.training.metrics import FILE as METRICS
+from mcore_sft.training.beside.metrics import FILE as METRICS
 from mcore_sft.training.step import count, run
 from tests.distributed import run_ranks
 from tests.prompts import MATH

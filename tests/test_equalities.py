@@ -55,10 +55,10 @@ from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.mesh import join
 from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import loop
+from mcore_sft.training.beside.watchdog import Watchdog
 from mcore_sft.training.packs import row_unit
 from mcore_sft.training.step import StepResult, packed, same_scales, train_step
 from mcore_sft.training.stop import Stop
-from mcore_sft.training.watchdog import Watchdog
 from tests import runs, tiny
 from tests.distributed import run_ranks
 from tests.runs import LAYOUTS, loaded, on_layout, relative

@@ -375,7 +375,7 @@ def _parallel(config: "RunConfig", gpus: int | None) -> str:
 def _log(config: "RunConfig") -> str:
     from mcore_sft.runtime.device import device
     from mcore_sft.runtime.hardware import check_capture
-    from mcore_sft.training import trackers
+    from mcore_sft.training.beside import trackers
 
     trackers.check(config.log)
     if config.log.profile and config.log.profiler == "nsys":

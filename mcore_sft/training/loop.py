@@ -23,19 +23,19 @@ from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.mesh import Mesh, join
 from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import optimizer as optim
-from mcore_sft.training.accuracy import Accuracy, check_benchmark
 from mcore_sft.training.agreement import agreed
+from mcore_sft.training.beside.accuracy import Accuracy, check_benchmark
+from mcore_sft.training.beside.guards import Guard
+from mcore_sft.training.beside.metrics import Metrics
+from mcore_sft.training.beside.profiling import Profile
+from mcore_sft.training.beside.stragglers import OwnTime
+from mcore_sft.training.beside.validation import Validation, due
+from mcore_sft.training.beside.watchdog import SLOW, Watchdog
 from mcore_sft.training.errors import TrainingError
-from mcore_sft.training.guards import Guard
-from mcore_sft.training.metrics import Metrics
 from mcore_sft.training.packs import PACKS, as_begun, load, open_dataset
-from mcore_sft.training.profiling import Profile
 from mcore_sft.training.resume import report, resumed, what_stays
 from mcore_sft.training.step import StepResult
 from mcore_sft.training.stop import Stop, reason
-from mcore_sft.training.stragglers import OwnTime
-from mcore_sft.training.validation import Validation, due
-from mcore_sft.training.watchdog import SLOW, Watchdog
 
 
 def train(config: RunConfig) -> Progress:

@@ -17,7 +17,7 @@ from mcore_sft.data.batch import collate
 from mcore_sft.data.pack import Pack
 from mcore_sft.model import families
 from mcore_sft.plan.layout import Layout
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.metrics import Metrics
 from tests import runs, tiny
 
 RECIPE = Path("configs/llama31_8b_openmathinstruct2.yaml")

@@ -28,8 +28,8 @@ from mcore_sft.model import families
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import loop
 from mcore_sft.training.alone import alone
-from mcore_sft.training.guards import Guard
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.guards import Guard
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.stop import Stop, reason
 from tests import runs
 from tests.distributed import run_ranks

@@ -33,7 +33,7 @@ from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.nightly.run import Run
 from mcore_sft.plan import memory
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training import metrics, watchdog
+from mcore_sft.training.beside import metrics, watchdog
 from tests.data.test_preview import shown, write
 from tests.nightly import sample
 from tests.tools.runs import write_run

@@ -26,7 +26,7 @@ from mcore_sft.checkpoint.sharded import Checkpoints, agree
 from mcore_sft.config import RunConfig
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.stop import Stop, reason
 
 _END_SECONDS = 15.0
@@ -225,7 +225,7 @@ def _log(output: Path) -> Path:
 
 
 def _command(checkpoint: Path, output: Path) -> list[str]:
-    program = "mcore_sft.training.accuracy_process"
+    program = "mcore_sft.training.beside.accuracy_process"
     return [sys.executable, "-P", "-m", program, str(checkpoint), str(output)]
 
 

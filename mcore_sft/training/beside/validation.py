@@ -11,7 +11,7 @@ from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.packs import load, open_dataset
 from mcore_sft.training.step import validation_loss
 

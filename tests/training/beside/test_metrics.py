@@ -15,11 +15,12 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig, RunConfig
 from mcore_sft.model import families
-from mcore_sft.training import loop, trackers, validation
+from mcore_sft.training import loop
+from mcore_sft.training.beside import trackers, validation
+from mcore_sft.training.beside.metrics import Metrics, _open
+from mcore_sft.training.beside.profiling import Profile
+from mcore_sft.training.beside.stragglers import slow_ranks
 from mcore_sft.training.flops import step_flops
-from mcore_sft.training.metrics import Metrics, _open
-from mcore_sft.training.profiling import Profile
-from mcore_sft.training.stragglers import slow_ranks
 from tests import runs
 from tests.distributed import run_ranks
 

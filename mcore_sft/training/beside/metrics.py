@@ -30,10 +30,10 @@ from mcore_sft.data.batch import Batch
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import peak_flops
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training import curve, trackers
+from mcore_sft.training.beside import curve, trackers
+from mcore_sft.training.beside.stragglers import slow_ranks
 from mcore_sft.training.flops import step_flops
 from mcore_sft.training.step import StepResult
-from mcore_sft.training.stragglers import slow_ranks
 
 FILE = "metrics.jsonl"
 STEP = ("data", "forward_backward", "optimizer")

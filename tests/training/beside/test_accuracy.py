@@ -22,11 +22,11 @@ from mcore_sft.checkpoint.retention import scores, steps
 from mcore_sft.checkpoint.sharded import Checkpoints
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
-from mcore_sft.training import accuracy
-from mcore_sft.training.accuracy import Accuracy, check_benchmark
+from mcore_sft.training.beside import accuracy
+from mcore_sft.training.beside.accuracy import Accuracy, check_benchmark
 from tests import runs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SUMS = {"name": "sums", "path": "rows.jsonl", "answer": "expected_answer", "limit": 3}
 WATCHED = {
     "evaluation": {"benchmarks": [{"name": "other"}, SUMS], "max_new_tokens": 4},

@@ -16,7 +16,7 @@ from mcore_sft.checkpoint import writer
 from mcore_sft.config import RunConfig
 from mcore_sft.runtime.launch import Launch
 from mcore_sft.training import loop
-from mcore_sft.training.watchdog import Watchdog
+from mcore_sft.training.beside.watchdog import Watchdog
 from tests import runs
 from tests.distributed import run_ranks
 

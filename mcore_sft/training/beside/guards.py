@@ -20,8 +20,8 @@ from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.errors import TrainingError
-from mcore_sft.training.metrics import Metrics
 from mcore_sft.training.step import StepResult, train_step
 
 from megatron.core.optimizer import MegatronOptimizer
