@@ -103,7 +103,7 @@ def loaded(
         named = ModelConfig.model_validate({"path": folder, "layers": layers})
         model = build.build(architecture, named, settings, mesh)
         made = optim.build(optimizer or OptimizerConfig(), settings, model, mesh)
-        weights.load_pretrained(SafetensorsFolder(folder), model, architecture)
+        weights.load_pretrained(SafetensorsFolder(folder), model, architecture, mesh)
         made.reload_model_params()
         yield Loaded(model, made, mesh, architecture)
 
@@ -125,7 +125,8 @@ def gradients(here: Loaded, batches: Sequence[Batch]) -> tuple[float, dict[str, 
     for chunk in here.model:
         chunk.train()
         chunk.zero_grad_buffer()
-    loss = run(here.model, batches, here.mesh, forward_only=False)
+    losses = run(here.model, batches, here.mesh, forward_only=False)
+    (loss,) = here.mesh.sum_over_world([sum(losses)])
     supervised, _, _ = count(batches, here.mesh)
     found = {
         f"chunk {number}: {name}": weight.main_grad.clone()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mcore_sft.base.errors import UserError
@@ -21,7 +20,7 @@ from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.data.progress import progress
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.weight_table import Segment, Table, Weight
-from mcore_sft.runtime import megatron_core  # noqa: F401  (before Megatron-core itself)
+from mcore_sft.runtime.mesh import Mesh
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -32,6 +31,7 @@ def load_pretrained(
     folder: SafetensorsFolder,
     model: Sequence[DistributedDataParallel],
     architecture: Architecture,
+    mesh: Mesh,
     console: Console | None = None,
 ) -> None:
     """Fill `model`, the part of it on this rank, reading no more of `folder` than that part.
@@ -47,7 +47,9 @@ def load_pretrained(
         _load(folder, parts, architecture, console)
     except UserError as error:
         problem = error
-    _end_together(problem)
+    problems = mesh.from_all(str(problem) if problem else None)
+    if first := next(filter(None, problems), None):
+        raise CheckpointError(first)
 
 
 def _load(
@@ -118,15 +120,6 @@ def _said(folder: SafetensorsFolder, names: Iterable[str], dtype: torch.dtype) -
 
 _EXACT = {torch.float32: ("fp32", {"fp32", "bf16", "fp16"}), torch.bfloat16: ("bf16", {"bf16"})}
 """Type of the model's weights -> its name, and the types all of whose values it has."""
-
-
-def _end_together(problem: UserError | None) -> None:
-    """Raise on every rank what any rank has met."""
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, str(problem) if problem else None)
-    first = next((text for text in said if text), None)
-    if first is not None:
-        raise CheckpointError(first)
 
 
 def export(

@@ -4,7 +4,7 @@ Architecture + Mesh -> chunks: Gpts in the order of their layers, each wrapped f
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,13 +90,26 @@ class Gpt(GPTModel):
 
 
 def build(
-    architecture: Architecture, settings: ModelConfig, train: TrainConfig, mesh: Mesh
+    architecture: Architecture,
+    settings: ModelConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    computed: Callable[[], None] = lambda: None,
 ) -> Chunks:
-    """This rank's part of the model, its weights not yet loaded, in DDP."""
+    """This rank's part of the model, its weights not yet loaded, in DDP.
+
+    `computed` is called when the gradients of a step are there and wait to be exchanged.
+    """
+
+    def exchange(*arguments: Any, **keywords: Any) -> None:
+        computed()
+        finalize_model_grads(*arguments, **keywords)
+
     layers = layer_implementation(settings, train, mesh.device)
     if layers == "transformer_engine":
         prepare_transformer_engine()
     config = transformer_config(architecture, train, mesh, layers)
+    config.finalize_model_grads_func = exchange
     spec = block_spec(layers, architecture, mesh)
     parallel = mesh.parallel
     reduction = DistributedDataParallelConfig(
@@ -240,7 +253,6 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
         # The weights are always loaded; a method is still needed, since it is on its way that
         # Megatron-core marks which parameters are split over the tensor axis.
         init_method=_leave_empty,

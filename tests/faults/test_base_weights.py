@@ -234,7 +234,7 @@ def _load(parallel: ParallelConfig, folder: Path, precision: str) -> tuple[str, 
         console = Console(stderr=False, width=1000)
         with console.capture() as captured:
             weights.load_pretrained(
-                SafetensorsFolder(folder), here.model, here.architecture, console
+                SafetensorsFolder(folder), here.model, here.architecture, here.mesh, console
             )
         here.optimizer.reload_model_params()
         stored = load_file(folder / SINGLE)

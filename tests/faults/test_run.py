@@ -30,6 +30,7 @@ from mcore_sft.training import loop
 from mcore_sft.training.alone import alone
 from mcore_sft.training.beside.guards import Guard
 from mcore_sft.training.beside.metrics import Metrics
+from mcore_sft.training.step import Gradients
 from mcore_sft.training.stop import Stop, reason
 from tests import runs
 from tests.distributed import run_ranks
@@ -47,20 +48,23 @@ def _judged(losses: Sequence[float], told: dict[str, Any]) -> tuple[list[int], l
     Steps are counted from 1; `told` is the progress of the checkpoint that it goes on from.
     """
     progress, events = Progress(**told), []
-    model = torch.nn.Identity()
     packs: Any = SimpleNamespace(packs=lambda step: [[0]], examples_of=lambda pack: [0])
-    metrics: Any = SimpleNamespace(
-        lap=lambda what: None, flag=lambda step, event, *rest: events.append((step, event))
-    )
+    metrics: Any = SimpleNamespace(flag=lambda step, event, *rest: events.append((step, event)))
     settings, withheld = TrainConfig(on_spike="skip"), []
     batches: Any = [SimpleNamespace(supervised=1)]
     with connect(ParallelConfig()) as mesh:
-        optimizer: Any = None
-        chunks: Any = [model]
-        guard = Guard(settings, packs, packs, Path(), chunks, optimizer, mesh, metrics)
+        guard = Guard(settings, packs, packs, Path(), mesh, metrics)
         for loss in losses:
-            guard._losses = [torch.tensor(loss)]
-            if guard._withholds(progress, batches, 1.0):
+            found = Gradients(
+                supervised=1,
+                tokens=1,
+                examples=1,
+                loss=loss,
+                norm=1.0,
+                is_finite=True,
+                losses=[loss],
+            )
+            if guard.withholds(progress, batches, found):
                 withheld.append(progress.step + 1)
             progress.step += 1
     return withheld, events, asdict(progress)

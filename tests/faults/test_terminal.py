@@ -205,7 +205,7 @@ def _every_rank(patch: Patch, folder: Path) -> None:
 def _training(patch: Patch, folder: Path) -> None:
     log: Any = SimpleNamespace(console=metrics.Console(stderr=True))
     log.say = lambda text: metrics.Metrics.say(log, text)
-    metrics.Metrics.saved(log, Path(HOSTILE))
+    metrics.Metrics.on_save(log, Path(HOSTILE))
 
 
 def _hang(patch: Patch, folder: Path) -> None:

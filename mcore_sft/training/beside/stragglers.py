@@ -2,49 +2,41 @@
 
 import statistics
 import time
-from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.hardware import finish_work
 from mcore_sft.runtime.mesh import Mesh
-
-from megatron.core.utils import get_model_config
+from mcore_sft.training.beside.callback import Callback, Step
+from mcore_sft.training.beside.metrics import Metrics
 
 SLOW = 1.25
 """A rank is named whose time is so many times that of the middle one."""
 
 
-class OwnTime:
+class OwnTime(Callback):
     """Seconds that this rank itself takes for its batches and their gradients, up to the exchange.
 
     Ranks of one tensor-parallel group or pipeline wait for each other within that, so that they are
     slow together.
     """
 
-    def __init__(self, model: Chunks, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, metrics: Metrics, every: int) -> None:
+        """The ranks are compared `every` so many steps; 0 is never."""
         self._mesh = mesh
+        self._metrics = metrics
+        self._every = every
         self._seconds = 0.0
         self._steps = 0
         self._start: float | None = None
-        config = get_model_config(model[0])
-        reduce = config.finalize_model_grads_func
 
-        def ready(*arguments: Any, **keywords: Any) -> Any:
-            finish_work(mesh.device)
-            self.pause()
-            return reduce(*arguments, **keywords)
-
-        config.finalize_model_grads_func = ready
-        for chunk in model:
-            chunk.register_forward_pre_hook(self._go_on)
-
-    def begin(self) -> None:
+    def before_step(self, step: int) -> None:
         """A step begins."""
         self._steps += 1
-        self._start = time.perf_counter()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """This rank works from here on."""
+        if self._start is None:
+            self._start = time.perf_counter()
 
     def pause(self) -> None:
         """What comes now waits for other ranks, until the model begins to compute."""
@@ -52,18 +44,26 @@ class OwnTime:
             self._seconds += time.perf_counter() - self._start
         self._start = None
 
-    def _go_on(self, *_: Any) -> None:
-        if self._start is None:
-            self._start = time.perf_counter()
+    def computed(self) -> None:
+        """The gradients are there, and wait to be exchanged."""
+        finish_work(self._mesh.device)
+        self.pause()
 
-    def gather(self) -> list[float]:
-        """The mean of each rank's steps since the last time; collective."""
-        mean = self._seconds / max(1, self._steps)
+    def after_step(self, taken: Step) -> None:
+        """Compare the ranks if that is due, and name those that the others wait for; collective."""
+        step = taken.progress.step
+        if not self._every or step % self._every:
+            return
+        seconds = self._mesh.from_all(self._seconds / max(1, self._steps))
         self._seconds, self._steps = 0.0, 0
-        mine = torch.tensor([mean], dtype=torch.float64, device=self._mesh.device)
-        found = mine.new_empty(self._mesh.world.size)
-        dist.all_gather_into_tensor(found, mine, group=self._mesh.world.group)
-        return [float(seconds) for seconds in found]
+        slow = slow_ranks(seconds)
+        self._metrics.event(step, "ranks", own_seconds=seconds, slow=slow)
+        if slow:
+            named = ", ".join(f"rank {rank} ({seconds[rank]:.2f} s)" for rank in slow)
+            self._metrics.say(
+                f"step {step}: the others wait for {named}; the fastest rank takes "
+                f"{min(seconds):.2f} s a step"
+            )
 
 
 def slow_ranks(seconds: list[float]) -> list[int]:

@@ -209,8 +209,9 @@ def test_a_run_that_is_resumed_among_the_profiled_steps(tmp_path: Path) -> None:
     mesh: Any = SimpleNamespace(world=SimpleNamespace(rank=0), device=torch.device("cpu"))
     with Profile(LogConfig(profile=(2, 4)), tmp_path, mesh) as profile:
         for step in (3, 4, 5):
-            profile.before(step)
-            profile.after(step)
+            profile.before_step(step)
+            taken: Any = SimpleNamespace(progress=Progress(step=step))
+            profile.after_step(taken)
             assert (tmp_path / "profile" / "rank_0.json").exists() == (step > 3)
 
 
