@@ -93,7 +93,7 @@ def curve(device: str, fp8: str, steps: int) -> dict[str, Any]:
         gpt = build.build(model, ModelConfig(path=Path()), train, mesh)
         optimizer = optim.build(settings, train, gpt, mesh)
         source = RandomWeights(shape, mesh.device)
-        weights.load_pretrained(source, gpt, model)  # type: ignore[arg-type]
+        weights.load_pretrained(source, gpt, model, mesh)  # type: ignore[arg-type]
         source.draw.cache_clear()
         optimizer.reload_model_params()
         for number in range(steps):

@@ -44,7 +44,8 @@ from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.data.batch import Batch, collate
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
+from mcore_sft.model.architecture import Architecture
 from mcore_sft.plan import memory
 from mcore_sft.plan.layout import SUPERVISED, Layout
 from mcore_sft.runtime.hardware import peak_flops
@@ -207,11 +208,11 @@ def _documents(batch: Batch) -> list[int]:
     return sizes[: batch.examples]
 
 
-def architecture(shape: dict[str, Any]) -> arch.Architecture:
+def architecture(shape: dict[str, Any]) -> Architecture:
     """Our own words for it."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
-        return arch.read(Path(folder))
+        return families.read(Path(folder))
 
 
 def layers_that_fit(shape: dict[str, Any], length: int, room: int) -> int:

@@ -55,7 +55,7 @@ class RandomWeights:
 
     def __init__(self, shape: dict[str, Any], device: torch.device) -> None:
         self.device, self.width = device, shape["hidden_size"]
-        self.shapes = weights.shapes(architecture(shape))
+        self.shapes = architecture(shape).shapes()
         self.draw = functools.lru_cache(maxsize=4)(self._draw)
 
     def names(self) -> set[str]:
@@ -133,7 +133,7 @@ def megatron(case: Case, fp8: str, *, own_loss: bool) -> Iterator[tuple[Step, La
         gpt = build.build(shape, ModelConfig(path=Path()), train, mesh)
         optimizer = optim.build(SETTINGS, train, gpt, mesh)
         source = RandomWeights(case.shape, mesh.device)
-        weights.load_pretrained(source, gpt, shape)  # type: ignore[arg-type]
+        weights.load_pretrained(source, gpt, shape, mesh)  # type: ignore[arg-type]
         source.draw.cache_clear()
         optimizer.reload_model_params()
         model = next(module for module in gpt[0].modules() if isinstance(module, GPTModel))

@@ -75,11 +75,11 @@ def dry_run(config: RunConfig, gpus: int) -> None:
     from dataclasses import replace
 
     from mcore_sft.base.terminal import Console
-    from mcore_sft.model import architecture as arch
+    from mcore_sft.model import families
     from mcore_sft.plan import layout, memory
     from mcore_sft.training import dry_run as dry
 
-    architecture = arch.read(config.model.path)
+    architecture = families.read(config.model.path)
     architecture.check(config.parallel, config.data.sequence_length)
     load = layout.workload(config)
     own = layout.configured(config, gpus)

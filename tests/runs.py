@@ -24,12 +24,12 @@ from mcore_sft.data.pack import Pack
 from mcore_sft.data.prepare import prepare
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
-from mcore_sft.model import build
+from mcore_sft.model import build, families
+from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.mesh import Mesh, connect
 from mcore_sft.training import loop
 from mcore_sft.training import optimizer as optim
-from mcore_sft.training.metrics import FILE as METRICS
+from mcore_sft.training.beside.metrics import FILE as METRICS
 from mcore_sft.training.step import count, run
 from tests.distributed import run_ranks
 from tests.prompts import MATH
@@ -78,7 +78,7 @@ class Loaded:
     model: build.Chunks
     optimizer: Any
     mesh: Mesh
-    architecture: arch.Architecture
+    architecture: Architecture
 
     @property
     def gpt(self) -> Any:
@@ -97,13 +97,13 @@ def loaded(
     **train: Any,
 ) -> Iterator[Loaded]:
     """Connect and load the model of `folder`."""
-    architecture = arch.read(folder)
+    architecture = families.read(folder)
     settings = TrainConfig(precision=precision, **train)
     with connect(parallel) as mesh:
         named = ModelConfig.model_validate({"path": folder, "layers": layers})
         model = build.build(architecture, named, settings, mesh)
         made = optim.build(optimizer or OptimizerConfig(), settings, model, mesh)
-        weights.load_pretrained(SafetensorsFolder(folder), model, architecture)
+        weights.load_pretrained(SafetensorsFolder(folder), model, architecture, mesh)
         made.reload_model_params()
         yield Loaded(model, made, mesh, architecture)
 
@@ -125,7 +125,8 @@ def gradients(here: Loaded, batches: Sequence[Batch]) -> tuple[float, dict[str, 
     for chunk in here.model:
         chunk.train()
         chunk.zero_grad_buffer()
-    loss = run(here.model, batches, here.mesh, forward_only=False)
+    losses = run(here.model, batches, here.mesh, forward_only=False)
+    (loss,) = here.mesh.sum_over_world([sum(losses)])
     supervised, _, _ = count(batches, here.mesh)
     found = {
         f"chunk {number}: {name}": weight.main_grad.clone()
@@ -182,7 +183,7 @@ def metrics(config: RunConfig) -> list[dict[str, Any]]:
 def state(config: RunConfig, step: int) -> dict[str, dict[str, Tensor]]:
     """Weights and both moments after `step` updates, by Hugging Face's names."""
     read = sharded.whole_tensors(config.folder / f"step_{step}")
-    architecture = arch.read(config.model.path)
+    architecture = families.read(config.model.path)
     prefixes = {"weights": "", **{name: f"optimizer.{name}." for name in MOMENTS}}
     return {
         kind: dict(weights.export(lambda key, prefix=prefix: read(prefix + key), architecture))

@@ -48,17 +48,17 @@ from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation.engine import Request, open_engine
 from mcore_sft.evaluation.trained_prompt import Asked, choose
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from mcore_sft.model.build import whole_weights
 from mcore_sft.nightly import plain
 from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.mesh import join
 from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import loop
+from mcore_sft.training.beside.watchdog import Watchdog
 from mcore_sft.training.packs import row_unit
 from mcore_sft.training.step import StepResult, packed, same_scales, train_step
 from mcore_sft.training.stop import Stop
-from mcore_sft.training.watchdog import Watchdog
 from tests import runs, tiny
 from tests.distributed import run_ranks
 from tests.runs import LAYOUTS, loaded, on_layout, relative
@@ -617,7 +617,7 @@ def _in_one_process_group(configs: list[RunConfig]) -> None:
     torch.set_num_threads(1)
     whole, *again = configs
     whole.folder.mkdir(parents=True, exist_ok=True)
-    architecture = arch.read(whole.model.path)
+    architecture = families.read(whole.model.path)
     with (
         Peers(Launch.read(), 60.0) as peers,
         Watchdog(whole.folder, None, peers) as watchdog,

@@ -10,6 +10,7 @@ from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, ParallelConfig, RunConfig
 from mcore_sft.data.batch import Batch, collate
 from mcore_sft.model.architecture import Architecture
+from mcore_sft.model.families.llama import Llama
 from mcore_sft.plan import memory, ranking
 from mcore_sft.plan.layout import Layout, PlanError, Workload, configured, workload
 from mcore_sft.plan.memory import stage_memory
@@ -20,7 +21,7 @@ from tests.distributed import run_ranks
 from tests.runs import loaded
 from tests.tiny import make_model, make_pack
 
-SHAPE_8B = Architecture(
+SHAPE_8B = Llama(
     layers=32,
     hidden=4096,
     heads=32,

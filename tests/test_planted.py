@@ -16,8 +16,9 @@ from mcore_sft.checkpoint import optimizer_state, replicas, sharded
 from mcore_sft.config import OptimizerConfig
 from mcore_sft.data import batch as batches
 from mcore_sft.model import build, layers
-from mcore_sft.training import guards, loop, step
+from mcore_sft.training import loop, step
 from mcore_sft.training import optimizer as optim
+from mcore_sft.training.beside import guards
 from tests import runs
 from tests import test_equalities as equalities
 from tests.tensors import Difference

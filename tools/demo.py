@@ -25,7 +25,7 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.evaluation.report import nemo_skills_table
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.training import curve
+from mcore_sft.training.beside import curve
 
 EXPERIMENT = Path("configs/demo.yaml")
 PACKS = 8

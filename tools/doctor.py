@@ -317,9 +317,9 @@ def _apex() -> str:
 
 def _model(config: "RunConfig") -> str:
     from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-    from mcore_sft.model import architecture
+    from mcore_sft.model import families
 
-    found = architecture.read(config.model.path)
+    found = families.read(config.model.path)
     found.check(config.parallel, config.data.sequence_length)
     weights = SafetensorsFolder(config.model.path)
     types = " and ".join(
@@ -375,7 +375,7 @@ def _parallel(config: "RunConfig", gpus: int | None) -> str:
 def _log(config: "RunConfig") -> str:
     from mcore_sft.runtime.device import device
     from mcore_sft.runtime.hardware import check_capture
-    from mcore_sft.training import trackers
+    from mcore_sft.training.beside import trackers
 
     trackers.check(config.log)
     if config.log.profile and config.log.profiler == "nsys":

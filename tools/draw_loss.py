@@ -22,7 +22,7 @@ def main() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("matplotlib is not installed: pip install matplotlib") from None
-    from mcore_sft.training.curve import draw
+    from mcore_sft.training.beside.curve import draw
 
     picture = arguments.output or arguments.run / "loss.png"
     draw(log, picture)

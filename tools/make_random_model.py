@@ -6,6 +6,7 @@ Good for tests, for rehearsals on machines without the real weights, and for tra
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from mcore_sft import command
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Parser, say
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
-from mcore_sft.model.architecture import FAMILIES
+from mcore_sft.model.families import FAMILIES, read
 
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "</s>")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,7 +134,7 @@ def make_model(
         rope_parameters=_rope(shape),
         rms_norm_eps=shape.norm_eps,
         tie_word_embeddings=shape.tie,
-        **({"sliding_window": None} if shape.architecture == "mistral" else {}),
+        **FAMILIES[shape.architecture].whole_context,
         **named,
     )
     torch.manual_seed(seed)
@@ -141,7 +142,13 @@ def make_model(
     model.generation_config = GenerationConfig(**named)
     model.save_pretrained(output)
     tokenizer.save(output)
-    return sum(parameter.numel() for parameter in model.parameters())
+    shapes = read(output).shapes()
+    if shapes != {name: tuple(weight.shape) for name, weight in model.named_parameters()}:
+        raise ShapeError(
+            f"{output}: transformers makes other weights of {shape.architecture} than the table of "
+            "its file in mcore_sft/model/families. Fix: correct that table"
+        )
+    return sum(math.prod(weight) for weight in shapes.values())
 
 
 def _rope(shape: Shape) -> dict[str, Any]:

@@ -28,13 +28,13 @@ def main() -> None:
         check_writable(arguments.json)
     config = command.experiment(arguments)
     # Imported late: torch takes seconds, and a typo should cost none of them.
-    from mcore_sft.model import architecture as arch
+    from mcore_sft.model import families
     from mcore_sft.plan import layout, memory, ranking, speed
     from mcore_sft.runtime.hardware import FUSED_ATTENTION_OLDEST, chosen_layers
 
     if arguments.gpu not in speed.GPUS:
         raise layout.PlanError(f"--gpu {arguments.gpu}: expected one of {', '.join(speed.GPUS)}")
-    a, gpu, gpus = arch.read(config.model.path), speed.GPUS[arguments.gpu], arguments.gpus
+    a, gpu, gpus = families.read(config.model.path), speed.GPUS[arguments.gpu], arguments.gpus
     efficiency = arguments.efficiency or speed.EFFICIENCY
     a.check(config.parallel, config.data.sequence_length)
     load = layout.workload(config)

@@ -77,9 +77,9 @@ def _job(config: RunConfig) -> Job:
     unfed = check_fit(tokenizer, config.model.path)
     if is_file(config.model.path / "config.json"):  # what training would refuse, hours earlier
         # Imported here, because the processes that tokenize load this module and need no torch.
-        from mcore_sft.model import architecture
+        from mcore_sft.model import families
 
-        architecture.read(config.model.path).check_length(config.data.sequence_length)
+        families.read(config.model.path).check_length(config.data.sequence_length)
     return Job(
         config=config.data,
         prompt=Prompt.load(config.prompt, tokenizer),

@@ -28,7 +28,8 @@ from mcore_sft.data import chat_files
 from mcore_sft.data.progress import progress
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
+from mcore_sft.model.architecture import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
@@ -164,7 +165,7 @@ def _leave_out(file: Path, keys: Collection[str]) -> None:
 def _require_as_trained(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> None:
     """Raise `CheckpointError` if config.json in `folder` is of another model than was trained."""
     trained = manifest["progress"]["fixed"].get("architecture", {})
-    found = json.loads(json.dumps(asdict(arch.read(folder))))
+    found = json.loads(json.dumps(asdict(families.read(folder))))
     differ = [
         f"{key} (got {found[key]}, trained with {value})"
         for key, value in trained.items()
@@ -185,8 +186,8 @@ def _write_weights(
     shard_bytes: int,
     console: Console,
 ) -> None:
-    architecture = arch.read(folder)
-    shapes = weights.shapes(architecture)
+    architecture = families.read(folder)
+    shapes = architecture.shapes()
     readers = [sharded.whole_tensors(path) for path in checkpoints]
     stored = DTYPES[dtype] if dtype else readers[0](_SMALL).dtype
     if dtype:
@@ -200,10 +201,10 @@ def _write_weights(
 
 
 def _mean(
-    readers: Sequence[Callable[[str], Tensor]], architecture: arch.Architecture
+    readers: Sequence[Callable[[str], Tensor]], architecture: Architecture
 ) -> Callable[[str], Tensor]:
     """A reader of the mean of a weight, in more digits than its own where there are several."""
-    rows = {key: sum(part.size for part in row) for key, row in weights.table(architecture).items()}
+    rows = {key: weight.rows for key, weight in architecture.weights().items()}
 
     def read(key: str) -> Tensor:
         # Without the rows that fill the vocabulary up: their number is the layout's.

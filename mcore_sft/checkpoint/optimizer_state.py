@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mcore_sft.runtime.mesh import Mesh
@@ -137,8 +136,7 @@ def _together(weight: _Weight, name: str, owner: int, mesh: Mesh) -> Tensor | No
     if weight.main is not None:
         whole[weight.run] = weight.held(name)
     # As integers: each bit comes from one rank, and -0.0 stays what it is.
-    group = mesh.replicas.group
-    dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, owner), group=group)
+    mesh.reduce_to_replica(owner, whole.view(torch.int32))
     return whole.view(weight.model.shape).cpu() if mesh.replicas.rank == owner else None
 
 

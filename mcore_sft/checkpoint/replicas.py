@@ -36,10 +36,7 @@ def differing(model: Chunks, mesh: Mesh) -> list[tuple[int, int]]:
         first = dist.get_global_rank(axis.group, 0)
         total = bit_sum(held, mesh.device) if axis.size > 1 else torch.tensor(0, device=mesh.device)
         parts += [total, torch.full_like(total, first)]
-    own = torch.stack(parts)
-    shares = [torch.empty_like(own) for _ in range(mesh.world.size)]
-    dist.all_gather(shares, own, group=mesh.world.group)
-    told = torch.stack(shares).tolist()
+    told = mesh.gather(torch.stack(parts)).tolist()
     found = {
         (rank, row[at + 1]): None
         for rank, row in enumerate(told)

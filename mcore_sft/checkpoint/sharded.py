@@ -26,7 +26,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -243,7 +242,7 @@ class Checkpoints:
 
         `beat` meanwhile, as long as the writer of this rank goes on.
         """
-        while any(agree(self.mesh, int(self.is_writing))):
+        while any(self.mesh.largest(int(self.is_writing))):
             if self._pending and self._pending.writer.goes_on():
                 beat()
             time.sleep(0.05)
@@ -418,11 +417,8 @@ class Checkpoints:
         """
         if steps <= 0:
             return
-        size = torch.tensor(
-            optimizer_state.size(self.optimizer, self._model_state()), device=self.mesh.device
-        )
-        dist.all_reduce(size, group=self.mesh.world.group)
-        self.mesh.from_main(lambda: _require_room(self.folder, int(size)))
+        size = sum(self.mesh.from_all(optimizer_state.size(self.optimizer, self._model_state())))
+        self.mesh.from_main(lambda: _require_room(self.folder, size))
 
     def begin_anew(self) -> None:
         """Raise `CheckpointError` where checkpoints of another run would mix with those to come."""
@@ -491,13 +487,6 @@ def _unwritten(final: Path, fault: str) -> CheckpointError:
         f"{final} could not be written ({fault}); check the disk and start again: the run goes on "
         "from the checkpoint before"
     )
-
-
-def agree(mesh: Mesh, *flags: int) -> list[int]:
-    """The largest that any rank gives, of each flag; collective."""
-    found = torch.tensor(flags, device=mesh.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=mesh.world.group)
-    return [int(flag) for flag in found.tolist()]
 
 
 def _small_files(folder: Path, written: Mapping[str, File]) -> dict[str, File]:

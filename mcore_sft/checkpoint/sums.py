@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mcore_sft.base import files
-from mcore_sft.checkpoint.sharded import agree
 from mcore_sft.runtime.mesh import Mesh
 
 Sum = tuple[int, int, str]
@@ -45,7 +44,7 @@ class Sums:
         Collective. `beat` is called while a rank is at its part.
         """
         if self._all is None:
-            while any(agree(self._mesh, int(self._thread.is_alive()))):
+            while any(self._mesh.largest(int(self._thread.is_alive()))):
                 beat()
                 self._thread.join(0.2)
             shares = self._mesh.from_all(self._own)

@@ -1,19 +1,15 @@
-"""Hugging Face weights <-> Megatron-core weights: one table, read in both directions.
+"""Hugging Face weights <-> Megatron-core weights: a family's table, read in both directions.
 
-Every tensor of Megatron-core is, along its first dimension, a row of segments of Hugging Face
-tensors: the query, key and value heads of each group in turn, or the gate above the up projection.
-The table lists these segments. Loading reads the segments that this rank's shard covers; exporting
-writes them back.
+Loading reads the segments that this rank's shard of a weight covers; exporting writes them back.
 
     model.safetensors -> (the slice of each tensor that this rank holds) -> model
     (whole Megatron tensor, one at a time) -> model.safetensors
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mcore_sft.base.errors import UserError
@@ -23,60 +19,19 @@ from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.data.progress import progress
 from mcore_sft.model.architecture import Architecture
-from mcore_sft.runtime import megatron_core  # noqa: F401  (before Megatron-core itself)
+from mcore_sft.model.weight_table import Segment, Table, Weight
+from mcore_sft.runtime.mesh import Mesh
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows [start, stop) of the Hugging Face tensor `name`, each of the shape `row`."""
-
-    name: str
-    start: int
-    stop: int
-    row: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """How many rows it has."""
-        return self.stop - self.start
-
-
-Table = dict[str, tuple[Segment, ...]]
-
-
-def table(architecture: Architecture) -> Table:
-    """Megatron-core's name of each weight -> the segments that it is made of."""
-    a = architecture
-    rows: Table = {
-        "embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", a.vocab, a.hidden),
-        "decoder.final_layernorm.weight": _whole("model.norm.weight", a.hidden),
-    }
-    if not a.tied:
-        rows["output_layer.weight"] = _whole("lm_head.weight", a.vocab, a.hidden)
-    for layer in range(a.layers):
-        rows |= {
-            f"decoder.layers.{layer}.{ours}": segments
-            for ours, segments in _layer(a, f"model.layers.{layer}").items()
-        }
-    return rows
-
-
-def shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The shape of every Hugging Face tensor by name, in the order in which they are exported."""
-    found: dict[str, tuple[int, ...]] = {}
-    for segments in table(architecture).values():
-        found |= _shapes(segments)
-    return found
-
-
 def load_pretrained(
     folder: SafetensorsFolder,
     model: Sequence[DistributedDataParallel],
     architecture: Architecture,
+    mesh: Mesh,
     console: Console | None = None,
 ) -> None:
     """Fill `model`, the part of it on this rank, reading no more of `folder` than that part.
@@ -87,12 +42,14 @@ def load_pretrained(
     parts = [shard for chunk in model for shard in shards(chunk.module)]
     problem: UserError | None = None
     try:
-        for line in _said(folder, shapes(architecture), parts[0].data.dtype):
+        for line in _said(folder, architecture.shapes(), parts[0].data.dtype):
             console.print(line, soft_wrap=True)
         _load(folder, parts, architecture, console)
     except UserError as error:
         problem = error
-    _end_together(problem)
+    problems = mesh.from_all(str(problem) if problem else None)
+    if first := next(filter(None, problems), None):
+        raise CheckpointError(first)
 
 
 def _load(
@@ -101,21 +58,23 @@ def _load(
     architecture: Architecture,
     console: Console,
 ) -> None:
-    rows = table(architecture)
-    _require_same_tensors(folder, rows, architecture)
+    table = architecture.weights()
+    _require_same_tensors(folder, table, architecture)
     total = sum(shard.data.nbytes for shard in parts)
     with torch.no_grad(), progress("loading weights", total=total, console=console) as done:
         for shard in parts:
-            if shard.key not in rows:
+            if shard.key not in table:
                 raise CheckpointError(f"{shard.key}: no Hugging Face tensor is known for it")
-            _require_same_shapes(folder, rows[shard.key])
-            for target, segment, columns in _covered(shard, rows[shard.key]):
+            _require_same_shapes(folder, table[shard.key])
+            for target, segment, columns in _covered(shard, table[shard.key]):
                 target.copy_(folder.read(segment.name, segment.start, segment.stop, columns))
             done(shard.data.nbytes)
-        _require_finite(folder, parts, rows)
+        _require_finite(folder, parts, table)
 
 
-def _require_finite(folder: SafetensorsFolder, parts: Sequence[ShardedTensor], rows: Table) -> None:
+def _require_finite(
+    folder: SafetensorsFolder, parts: Sequence[ShardedTensor], table: Table
+) -> None:
     """Raise `CheckpointError` naming the tensors in which this rank has read a NaN or an infinity.
 
     The extremes of each weight say it in one pass without a copy, and a GPU is waited for once.
@@ -126,7 +85,7 @@ def _require_finite(folder: SafetensorsFolder, parts: Sequence[ShardedTensor], r
         segment.name: None
         for shard, good in zip(parts, finite, strict=True)
         if not good
-        for target, segment, _ in _covered(shard, rows[shard.key])
+        for target, segment, _ in _covered(shard, table[shard.key])
         if not torch.isfinite(target).all()
     }
     if bad:
@@ -163,21 +122,12 @@ _EXACT = {torch.float32: ("fp32", {"fp32", "bf16", "fp16"}), torch.bfloat16: ("b
 """Type of the model's weights -> its name, and the types all of whose values it has."""
 
 
-def _end_together(problem: UserError | None) -> None:
-    """Raise on every rank what any rank has met."""
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, str(problem) if problem else None)
-    first = next((text for text in said if text), None)
-    if first is not None:
-        raise CheckpointError(first)
-
-
 def export(
     read_whole: Callable[[str], Tensor], architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
     """Each Hugging Face tensor by name; `read_whole` gives Megatron-core's by its name."""
-    for key, segments in table(architecture).items():
-        yield from _taken_apart(read_whole(key), segments).items()
+    for key, weight in architecture.weights().items():
+        yield from _taken_apart(read_whole(key), weight).items()
 
 
 def shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
@@ -189,26 +139,21 @@ def shards(model: torch.nn.Module) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _taken_apart(source: Tensor, segments: tuple[Segment, ...]) -> dict[str, Tensor]:
+def _taken_apart(source: Tensor, weight: Weight) -> dict[str, Tensor]:
     """The Hugging Face tensors that `source` is made of."""
-    if len(segments) == 1:
-        return {segments[0].name: source[: segments[0].size]}
-    made = {name: source.new_empty(shape) for name, shape in _shapes(segments).items()}
+    if len(weight.segments) == 1:
+        return {weight.segments[0].name: source[: weight.rows]}
+    made = {name: source.new_empty(shape) for name, shape in weight.shapes.items()}
     first = 0
-    for segment in segments:
+    for segment in weight.segments:
         made[segment.name][segment.start : segment.stop] = source[first : first + segment.size]
         first += segment.size
     return made
 
 
-def _shapes(segments: tuple[Segment, ...]) -> dict[str, tuple[int, ...]]:
-    """The shape of each Hugging Face tensor that `segments`, in order, are of."""
-    return {segment.name: (segment.stop, *segment.row) for segment in segments}
-
-
-def _require_same_tensors(folder: SafetensorsFolder, rows: Table, a: Architecture) -> None:
+def _require_same_tensors(folder: SafetensorsFolder, table: Table, a: Architecture) -> None:
     """Raise `CheckpointError` if `folder` holds a weight that the model of its config has not."""
-    known = {segment.name for segments in rows.values() for segment in segments}
+    known = {segment.name for weight in table.values() for segment in weight.segments}
     surplus = {name for name in folder.names() - known if not name.endswith("rotary_emb.inv_freq")}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if a.tied and head in surplus:
@@ -225,8 +170,8 @@ def _require_same_tensors(folder: SafetensorsFolder, rows: Table, a: Architectur
         )
 
 
-def _require_same_shapes(folder: SafetensorsFolder, segments: tuple[Segment, ...]) -> None:
-    for name, shape in _shapes(segments).items():
+def _require_same_shapes(folder: SafetensorsFolder, weight: Weight) -> None:
+    for name, shape in weight.shapes.items():
         if folder.shape(name) != list(shape):
             raise CheckpointError(
                 f"{folder.folder}: {name} has shape {folder.shape(name)}, but config.json says "
@@ -234,56 +179,8 @@ def _require_same_shapes(folder: SafetensorsFolder, segments: tuple[Segment, ...
             )
 
 
-def _layer(a: Architecture, theirs: str) -> Table:
-    """The weights of one layer, which Hugging Face calls `theirs`."""
-    attention, mlp, width = f"{theirs}.self_attn", f"{theirs}.mlp", a.head_dim
-    rows: Table = {
-        "self_attention.linear_qkv.layer_norm_weight": _whole(
-            f"{theirs}.input_layernorm.weight", a.hidden
-        ),
-        "self_attention.linear_qkv.weight": _heads_by_group(a, attention, "weight", a.hidden),
-        "self_attention.linear_proj.weight": _whole(
-            f"{attention}.o_proj.weight", a.hidden, a.heads * width
-        ),
-        "mlp.linear_fc1.layer_norm_weight": _whole(
-            f"{theirs}.post_attention_layernorm.weight", a.hidden
-        ),
-        "mlp.linear_fc1.weight": (
-            *_whole(f"{mlp}.gate_proj.weight", a.intermediate, a.hidden),
-            *_whole(f"{mlp}.up_proj.weight", a.intermediate, a.hidden),
-        ),
-        "mlp.linear_fc2.weight": _whole(f"{mlp}.down_proj.weight", a.hidden, a.intermediate),
-    }
-    if a.qkv_bias:
-        rows["self_attention.linear_qkv.bias"] = _heads_by_group(a, attention, "bias")
-    if a.qk_norm:
-        for norm in ("q", "k"):
-            rows[f"self_attention.{norm}_layernorm.weight"] = _whole(
-                f"{attention}.{norm}_norm.weight", width
-            )
-    return rows
-
-
-def _whole(name: str, size: int, *row: int) -> tuple[Segment, ...]:
-    return (Segment(name, 0, size, row),)
-
-
-def _heads_by_group(a: Architecture, attention: str, kind: str, *row: int) -> tuple[Segment, ...]:
-    """For each key-value head: the query heads that share it, then its key, then its value."""
-    heads = {
-        "q_proj": a.heads // a.kv_heads * a.head_dim,
-        "k_proj": a.head_dim,
-        "v_proj": a.head_dim,
-    }
-    return tuple(
-        Segment(f"{attention}.{name}.{kind}", group * size, (group + 1) * size, row)
-        for group in range(a.kv_heads)
-        for name, size in heads.items()
-    )
-
-
 def _covered(
-    shard: ShardedTensor, segments: tuple[Segment, ...]
+    shard: ShardedTensor, weight: Weight
 ) -> Iterator[tuple[Tensor, Segment, slice | None]]:
     """(part of the shard, the segment it is filled from, its columns); the padding is zeroed."""
     data, offset = shard.data, shard.global_offset
@@ -292,7 +189,7 @@ def _covered(
         columns = slice(offset[1], offset[1] + data.shape[1])
     first, last = offset[0], offset[0] + data.shape[0]
     at = 0
-    for segment in segments:
+    for segment in weight.segments:
         start, stop = max(first, at), min(last, at + segment.size)
         if start < stop:
             moved = segment.start - at

@@ -1,41 +1,22 @@
-"""What a Hugging Face folder's config.json says of a model, checked and in our own words.
+"""The shape of a model: its sizes, its table of weights, and what can be asked of it.
 
-config.json -> Architecture
+A family (families/) adds how its config.json is read and what its layers are made of.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcore_sft.base.errors import UserError
-from mcore_sft.base.model_folder import PLAIN, read_json, stored_types, weight_files
 from mcore_sft.config import ConfigError, ParallelConfig
+from mcore_sft.model.weight_table import Table, plain
 
 VOCAB_MULTIPLE = 16
 """Each rank's vocabulary rows are padded to a multiple of this, for the matrix units of GPUs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """In what the models of one model_type are not Llama."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    needs: tuple[str, ...] = ()
-    """Keys that every published config.json of the family has, and whose default is not Llama's."""
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(needs=("num_key_value_heads", "sliding_window")),
-    "qwen2": Family(qkv_bias=True, needs=("num_key_value_heads",)),
-    "qwen3": Family(qk_norm=True, needs=("num_key_value_heads", "head_dim")),
-}
-"""config.json's model_type -> family; Qwen2.5 calls itself qwen2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +30,8 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The shape of a model that is Llama's, but for what its family differs in."""
+class Architecture(ABC):
+    """The sizes of a decoder-only model with rotary embeddings."""
 
     layers: int
     hidden: int
@@ -72,6 +53,48 @@ class Architecture:
     """Whether the queries and keys of each head are normalized before they are turned."""
     window: int | None = None
     """Tokens that one token sees, where that is less than `max_positions`."""
+
+    @abstractmethod
+    def layer_weights(self, theirs: str) -> Table:
+        """The weights of one layer by their names in it; Hugging Face calls the layer `theirs`."""
+
+    @abstractmethod
+    def layer_settings(self) -> dict[str, Any]:
+        """Megatron-core's words for what the layers are made of."""
+
+    @abstractmethod
+    def set_norms(self, layer: Any, norm: type) -> None:
+        """Put `norm` wherever Megatron-core's local `layer` (a ModuleSpec) has a norm."""
+
+    def weights(self) -> Table:
+        """Megatron-core's name of each weight of the model -> what it is made of."""
+        table = {
+            "embedding.word_embeddings.weight": plain(
+                "model.embed_tokens.weight", self.vocab, self.hidden, split="rows"
+            ),
+            "decoder.final_layernorm.weight": plain("model.norm.weight", self.hidden),
+        }
+        if not self.tied:
+            table["output_layer.weight"] = plain(
+                "lm_head.weight", self.vocab, self.hidden, split="rows"
+            )
+        for layer in range(self.layers):
+            table |= {
+                f"decoder.layers.{layer}.{ours}": weight
+                for ours, weight in self.layer_weights(f"model.layers.{layer}").items()
+            }
+        return table
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every Hugging Face tensor by name, in the order of the export."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for weight in self.weights().values():
+            shapes |= weight.shapes
+        return shapes
+
+    def layer_size(self, tensor: int = 1, *, matrices: bool = False) -> int:
+        """Numbers in a layer, or in its `matrices`, on one of so many tensor-parallel ranks."""
+        return _layer_size(self, tensor, matrices)
 
     def padded_vocab(self, tensor: int) -> int:
         """Vocabulary rows when split over `tensor` ranks, each rank's share being aligned."""
@@ -131,29 +154,6 @@ class Architecture:
             )
 
 
-def read(folder: Path) -> Architecture:
-    """The architecture of the Hugging Face model in `folder`; raises `UserError`."""
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"model.path {folder}: no config.json there; give a Hugging Face folder"
-        ) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ConfigError(f"{path}: names no model_type, so it is no model's configuration")
-    try:
-        _refuse_what_cannot_be_built(path, config)
-        _refuse_quantized_weights(path, config)
-        return _architecture(path, config)
-    except UserError:
-        raise
-    except KeyError as error:
-        raise ConfigError(f"{path}: the key {error} is missing; copy the model again") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path}: a value is not what it should be: {error}") from None
-
-
 def rope_frequencies(architecture: Architecture) -> Tensor:
     """Inverse frequencies [head_dim / 2] in fp32 of the rotary embedding.
 
@@ -171,103 +171,7 @@ def rope_frequencies(architecture: Architecture) -> Tensor:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
-    family = FAMILIES[config["model_type"]]
-    for key in family.needs:
-        if key not in config:
-            raise KeyError(key)
-    heads = config["num_attention_heads"]
-    theta, factor, scaling = _rope(path, config)
-    return Architecture(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config["intermediate_size"],
-        vocab=config["vocab_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rope_factor=factor,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=config["max_position_embeddings"],
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        window=_window(config),
-    )
-
-
-def _refuse_what_cannot_be_built(path: Path, config: dict[str, Any]) -> None:
-    if config["model_type"] not in FAMILIES:
-        raise ConfigError(
-            f"{path}: model_type is {config['model_type']!r}; supported are {', '.join(FAMILIES)}"
-        )
-    expected = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "pretraining_tp": 1,
-        "partial_rotary_factor": 1.0,
-    }
-    found = _rope_section(config) | config
-    for key, value in expected.items():
-        if found.get(key, value) not in (value, None):
-            raise ConfigError(f"{path}: {key} is {found[key]!r}; only {value!r} is supported")
-
-
-def _refuse_quantized_weights(path: Path, config: dict[str, Any]) -> None:
-    """Raise `ConfigError` if the folder holds weights that are no plain numbers.
-
-    A quantization beside plain weights is what is left of one that was undone.
-    """
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if not quantization:
-        return
-    files = set(weight_files(path.parent).values())
-    types = {found for file in files for found in stored_types(path.parent / file).values()}
-    if not types <= PLAIN.keys():
-        method = quantization
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method", "no quant_method")
-        raise ConfigError(
-            f"{path}: the weights are quantized (quantization_config: {method}), and a quantized "
-            "model cannot be trained. Fix: take the unquantized model (model.path)"
-        )
-
-
-def _window(config: dict[str, Any]) -> int | None:
-    """Qwen says by a key of its own whether its window is used; Llama has none."""
-    used = config["model_type"] == "mistral" or config.get("use_sliding_window", False)
-    window: int | None = config.get("sliding_window") if used else None
-    return window if window and window < config["max_position_embeddings"] else None
-
-
-def _rope_section(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4 calls `rope_scaling`, and 5 `rope_parameters`."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
-
-
-def _rope(path: Path, config: dict[str, Any]) -> tuple[float, float, RopeScaling | None]:
-    """Base, linear factor and Llama 3's scaling."""
-    rope = _rope_section(config)
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, 1.0, None
-    if kind == "linear":
-        return theta, float(rope["factor"]), None
-    if kind != "llama3":
-        raise ConfigError(
-            f"{path}: rope scaling {kind!r} is not supported; expected 'default', 'linear' or "
-            "'llama3'"
-        )
-    original = "original_max_position_embeddings"
-    scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(config[original] if original in config else rope[original]),
-    )
-    return theta, 1.0, scaling
+@cache  # a plan asks for it thousands of times
+def _layer_size(architecture: Architecture, tensor: int, matrices: bool) -> int:
+    weights = architecture.layer_weights("").values()
+    return sum(weight.share(tensor) for weight in weights if weight.is_matrix or not matrices)

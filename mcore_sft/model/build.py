@@ -4,7 +4,7 @@ Architecture + Mesh -> chunks: Gpts in the order of their layers, each wrapped f
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,13 +90,26 @@ class Gpt(GPTModel):
 
 
 def build(
-    architecture: Architecture, settings: ModelConfig, train: TrainConfig, mesh: Mesh
+    architecture: Architecture,
+    settings: ModelConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    computed: Callable[[], None] = lambda: None,
 ) -> Chunks:
-    """This rank's part of the model, its weights not yet loaded, in DDP."""
+    """This rank's part of the model, its weights not yet loaded, in DDP.
+
+    `computed` is called when the gradients of a step are there and wait to be exchanged.
+    """
+
+    def exchange(*arguments: Any, **keywords: Any) -> None:
+        computed()
+        finalize_model_grads(*arguments, **keywords)
+
     layers = layer_implementation(settings, train, mesh.device)
     if layers == "transformer_engine":
         prepare_transformer_engine()
     config = transformer_config(architecture, train, mesh, layers)
+    config.finalize_model_grads_func = exchange
     spec = block_spec(layers, architecture, mesh)
     parallel = mesh.parallel
     reduction = DistributedDataParallelConfig(
@@ -223,14 +236,7 @@ def transformer_config(
         num_query_groups=architecture.kv_heads,
         kv_channels=architecture.head_dim,
         ffn_hidden_size=architecture.intermediate,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        # With it, the gradients of these norms are summed over the heads of all tensor ranks.
-        qk_layernorm=architecture.qk_norm,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_eps,
+        **architecture.layer_settings(),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=mesh.tensor.size,
@@ -247,7 +253,6 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
         # The weights are always loaded; a method is still needed, since it is on its way that
         # Megatron-core marks which parameters are split over the tensor axis.
         init_method=_leave_empty,
@@ -302,19 +307,13 @@ def block_spec(layers: str, architecture: Architecture, mesh: Mesh) -> Transform
     if layers == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = (
-            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm),
-            TENorm,
-        )
+        normed = architecture.layer_settings()["qk_layernorm"]
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=normed), TENorm
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         norm = ApexRMSNorm if layers == "apex" else RMSNorm
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PackedAttention
-        if architecture.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = norm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        architecture.set_norms(layer, norm)
     chunk_layers = architecture.layers // (mesh.pipeline.size * mesh.parallel.virtual)
     return TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=norm)
 

@@ -14,7 +14,7 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.model import architecture
+from mcore_sft.model import families
 from mcore_sft.nightly.curve import Curve
 
 FOLDER = Path("configs/nightly/golden")
@@ -40,7 +40,7 @@ def made_from(config: RunConfig, packs_of_a_step: int) -> dict[str, Any]:
 
 def _architecture(folder: Path) -> dict[str, Any]:
     """What config.json says of the model, but for what is as in every Llama."""
-    read = architecture.read(folder)
+    read = families.read(folder)
     said = asdict(read)
     return {f"model.{x.name}": said[x.name] for x in fields(read) if said[x.name] != x.default}
 

@@ -67,25 +67,16 @@ def stage_memory(
 
 
 def parameters(a: Architecture, layout: Layout, stage: int) -> int:
-    """Weights of one rank of `stage`, counted from the shapes.
+    """Weights of one rank of `stage`, counted from the family's table.
 
-    Matrices are split over the tensor axis, norms are on all of its ranks; the last stage holds a
-    copy of a tied embedding (Narayanan et al. 2021, arXiv 2104.04473, section 2).
+    The last stage holds a copy of a tied embedding (Narayanan et al. 2021, arXiv 2104.04473,
+    section 2).
     """
     t = layout.tensor
-    qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
-    layer = layer_matrices(a, t) + 2 * a.hidden
-    layer += qkv // t * a.qkv_bias + 2 * a.head_dim * a.qk_norm
     table = a.padded_vocab(t) // t * a.hidden
     first, last = stage == 0, stage == layout.pipeline - 1
     tables = first + last - (first and last and a.tied)
-    return a.layers // layout.pipeline * layer + tables * table + last * a.hidden
-
-
-def layer_matrices(a: Architecture, tensor: int) -> int:
-    """Numbers in the matrices of a layer on one of so many tensor ranks."""
-    widths = 2 * (a.heads + a.kv_heads) * a.head_dim + 3 * a.intermediate
-    return a.hidden * widths // tensor
+    return a.layers // layout.pipeline * a.layer_size(t) + tables * table + last * a.hidden
 
 
 def memory(
@@ -140,7 +131,7 @@ def memory(
         weights=wide * count,
         gradients=4 * count,
         optimizer=states * count / owners,
-        copies=2 * eight * layer_matrices(a, layout.tensor),
+        copies=2 * eight * a.layer_size(layout.tensor, matrices=True),
         activations=activations,
         workspace=workspace,
     )

@@ -12,12 +12,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from mcore_sft.runtime.megatron_core import check_version
+from mcore_sft.runtime.patches import replaced
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def megatron_on_cpu() -> Iterator[None]:
     check_version()
     with contextlib.ExitStack() as stack:
         for module, name, stand_in in (*_cuda_stand_ins(), *_megatron_stand_ins()):
-            stack.enter_context(mock.patch.object(module, name, stand_in))
+            stack.enter_context(replaced(module, name, stand_in))
         stack.enter_context(_CudaMeansCpu())
         yield
 

@@ -10,6 +10,7 @@ import io
 import queue
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from packaging.version import Version
 
 from mcore_sft import installed
 from mcore_sft.base.errors import UserError
+from mcore_sft.runtime.patches import replaced
 
 FOUND = Version(version("megatron-core"))
 _OLD, _NEW = Version("0.16.1"), Version("0.19")
@@ -70,6 +72,7 @@ _import_without_triton()
 from torch.distributed.checkpoint.state_dict_loader import load as load_whole  # noqa: E402
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core import optimizer as megatron_optimizer  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.models.gpt import GPTModel as _GPTModel  # noqa: E402
 
@@ -102,6 +105,11 @@ Results = queue.SimpleQueue[dict[int, list[Any]]]
 """What a writer wrote, by the place of its file."""
 
 
+def torch_adamw() -> AbstractContextManager[None]:
+    """Let Megatron-core take torch's AdamW, where Transformer Engine's or Apex's is installed."""
+    return replaced(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
+
+
 def save_async(state: dict[str, Any], folder: str) -> tuple[Any, Results]:
     """Begin to save `state` with Megatron-core's own writer: an AsyncRequest, and its results.
 
@@ -112,12 +120,8 @@ def save_async(state: dict[str, Any], folder: str) -> tuple[Any, Results]:
     """
     asked = {} if _IS_OLD else {"async_strategy": "mcore"}
     results: Results = queue.SimpleQueue()
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = results
-    try:
+    with replaced(filesystem_async, "_results_queue", results):
         request = dist_checkpointing.save(state, folder, async_sharded_save=True, **asked)
-    finally:
-        filesystem_async._results_queue = before
     return request, results
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from mcore_sft.base.errors import UserError
@@ -76,6 +77,11 @@ class Mesh:
         return self.pipeline.rank == self.pipeline.size - 1
 
     @property
+    def tells_loss(self) -> bool:
+        """Whether this process speaks for its tensor ranks, all of which compute the loss."""
+        return self.is_last_stage and self.tensor.rank == 0
+
+    @property
     def is_main(self) -> bool:
         """Whether this process speaks for all: it alone writes logs and manifests."""
         return self.world.rank == 0
@@ -111,19 +117,36 @@ class Mesh:
         dist.all_gather_object(shares, told, group=self.world.group)
         return shares
 
-    def sum_over_replicas(self, values: list[float]) -> list[float]:
-        """The sum of each value over all tokens' ranks, in fp64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.replicas.group)
-        return [float(value) for value in total]
+    def largest(self, *values: int) -> list[int]:
+        """The largest that any rank gives, of each value; collective."""
+        shared = torch.tensor(values, device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.world.group)
+        return [int(value) for value in shared.tolist()]
 
-    def from_last_stage(self, values: list[float]) -> list[float]:
-        """What the last pipeline stage holds, on every stage, in fp64."""
-        sent = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.pipeline.size > 1:
-            last = dist.get_global_rank(self.pipeline.group, self.pipeline.size - 1)
-            dist.broadcast(sent, src=last, group=self.pipeline.group)
-        return [float(value) for value in sent]
+    def gather(self, own: Tensor) -> Tensor:
+        """The tensor [...] of each rank, stacked in their order [ranks, ...]; collective."""
+        shares = [torch.empty_like(own) for _ in range(self.world.size)]
+        dist.all_gather(shares, own, group=self.world.group)
+        return torch.stack(shares)
+
+    def reduce_to_replica(self, owner: int, tensor: Tensor) -> None:
+        """Sum `tensor`, in place, on the replica numbered `owner`; collective among replicas."""
+        group = self.replicas.group
+        dist.reduce(tensor, dist.get_global_rank(group, owner), group=group)
+
+    def sum_over_world(self, values: list[float]) -> list[float]:
+        """The sum of each value over all ranks, in fp64; collective."""
+        return self._sum(values, self.world)
+
+    def sum_over_replicas(self, values: list[float]) -> list[float]:
+        """The sum of each value over all tokens' ranks, in fp64; collective."""
+        return self._sum(values, self.replicas)
+
+    def _sum(self, values: list[float], axis: Axis) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=axis.group)
+        sums: list[float] = total.tolist()
+        return sums
 
     def say(self, text: str) -> None:
         """Print once for all."""

@@ -4,30 +4,19 @@ Everything is built as for training, by the same functions, on the meta device: 
 size without memory. The other ranks are torch's "fake" process group, which answers at once.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import torch
-import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mcore_sft.config import RunConfig
 from mcore_sft.model import build
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime import mesh as meshes
-from mcore_sft.runtime.cpu import megatron_on_cpu
-from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.runtime.fake import rank_without_memory
 from mcore_sft.training import optimizer as optim
 
-from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +41,7 @@ def dry_run(config: RunConfig, architecture: Architecture, gpus: int) -> list[He
 def _held(config: RunConfig, architecture: Architecture, gpus: int, rank: int) -> Held:
     settings = config.model.model_copy(update={"layers": "local"})
     train = config.train.model_copy(update={"fp8": "none", "fp8_bf16_ends": 0})
-    with megatron_on_cpu(), _alone(config, rank, gpus) as mesh, META, _OnMeta():
+    with rank_without_memory(config.parallel, rank, gpus) as mesh:
         model = build.build(architecture, settings, train, mesh)
         optimizer = optim.build(config.optimizer, train, model, mesh)
         return held(model, optimizer)
@@ -80,40 +69,3 @@ def held(model: Chunks, optimizer: ChainedOptimizer) -> Held:
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
         optimizer=states,
     )
-
-
-@contextlib.contextmanager
-def _alone(config: RunConfig, rank: int, size: int) -> Iterator[Mesh]:
-    """The mesh of one rank among others that are not there."""
-    new_group = dist.new_group
-
-    def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs | {"backend": "fake", "pg_options": None})
-
-    def agree(found: list[Any], own: Any, group: Any = None) -> None:
-        found[:] = [own] * len(found)
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        with (
-            mock.patch.object(dist, "new_group", fake_group),
-            mock.patch.object(dist, "all_gather_object", agree),
-        ):
-            yield meshes.lay_out(config.parallel, META)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-class _OnMeta(TorchFunctionMode):
-    """Tensors that name a device are made on meta too, and have the types that a GPU's have."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = META
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return str(torch.empty(0, dtype=args[0].dtype, device="cpu").type())
-        return func(*args, **kwargs)

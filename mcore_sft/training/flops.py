@@ -13,7 +13,6 @@ def step_flops(a: Architecture, *, tokens: int, supervised: int, squares: float)
     `supervised` tokens alone, padding for nothing, and what is computed a second time (activation
     recomputation) not again. `squares` is the sum of length^2 over the documents.
     """
-    attention = a.hidden * a.head_dim * 2 * (a.heads + a.kv_heads)
-    weights = a.layers * (attention + 3 * a.hidden * a.intermediate)
+    weights = a.layers * a.layer_size(matrices=True)
     scores = a.layers * a.heads * a.head_dim
     return 6.0 * (weights * tokens + a.hidden * a.vocab * supervised + scores * squares)

@@ -1,41 +1,39 @@
 """The training loop: a packed dataset in, distributed checkpoints of the fine-tuned model out.
 
-Loader --[Batch]--> train_step --StepResult--> metrics, checkpoints
+Loader --[Batch]--> gradients --guard--> update --StepResult--> what runs beside the steps
 """
-
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 
 from mcore_sft.base.errors import Stopped
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.describe import Description
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-from mcore_sft.checkpoint.sharded import Checkpoints, Progress, agree
+from mcore_sft.checkpoint.sharded import Checkpoints, Progress
 from mcore_sft.checkpoint.sums import Sums
 from mcore_sft.config import RunConfig
 from mcore_sft.data.loader import Loader
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
-from mcore_sft.model import build
+from mcore_sft.model import build, families
+from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import be_deterministic, peak_memory
 from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.mesh import Mesh, join
 from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import optimizer as optim
-from mcore_sft.training.accuracy import Accuracy, check_benchmark
+from mcore_sft.training import step
 from mcore_sft.training.agreement import agreed
-from mcore_sft.training.errors import TrainingError
-from mcore_sft.training.guards import Guard
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.accuracy import Accuracy, check_benchmark
+from mcore_sft.training.beside.callback import Callbacks, Step
+from mcore_sft.training.beside.guards import Guard
+from mcore_sft.training.beside.metrics import Metrics
+from mcore_sft.training.beside.profiling import Profile
+from mcore_sft.training.beside.saving import Saving
+from mcore_sft.training.beside.stragglers import OwnTime
+from mcore_sft.training.beside.validation import Validation
+from mcore_sft.training.beside.watchdog import SLOW, Watchdog
 from mcore_sft.training.packs import PACKS, as_begun, load, open_dataset
-from mcore_sft.training.profiling import Profile
 from mcore_sft.training.resume import report, resumed, what_stays
 from mcore_sft.training.step import StepResult
 from mcore_sft.training.stop import Stop, reason
-from mcore_sft.training.stragglers import OwnTime
-from mcore_sft.training.validation import Validation, due
-from mcore_sft.training.watchdog import SLOW, Watchdog
 
 
 def train(config: RunConfig) -> Progress:
@@ -51,7 +49,7 @@ def train(config: RunConfig) -> Progress:
         Watchdog(config.folder, hang, peers) as watchdog,
     ):
         launch.check(config.train.nodes, peers.machines)
-        architecture = arch.read(config.model.path)
+        architecture = families.read(config.model.path)
         architecture.check(config.parallel, config.data.sequence_length)
         if config.train.deterministic:
             be_deterministic()
@@ -65,7 +63,7 @@ def train(config: RunConfig) -> Progress:
 def train_on(
     mesh: Mesh,
     config: RunConfig,
-    architecture: arch.Architecture,
+    architecture: Architecture,
     stop: Stop,
     watchdog: Watchdog,
 ) -> Progress:
@@ -79,9 +77,10 @@ def train_on(
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     loader = load(config, "train", dataset, tokenizer, architecture, mesh)
     check_benchmark(config, mesh)
-    validation = Validation(config, tokenizer, architecture, mesh, metrics)
+    validation = Validation(config, tokenizer, architecture, mesh, metrics, watchdog.beat)
+    own_time = OwnTime(mesh, metrics, config.log.stragglers_every)
     watchdog.at("while loading", slow=True)
-    gpt = build.build(architecture, config.model, config.train, mesh)
+    gpt = build.build(architecture, config.model, config.train, mesh, own_time.computed)
     optimizer = optim.build(config.optimizer, config.train, gpt, mesh)
     checkpoints = Checkpoints(
         config.folder, config.checkpoint, model=gpt, optimizer=optimizer, mesh=mesh
@@ -100,7 +99,7 @@ def train_on(
         config, dataset, progress.fixed.get("base weights"), checkpoints.restored
     )
     if base is not None:
-        weights.load_pretrained(base, gpt, architecture, metrics.console)
+        weights.load_pretrained(base, gpt, architecture, mesh, metrics.console)
         optimizer.reload_model_params()
     sums = Sums(base.files() if base else {}, mesh)
 
@@ -108,53 +107,53 @@ def train_on(
     checkpoints.check_room(config.train.steps - progress.step)
     for line in report(progress, config, dataset, mesh):
         metrics.say(line)
-    guard = Guard(config.train, dataset, loader, config.packed, gpt, optimizer, mesh, metrics)
-    own = OwnTime(gpt, mesh)
-    watchdog.follow(gpt)
-    watchdog.saved(checkpoints.restored)
+    guard = Guard(config.train, dataset, loader, config.packed, mesh, metrics)
     accuracy = Accuracy(config, checkpoints, metrics, mesh, watchdog.beat)
     steps, asked = config.train.steps, 0
-    with (
-        accuracy,
-        metrics.logging(progress.step),
-        stop,
-        completed(checkpoints, metrics, watchdog),
-        profile,
-    ):
+
+    callbacks = Callbacks()
+    saving = Saving(
+        checkpoints, description, sums, validation, metrics, watchdog, callbacks, steps=steps
+    )
+    callbacks += [watchdog, profile, metrics, own_time, validation, saving, accuracy]
+    if checkpoints.restored:
+        watchdog.on_save(checkpoints.restored)
+
+    def begins() -> None:
+        watchdog.beat()
+        own_time.go_on()
+
+    with accuracy, metrics.logging(progress.step), stop, saving.completed(), profile:
         validation.make_up(gpt, progress, checkpoints)
         while progress.step < steps and not asked:
-            watchdog.at(f"in step {progress.step + 1}")
-            profile.before(progress.step + 1)
-            own.begin()
-            lr = optim.learning_rate(config.optimizer, progress.step, steps)
+            callbacks.before_step(progress.step + 1)
             batches = loader.batches(progress.step)
-            own.pause()
-            metrics.lap("data")
-            result = guard.step(progress, batches, config.optimizer, lr)
+            own_time.pause()
+            metrics.book("data")
+            found = step.gradients(gpt, optimizer, batches, mesh, begins)
+            metrics.book("forward_backward")
+            withheld = guard.withholds(progress, batches, found)
+            lr = optim.learning_rate(config.optimizer, progress.step, steps)
+            result = step.update(optimizer, found, config.optimizer, lr, withheld=withheld)
             advance(progress, result)
-            asked, writing, memory = agree(
-                mesh, stop.asked, int(checkpoints.is_writing), peak_memory(mesh.device)
+            asked, writing, memory = mesh.largest(
+                stop.asked, int(checkpoints.is_writing), peak_memory(mesh.device)
             )
-            metrics.lap("optimizer")
-            profile.after(progress.step)
-            metrics.step(progress, result, batches, memory)
-
-            if config.log.stragglers_every and progress.step % config.log.stragglers_every == 0:
-                metrics.own_times(progress.step, own.gather())
-            scores = {} if asked else validation.scores(gpt, progress)
-            if checkpoints.is_pending and not writing:
-                saved(checkpoints.complete(), metrics, watchdog)
-            if asked or due(progress.step, config.checkpoint.every, steps):
-                watchdog.at(f"while saving step_{progress.step}", slow=True)
-                saved(checkpoints.wait(watchdog.beat), metrics, watchdog)
-                metrics.sync()
-                checkpoints.save(
-                    progress, description.with_sums(sums.wait(watchdog.beat)).write, scores
-                )
-            accuracy.poll(asked)
-            metrics.lap("checkpoint")
+            metrics.book("optimizer")
+            taken = Step(
+                model=gpt,
+                progress=progress,
+                result=result,
+                batches=batches,
+                asked=asked,
+                writing=bool(writing),
+                memory=memory,
+            )
+            for callback in callbacks:
+                callback.after_step(taken)
+                metrics.book(callback.lap)
     if asked and (progress.step < steps or validation.is_due(steps)):
-        accuracy.end()
+        callbacks.on_stop()
         raise Stopped(
             f"{reason(asked)}; saved after step {progress.step} of {steps}, start again to go on"
         )
@@ -172,28 +171,6 @@ def advance(progress: Progress, result: StepResult) -> None:
     progress.tokens += result.tokens
     progress.supervised += result.supervised
     progress.skipped += result.skipped or result.withheld
-
-
-def saved(step: Path | None, metrics: Metrics, watchdog: Watchdog) -> None:
-    """Tell of a checkpoint that is complete, if there is one."""
-    metrics.saved(step)
-    watchdog.saved(step)
-
-
-@contextlib.contextmanager
-def completed(checkpoints: Checkpoints, metrics: Metrics, watchdog: Watchdog) -> Iterator[None]:
-    """Complete the save that what happens inside has begun, if it ends on all ranks alike."""
-
-    def complete() -> None:
-        watchdog.at("while saving", slow=True)
-        saved(checkpoints.wait(watchdog.beat), metrics, watchdog)
-
-    try:
-        yield
-    except TrainingError:
-        complete()
-        raise
-    complete()
 
 
 def announce(

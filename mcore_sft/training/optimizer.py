@@ -4,18 +4,17 @@ OptimizerConfig + model -> Megatron-core's optimizer
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
 from mcore_sft.config import OptimizerConfig, TrainConfig
 from mcore_sft.model.build import DTYPES, Chunks
+from mcore_sft.runtime import megatron_core
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
+from mcore_sft.training.schedules import SCHEDULES
 
-import megatron.core.optimizer
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -42,8 +41,7 @@ def build(
     )
     # Megatron-core's default (None) leaves norms and biases out of the decay.
     overrides: dict[Any, Any] | None = {} if settings.decay_1d else None
-    # It would take Transformer Engine's or Apex's where one is installed.
-    with mock.patch.object(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", True):
+    with megatron_core.torch_adamw():
         optimizer = get_megatron_optimizer(
             config,
             model,
@@ -69,39 +67,34 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    span = settings.lr - settings.min_lr
-    match settings.schedule:
-        case "linear":
-            return settings.min_lr + span * (1 - done)
-        case "cosine":
-            return settings.min_lr + span * 0.5 * (1 + math.cos(math.pi * done))
-        case "constant":
-            return settings.lr
+    return SCHEDULES[settings.schedule](settings.lr, settings.min_lr, done)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of the gradients of all ranks, which are ready then."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
 def update(
     optimizer: MegatronOptimizer,
     settings: OptimizerConfig,
     lr: float,
-    withholds: Callable[[float], bool] | None = None,
-) -> tuple[float, bool]:
-    """Update the weights once from the gradients that are ready, unless `withholds` says not to.
-
-    Returns the norm of those gradients, which `withholds` is asked with, and whether it withheld.
-    """
+    norm: float,
+    *,
+    withheld: bool = False,
+) -> None:
+    """Update the weights once from the gradients whose `norm` is known, unless `withheld`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if withholds and withholds(norm):
-        return norm, True
+    if withheld:
+        return
     if not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient norm is {norm}: the weights were left as they are; lower optimizer.lr, "
+            f"the gradient norm is {norm}: the weights were left as they were; lower optimizer.lr, "
             "clip gradients with optimizer.clip_grad, or look for a damaged example"
         )
     if settings.clip_grad:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), settings.clip_grad, norm)
     optimizer.step_with_ready_grads()
-    return norm, False

@@ -13,7 +13,7 @@ from mcore_sft.checkpoint.sharded import DATASET_BEFORE, Checkpoints, Progress, 
 from mcore_sft.config import OptimizerConfig, RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.manifest import split_fingerprint
-from mcore_sft.model import architecture as arch
+from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.optimizer import learning_rate
 
@@ -59,7 +59,7 @@ What lies under a path is compared: the architecture, the tokenizer and the trai
 
 
 def what_stays(
-    config: RunConfig, dataset: PackedDataset, architecture: arch.Architecture
+    config: RunConfig, dataset: PackedDataset, architecture: Architecture
 ) -> dict[str, Any]:
     """What a resumed run must share with the run that stopped: its examples and its weights."""
     return {

@@ -49,6 +49,23 @@ class StepResult:
         return self.supervised == 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What the forward and backward passes of a step found; their gradients wait in the model."""
+
+    supervised: int
+    """Tokens with a label, of the whole global batch; where there is none, nothing was computed."""
+    tokens: int
+    examples: int
+    loss: float = math.nan
+    """Mean over the supervised tokens of the whole global batch."""
+    norm: float = math.nan
+    is_finite: bool = False
+    """Whether the loss and, on all ranks, the norm are numbers."""
+    losses: Sequence[float] = ()
+    """Summed loss of each micro-batch of this rank, where `Mesh.tells_loss`."""
+
+
 def train_step(
     model: Chunks,
     optimizer: MegatronOptimizer,
@@ -56,41 +73,78 @@ def train_step(
     mesh: Mesh,
     settings: OptimizerConfig,
     lr: float,
-    withholds: Callable[[float], bool] | None = None,
 ) -> StepResult:
-    """Accumulate the gradients of `batches`, then update the weights once.
+    """Accumulate the gradients of `batches`, then update the weights once."""
+    return update(optimizer, gradients(model, optimizer, batches, mesh), settings, lr)
 
-    `withholds` is asked with their norm whether the update is not to be made; it must answer alike
-    on every rank.
+
+def gradients(
+    model: Chunks,
+    optimizer: MegatronOptimizer,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    begins: Callable[[], None] = lambda: None,
+) -> Gradients:
+    """Accumulate the gradients of `batches`, reduce them, and judge them; collective.
+
+    `begins` is called as each micro-batch begins.
     """
     supervised, tokens, examples = count(batches, mesh)
-    loss = grad_norm = math.nan
-    withheld = False
-    if supervised:
-        for chunk in model:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss = run(model, batches, mesh, forward_only=False) / supervised
-        grad_norm, withheld = optim.update(optimizer, settings, lr, withholds)
-    return StepResult(
-        loss=loss,
-        grad_norm=grad_norm,
-        lr=lr,
+    if not supervised:
+        return Gradients(supervised=0, tokens=tokens, examples=examples)
+    for chunk in model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = run(model, batches, mesh, forward_only=False, begins=begins)
+    norm = optim.gradient_norm(optimizer)
+    total, broken = mesh.sum_over_world([sum(losses), 0.0 if math.isfinite(norm) else 1.0])
+    return Gradients(
         supervised=supervised,
         tokens=tokens,
         examples=examples,
+        loss=total / supervised,
+        norm=norm,
+        is_finite=math.isfinite(total) and not broken,
+        losses=losses,
+    )
+
+
+def update(
+    optimizer: MegatronOptimizer,
+    found: Gradients,
+    settings: OptimizerConfig,
+    lr: float,
+    *,
+    withheld: bool = False,
+) -> StepResult:
+    """Update the weights once, unless there is nothing to learn from or the update is withheld."""
+    if found.supervised:
+        optim.update(optimizer, settings, lr, found.norm, withheld=withheld)
+    return StepResult(
+        loss=found.loss,
+        grad_norm=found.norm,
+        lr=lr,
+        supervised=found.supervised,
+        tokens=found.tokens,
+        examples=found.examples,
         withheld=withheld,
     )
 
 
-def validation_loss(model: Chunks, batches: Sequence[Batch], mesh: Mesh) -> float:
+def validation_loss(
+    model: Chunks,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    begins: Callable[[], None] = lambda: None,
+) -> float:
     """Mean cross entropy over the supervised tokens of `batches` of all ranks, in nats."""
     supervised, _, _ = count(batches, mesh)
     for chunk in model:
         chunk.eval()
     with torch.no_grad(), whole_weights(model), same_scales(model):
-        total = run(model, batches, mesh, forward_only=True)
+        losses = run(model, batches, mesh, forward_only=True, begins=begins)
+    (total,) = mesh.sum_over_world([sum(losses)])
     return total / supervised if supervised else math.nan
 
 
@@ -122,16 +176,27 @@ def count(batches: Sequence[Batch], mesh: Mesh) -> tuple[int, int, int]:
     return int(supervised), int(tokens), int(examples)
 
 
-def run(model: Chunks, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool) -> float:
-    """The summed loss of the global batch; with backward, gradients divided by its tokens."""
+def run(
+    model: Chunks,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    *,
+    forward_only: bool,
+    begins: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Pass `batches` through the model; with backward, the gradients are those of the mean.
+
+    Returns the summed loss of each micro-batch on ranks for which `Mesh.tells_loss`, else nothing:
+    summed over all ranks, it is the loss of the global batch.
+    """
     schedule = get_forward_backward_func()
     iterators = [iter(batches) for _ in model]
     length = batches[0].length * mesh.context.size
     if mesh.parallel.virtual > 1:
         group = group_size(len(batches), mesh.pipeline.size)
         model[0].config.microbatch_group_size_per_vp_stage = group
-    parts = schedule(
-        forward_step_func=partial(forward_step, mesh=mesh),
+    losses = schedule(
+        forward_step_func=partial(forward_step, mesh=mesh, begins=begins),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=len(batches),
@@ -140,13 +205,15 @@ def run(model: Chunks, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bo
         decoder_seq_length=length,
         forward_only=forward_only,
     )
-    (total,) = mesh.from_last_stage([sum(float(part) for part in parts)])
-    (total,) = mesh.sum_over_replicas([total])
-    return total
+    found: list[float] = torch.stack(losses).tolist() if mesh.tells_loss else []
+    return found
 
 
-def forward_step(batches: Iterator[Batch], model: Any, *, mesh: Mesh) -> tuple[Tensor, Any]:
+def forward_step(
+    batches: Iterator[Batch], model: Any, *, mesh: Mesh, begins: Callable[[], None]
+) -> tuple[Tensor, Any]:
     """Megatron-core's contract: the output of this stage, and how the last stage scores it."""
+    begins()
     batch = next(batches).to(mesh.device)
     output = model(
         batch.tokens,

@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.checkpoint import export as exporting
-from mcore_sft.checkpoint import pickles, safetensors_folder, sharded, weights
+from mcore_sft.checkpoint import pickles, safetensors_folder, sharded
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.export import export
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
 from mcore_sft.config import CheckpointConfig, ParallelConfig
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from tests import tiny
 from tests.runs import loaded, on_layout
 
@@ -170,7 +170,7 @@ def test_no_more_is_held_than_the_largest_tensors(
     monkeypatch.setattr(sharded, "whole_tensors", lambda path: alive.each(read_of(path)))
     monkeypatch.setattr(exporting, "_cast", lambda *args: alive.second(cast(*args)))
     export(steps[0], tmp_path / "hf", others=steps[1:], dtype="bf16")
-    shapes = weights.shapes(arch.read(base)).values()
+    shapes = families.read(base).shapes().values()
     largest = 4 * max(int(torch.Size(shape).numel()) for shape in shapes)
     # Gate and up projection are one tensor, and are read of one checkpoint after the other.
     assert alive.most <= 2 * 2 * largest

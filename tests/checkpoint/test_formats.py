@@ -21,8 +21,7 @@ from mcore_sft.config import (
 )
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
-from mcore_sft.model import build
+from mcore_sft.model import build, families
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import optimizer as optim
 from tests.distributed import run_ranks
@@ -56,7 +55,7 @@ def test_an_export_of_an_earlier_version_chats_as_it_was_trained(tmp_path: Path)
 def restored(run: Path) -> dict[str, Any]:
     """What one process restores of the run: its step, and a hash of each weight and each moment."""
     fixed = json.loads((run / "step_3" / "manifest.json").read_text())["progress"]["fixed"]
-    architecture = arch.read(run / "step_3" / "model")
+    architecture = families.read(run / "step_3" / "model")
     train = TrainConfig(precision="bf16")
     with connect(ParallelConfig()) as mesh:
         model = build.build(architecture, ModelConfig(path=run), train, mesh)

@@ -22,7 +22,7 @@ from mcore_sft.checkpoint.retention import steps, superfluous
 from mcore_sft.checkpoint.sharded import POINTER, Checkpoints, Progress
 from mcore_sft.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from mcore_sft.training import loop
-from mcore_sft.training.metrics import FILE as METRICS
+from mcore_sft.training.beside.metrics import FILE as METRICS
 from mcore_sft.training.step import train_step
 from tests import runs, tiny
 from tests.distributed import run_ranks

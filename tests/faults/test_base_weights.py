@@ -26,7 +26,7 @@ from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ParallelConfig
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy, reference
 from tests import tiny
 from tests.runs import FIXTURES, loaded, on_layout
@@ -234,7 +234,7 @@ def _load(parallel: ParallelConfig, folder: Path, precision: str) -> tuple[str, 
         console = Console(stderr=False, width=1000)
         with console.capture() as captured:
             weights.load_pretrained(
-                SafetensorsFolder(folder), here.model, here.architecture, console
+                SafetensorsFolder(folder), here.model, here.architecture, here.mesh, console
             )
         here.optimizer.reload_model_params()
         stored = load_file(folder / SINGLE)
@@ -265,7 +265,7 @@ def test_a_sequence_above_the_models_positions_is_refused_unless_rope_is_scaled_
 ) -> None:
     rope = {"rope_theta": 1e4} | rope
     edit(folder, max_position_embeddings=positions, rope_parameters=None, rope_scaling=rope)
-    read = arch.read(folder)
+    read = families.read(folder)
     read.check(ParallelConfig(), longest)
     with pytest.raises(UserError, match=rf"too few positions \(got {longest + 1}, .* {longest}:"):
         read.check(ParallelConfig(), longest + 1)
@@ -312,7 +312,7 @@ def _refused(parallel: ParallelConfig, folder: Path) -> str:
 
 def read_all(folder: Path) -> None:
     """All that a run reads of its base before the first step."""
-    arch.read(folder)
+    families.read(folder)
     assert load_tokenizer(folder).chat_template_source
     SafetensorsFolder(folder).fingerprint()
 
@@ -343,7 +343,7 @@ def test_weights_that_may_not_be_read(base: Path, name: str) -> None:
     assert str(refused.value) == f"{file}: cannot be read (Permission denied)"
 
 
-@pytest.mark.parametrize("read", [arch.read, load_tokenizer, SafetensorsFolder])
+@pytest.mark.parametrize("read", [families.read, load_tokenizer, SafetensorsFolder])
 def test_a_folder_that_may_not_be_entered(base: Path, read: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory() as made:
         Path(made).chmod(0o755)

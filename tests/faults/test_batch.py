@@ -15,9 +15,9 @@ from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, ParallelConfig
 from mcore_sft.data.batch import collate
 from mcore_sft.data.pack import Pack
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from mcore_sft.plan.layout import Layout
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.metrics import Metrics
 from tests import runs, tiny
 
 RECIPE = Path("configs/llama31_8b_openmathinstruct2.yaml")
@@ -117,7 +117,7 @@ def test_04_the_plan_gives_the_share_of_empty_packs(tmp_path: Path) -> None:
 def test_04_mfu_counts_real_packs_only(model: Path) -> None:
     """Neither an empty pack nor what a pack is filled up with is work."""
     mesh = SimpleNamespace(context=SimpleNamespace(size=1), world=SimpleNamespace(size=2))
-    here: Any = SimpleNamespace(architecture=arch.read(model), peak=1e12, mesh=mesh)
+    here: Any = SimpleNamespace(architecture=families.read(model), peak=1e12, mesh=mesh)
     result: Any = SimpleNamespace(tokens=101, supervised=90)
     pack = tiny.make_pack([20, 31, 50], seed=1)
     found = [

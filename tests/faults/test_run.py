@@ -24,12 +24,13 @@ from mcore_sft import config as configuration
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import Progress, read_manifest, steps
 from mcore_sft.config import LogConfig, ParallelConfig, RunConfig, TrainConfig
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import loop
 from mcore_sft.training.alone import alone
-from mcore_sft.training.guards import Guard
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.guards import Guard
+from mcore_sft.training.beside.metrics import Metrics
+from mcore_sft.training.step import Gradients
 from mcore_sft.training.stop import Stop, reason
 from tests import runs
 from tests.distributed import run_ranks
@@ -47,20 +48,23 @@ def _judged(losses: Sequence[float], told: dict[str, Any]) -> tuple[list[int], l
     Steps are counted from 1; `told` is the progress of the checkpoint that it goes on from.
     """
     progress, events = Progress(**told), []
-    model = torch.nn.Identity()
     packs: Any = SimpleNamespace(packs=lambda step: [[0]], examples_of=lambda pack: [0])
-    metrics: Any = SimpleNamespace(
-        lap=lambda what: None, flag=lambda step, event, *rest: events.append((step, event))
-    )
+    metrics: Any = SimpleNamespace(flag=lambda step, event, *rest: events.append((step, event)))
     settings, withheld = TrainConfig(on_spike="skip"), []
     batches: Any = [SimpleNamespace(supervised=1)]
     with connect(ParallelConfig()) as mesh:
-        optimizer: Any = None
-        chunks: Any = [model]
-        guard = Guard(settings, packs, packs, Path(), chunks, optimizer, mesh, metrics)
+        guard = Guard(settings, packs, packs, Path(), mesh, metrics)
         for loss in losses:
-            guard._losses = [torch.tensor(loss)]
-            if guard._withholds(progress, batches, 1.0):
+            found = Gradients(
+                supervised=1,
+                tokens=1,
+                examples=1,
+                loss=loss,
+                norm=1.0,
+                is_finite=True,
+                losses=[loss],
+            )
+            if guard.withholds(progress, batches, found):
                 withheld.append(progress.step + 1)
             progress.step += 1
     return withheld, events, asdict(progress)
@@ -315,7 +319,7 @@ def _log(folder: Path, model: Path, *, resumed_at: int, said: Sequence[int]) -> 
     mesh: Any = SimpleNamespace(
         is_main=True, device=torch.device("cpu"), from_main=lambda find: find()
     )
-    made = Metrics(folder, "name", LogConfig(), 9, arch.read(model), mesh)
+    made = Metrics(folder, "name", LogConfig(), 9, families.read(model), mesh)
     with made.logging(resumed_at):
         for step in said:
             made.validation(Progress(step=step), 1.0)

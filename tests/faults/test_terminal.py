@@ -33,7 +33,7 @@ from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.nightly.run import Run
 from mcore_sft.plan import memory
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training import metrics, watchdog
+from mcore_sft.training.beside import metrics, watchdog
 from tests.data.test_preview import shown, write
 from tests.nightly import sample
 from tests.tools.runs import write_run
@@ -205,7 +205,7 @@ def _every_rank(patch: Patch, folder: Path) -> None:
 def _training(patch: Patch, folder: Path) -> None:
     log: Any = SimpleNamespace(console=metrics.Console(stderr=True))
     log.say = lambda text: metrics.Metrics.say(log, text)
-    metrics.Metrics.saved(log, Path(HOSTILE))
+    metrics.Metrics.on_save(log, Path(HOSTILE))
 
 
 def _hang(patch: Patch, folder: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from mcore_sft.checkpoint import weights, writer
 from mcore_sft.data.loader import Loader
 from mcore_sft.model import build
-from mcore_sft.training import accuracy, loop
+from mcore_sft.training import loop
+from mcore_sft.training.beside import accuracy
 
 
 def at_step(step: int, happens: Callable[[], object]) -> None:

@@ -8,7 +8,8 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_sft.config import ConfigError, ParallelConfig
-from mcore_sft.model import architecture as arch
+from mcore_sft.model import families
+from mcore_sft.model.architecture import Architecture, rope_frequencies
 from tests import tiny
 
 LLAMA_31 = {
@@ -32,9 +33,9 @@ LLAMA_31 = {
 }
 
 
-def _read(folder: Path, config: dict[str, Any]) -> arch.Architecture:
+def _read(folder: Path, config: dict[str, Any]) -> Architecture:
     (folder / "config.json").write_text(json.dumps(config))
-    return arch.read(folder)
+    return families.read(folder)
 
 
 def test_llama_31_8b(tmp_path: Path) -> None:
@@ -43,11 +44,11 @@ def test_llama_31_8b(tmp_path: Path) -> None:
     assert a.padded_vocab(1) == a.padded_vocab(8) == 128256
     assert not a.tied
     expected = LlamaRotaryEmbedding(LlamaConfig(**LLAMA_31)).inv_freq
-    assert torch.allclose(arch.rope_frequencies(a), expected, rtol=1e-6, atol=0)
+    assert torch.allclose(rope_frequencies(a), expected, rtol=1e-6, atol=0)
 
 
 def test_the_new_form_of_rope(tmp_path: Path) -> None:
-    a = arch.read(tiny.make_model(tmp_path))
+    a = families.read(tiny.make_model(tmp_path))
     assert a.rope_theta == 10000.0
     assert a.rope_scaling is not None
     assert a.rope_scaling.original_max_positions == 32
@@ -57,15 +58,15 @@ def test_the_new_form_of_rope(tmp_path: Path) -> None:
 def test_linear_scaling(tmp_path: Path) -> None:
     config = LLAMA_31 | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     expected = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq
-    found = arch.rope_frequencies(_read(tmp_path, config))
+    found = rope_frequencies(_read(tmp_path, config))
     assert torch.allclose(found, expected, rtol=1e-6, atol=0)
-    assert not torch.allclose(found, arch.rope_frequencies(_read(tmp_path, LLAMA_31)))
+    assert not torch.allclose(found, rope_frequencies(_read(tmp_path, LLAMA_31)))
 
 
 def test_original_positions_outside_of_rope_scaling(tmp_path: Path) -> None:
     config = LLAMA_31 | {"original_max_position_embeddings": 4096}
     expected = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq
-    found = arch.rope_frequencies(_read(tmp_path, config))
+    found = rope_frequencies(_read(tmp_path, config))
     assert torch.allclose(found, expected, rtol=1e-6, atol=0)
 
 
@@ -162,7 +163,7 @@ def test_a_sliding_window_limits_the_sequence(
 def test_no_scaling(tmp_path: Path) -> None:
     a = _read(tmp_path, LLAMA_31 | {"rope_scaling": None})
     expected = 500000.0 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    assert torch.allclose(arch.rope_frequencies(a).double(), expected, rtol=1e-6)
+    assert torch.allclose(rope_frequencies(a).double(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +218,4 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json there"):
-        arch.read(tmp_path)
+        families.read(tmp_path)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcore_sft.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from mcore_sft.model import build
-from mcore_sft.model.architecture import read
+from mcore_sft.model.families import read
 from mcore_sft.model.layers import PackedAttention
 from mcore_sft.runtime.hardware import layer_implementation
 from mcore_sft.runtime.mesh import connect

@@ -18,7 +18,11 @@ def test_a_world_that_cannot_be_split_is_refused() -> None:
 def _place(parallel: ParallelConfig) -> tuple[int, ...]:
     with connect(parallel) as mesh:
         assert mesh.sum_over_replicas([1.0]) == [float(mesh.data.size)]
-        assert mesh.from_last_stage([float(mesh.pipeline.rank)]) == [float(mesh.pipeline.size - 1)]
+        stage = float(mesh.pipeline.rank)
+        assert mesh.sum_over_world([stage * mesh.tells_loss]) == [
+            float((mesh.pipeline.size - 1) * mesh.replicas.size)
+        ]
+        assert mesh.largest(mesh.world.rank, -mesh.world.rank) == [mesh.world.size - 1, 0]
         return (mesh.world.rank, mesh.tensor.rank, mesh.pipeline.rank, mesh.data.rank)
 
 

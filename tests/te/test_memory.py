@@ -117,4 +117,4 @@ def test_weights_in_8_bits(tmp_path: Path, fp8: str) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256}
     folder = tiny.make_model(tmp_path / "model", **sizes)
     ((architecture, found),) = on_layout("one", copies, folder, fp8)
-    assert found == 2 * architecture.layers * memory.layer_matrices(architecture, 1)
+    assert found == 2 * architecture.layers * architecture.layer_size(matrices=True)

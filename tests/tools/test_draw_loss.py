@@ -6,7 +6,7 @@ import draw_loss
 import pytest
 
 from mcore_sft.base.errors import UserError
-from mcore_sft.training.curve import read_losses
+from mcore_sft.training.beside.curve import read_losses
 
 LINES = [
     {"step": 1, "loss": 2.0},

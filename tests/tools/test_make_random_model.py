@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mcore_sft.checkpoint import weights
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.model import architecture as arch
-from mcore_sft.model.architecture import FAMILIES
+from mcore_sft.model import families
+from mcore_sft.model.families import FAMILIES
 from tools.demo_data import train_tokenizer
 from tools.make_random_model import SHAPES, Shape, ShapeError, make_model
 
@@ -69,10 +68,10 @@ def test_tied_unscaled_with_spare_rows(tokenizer, tmp_path):
 def test_every_family_is_one_that_can_be_trained(tokenizer, tmp_path, architecture):
     shape = Shape(**{**vars(TINY), "architecture": architecture, "rope_scaling": "none"})
     parameters = make_model(tmp_path, shape, tokenizer)
-    found = arch.read(tmp_path)
+    found = families.read(tmp_path)
     assert (found.head_dim, found.kv_heads, found.rope_theta) == (8, 2, shape.rope_theta)
     assert (found.qkv_bias, found.qk_norm) == (architecture == "qwen2", architecture == "qwen3")
-    assert parameters == sum(math.prod(shape) for shape in weights.shapes(found).values())
+    assert parameters == sum(math.prod(shape) for shape in found.shapes().values())
 
 
 def test_shapes_that_cannot_be_are_refused(tokenizer, tmp_path):
@@ -89,7 +88,7 @@ def test_known_shapes_are_those_of_the_published_models():
     eight = SHAPES["llama-3.1-8b"]
     assert eight.heads * eight.head_dim == eight.hidden == 4096
     assert (eight.layers, eight.intermediate, eight.rope_factor) == (32, 14_336, 8.0)
-    assert {shape.architecture for shape in SHAPES.values()} == set(FAMILIES)
+    assert {shape.architecture for shape in SHAPES.values()} <= set(FAMILIES)
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):

@@ -8,23 +8,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from mcore_sft.checkpoint.sharded import Progress
-from mcore_sft.config import OptimizerConfig, TrainConfig
+from mcore_sft.config import TrainConfig
 from mcore_sft.data.batch import Batch
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader
-from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.errors import TrainingError
-from mcore_sft.training.metrics import Metrics
-from mcore_sft.training.step import StepResult, train_step
-
-from megatron.core.optimizer import MegatronOptimizer
+from mcore_sft.training.step import Gradients
 
 PATIENCE = 10
 """So many steps in a row without a finite loss and gradient, and the weights are past repair; so
@@ -34,7 +27,7 @@ SHOWN = 8
 
 
 class Guard:
-    """Takes the steps of a run, and withholds the updates that `TrainConfig` does not want."""
+    """Judges the gradients of each step, and withholds updates that `TrainConfig` does not want."""
 
     def __init__(
         self,
@@ -42,8 +35,6 @@ class Guard:
         dataset: PackedDataset,
         loader: Loader,
         folder: Path,
-        model: Chunks,
-        optimizer: MegatronOptimizer,
         mesh: Mesh,
         metrics: Metrics,
     ) -> None:
@@ -52,49 +43,24 @@ class Guard:
         self._dataset = dataset
         self._loader = loader
         self._folder = folder
-        self._model = model
-        self._optimizer = optimizer
         self._mesh = mesh
         self._metrics = metrics
-        self._losses: list[torch.Tensor] = []
-        model[-1].register_forward_hook(self._record)
 
-    def step(
-        self, progress: Progress, batches: Sequence[Batch], settings: OptimizerConfig, lr: float
-    ) -> StepResult:
-        """Take the step after `progress`."""
-        self._losses.clear()
+    def withholds(self, progress: Progress, batches: Sequence[Batch], found: Gradients) -> bool:
+        """Whether the update of the step after `progress` must not be made; alike on every rank.
 
-        def withholds(norm: float) -> bool:
-            return self._withholds(progress, batches, norm)
-
-        return train_step(
-            self._model, self._optimizer, batches, self._mesh, settings, lr, withholds
-        )
-
-    def _record(self, model: Any, given: Any, output: torch.Tensor) -> None:
-        """Keep the summed loss of a micro-batch: what the last stage gives out."""
-        if model.training and self._mesh.is_last_stage:
-            self._losses.append(output.detach())
-
-    def _withholds(self, progress: Progress, batches: Sequence[Batch], norm: float) -> bool:
-        """Whether the update must not be made; the same on every rank."""
-        self._metrics.lap("forward_backward")
-        counts = self._mesh.is_last_stage and self._mesh.tensor.rank == 0
-        losses = torch.stack(self._losses).tolist() if counts else []
-        supervised = sum(batch.supervised for batch in batches) if counts else 0
-        told = [sum(losses), supervised, 0.0 if math.isfinite(norm) else 1.0]
-        total = torch.tensor(told, dtype=torch.float64, device=self._mesh.device)
-        dist.all_reduce(total, group=self._mesh.world.group)
-        loss = float(total[0] / total[1])
-        if not math.isfinite(loss) or total[2]:
+        Raises `TrainingError` where the run cannot go on.
+        """
+        if not found.supervised:
+            return False
+        if not found.is_finite:
             progress.nonfinite += 1
-            self._report_nonfinite(progress, self._means(losses, batches, progress.step), norm)
+            self._report_nonfinite(progress, self._means(batches, found, progress.step), found.norm)
             return True
         progress.nonfinite = 0
-        if not take_in(progress, loss, self._settings):
+        if not take_in(progress, found.loss, self._settings):
             return False
-        self._report_spike(progress, self._means(losses, batches, progress.step), loss)
+        self._report_spike(progress, self._means(batches, found, progress.step), found.loss)
         if progress.spikes == PATIENCE:
             self._begin_anew(progress)
         return self._settings.on_spike == "skip"
@@ -108,11 +74,13 @@ class Guard:
         )
         self._metrics.flag(progress.step + 1, "new_level", told, {})
 
-    def _means(self, losses: list[float], batches: Sequence[Batch], step: int) -> list["Mean"]:
-        """The micro-batches of all ranks; `losses` are empty on all but one of those alike."""
+    def _means(self, batches: Sequence[Batch], found: Gradients, step: int) -> list["Mean"]:
+        """The micro-batches of all ranks."""
         mine = [
             Share(loss, batch.supervised, tuple(packs))
-            for loss, batch, packs in zip(losses, batches, self._loader.packs(step), strict=False)
+            for loss, batch, packs in zip(
+                found.losses, batches, self._loader.packs(step), strict=False
+            )
         ]
         return means_of([part for share in self._mesh.from_all(mine) for part in share])
 

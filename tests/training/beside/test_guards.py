@@ -12,7 +12,7 @@ from mcore_sft.config import RunConfig, TrainConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader, packs_of_a_step
 from mcore_sft.model import build
-from mcore_sft.training.guards import PATIENCE, Mean, Share, is_spike, means_of
+from mcore_sft.training.beside.guards import PATIENCE, Mean, Share, is_spike, means_of
 from tests import runs
 
 BUSY = [1.0, 1.1] * 8

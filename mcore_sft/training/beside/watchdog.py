@@ -14,11 +14,11 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from mcore_sft.base.terminal import say_at_once
-from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.peers import Peers
+from mcore_sft.training.beside.callback import Callback
 
 SLOW = 1.5
 """Loading and saving may stand still so much longer than a step."""
@@ -29,7 +29,7 @@ _ROUNDS = 10
 _SPEAK = signal.SIGUSR2
 
 
-class Watchdog:
+class Watchdog(Callback):
     """A thread that looks whether this rank still goes on, or another does not.
 
     It needs no process group and no rank but its own, since any of them may be what hangs.
@@ -47,12 +47,11 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def follow(self, model: Chunks) -> None:
-        """Take each micro-batch of `model` for a sign of life."""
-        for chunk in model:
-            chunk.register_forward_hook(self.beat)
+    def before_step(self, step: int) -> None:
+        """A step begins."""
+        self.at(f"in step {step}")
 
-    def beat(self, *_: Any) -> None:
+    def beat(self) -> None:
         """This rank goes on."""
         self._beat = time.monotonic()
 
@@ -62,10 +61,9 @@ class Watchdog:
         self._limit = self._seconds * (SLOW if slow else 1.0)
         self.beat()
 
-    def saved(self, step: Path | None) -> None:
-        """A new start would continue from `step`, if there is one."""
-        if step:
-            self._peers.resumes = step.name
+    def on_save(self, path: Path) -> None:
+        """A new start would continue from there."""
+        self._peers.resumes = path.name
 
     def __enter__(self) -> Self:
         self._memory = os.memfd_create(self._name(self._rank))

@@ -22,11 +22,11 @@ from mcore_sft.checkpoint.retention import scores, steps
 from mcore_sft.checkpoint.sharded import Checkpoints
 from mcore_sft.command import Stopped
 from mcore_sft.config import RunConfig
-from mcore_sft.training import accuracy
-from mcore_sft.training.accuracy import Accuracy, check_benchmark
+from mcore_sft.training.beside import accuracy
+from mcore_sft.training.beside.accuracy import Accuracy, check_benchmark
 from tests import runs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SUMS = {"name": "sums", "path": "rows.jsonl", "answer": "expected_answer", "limit": 3}
 WATCHED = {
     "evaluation": {"benchmarks": [{"name": "other"}, SUMS], "max_new_tokens": 4},
@@ -56,7 +56,8 @@ class Bench:
     def __init__(self, folder: Path, **changes: Any) -> None:
         changes = {"train__evaluate_every": 10, "checkpoint__every": 10, **WATCHED, **changes}
         self.config = runs.experiment(folder, folder / "base", train__steps=45, **changes)
-        mesh: Any = SimpleNamespace(is_main=True)
+        self.mesh: Any = SimpleNamespace(is_main=True, largest=lambda *flags: list(flags))
+        mesh = self.mesh
         self.said: list[str] = []
         self.logged: list[Any] = []
         told: Any = SimpleNamespace(
@@ -222,17 +223,17 @@ def test_what_was_ended_is_taken_up_again(bench: Callable[..., Bench]) -> None:
 
 
 def test_the_end_waits_for_the_last_unless_it_is_asked_to_stop(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Bench],
 ) -> None:
     polls = []
 
-    def agreed(mesh: Any, *flags: int) -> list[int]:
+    def agreed(*flags: int) -> list[int]:
         polls.append(flags)
         (run.config.folder / "evaluation" / "step_45" / "go").write_text("50")
         return list(flags)
 
-    monkeypatch.setattr(accuracy, "agree", agreed)
     run = bench()
+    run.mesh.largest = agreed
     run.save(45)
     stop: Any = contextlib.nullcontext()
     stop.asked = 0
@@ -247,7 +248,6 @@ def test_the_end_waits_for_the_last_unless_it_is_asked_to_stop(
     run.accuracy.wait(stop)  # nothing is left
     (run.config.folder / "step_45" / "scores.json").unlink()
     (run.config.folder / "evaluation" / "step_45" / "go").unlink()
-    monkeypatch.setattr(accuracy, "agree", lambda mesh, *flags: list(flags))
     for asked in (0, signal.SIGTERM):  # while it is evaluated, and before
         again = bench()
         again.accuracy.__enter__().poll(asked)

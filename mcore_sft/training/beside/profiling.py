@@ -9,9 +9,10 @@ import torch
 from mcore_sft.config import LogConfig
 from mcore_sft.runtime.hardware import capture_range, check_capture
 from mcore_sft.runtime.mesh import Mesh
+from mcore_sft.training.beside.callback import Callback, Step
 
 
-class Profile:
+class Profile(Callback):
     """Profiles the steps that `log.profile` names, on every rank.
 
     torch writes RUN/profile/rank_N.json (chrome://tracing, ui.perfetto.dev). For nsys the range is
@@ -28,7 +29,7 @@ class Profile:
         self._begun = False
         self._open = contextlib.ExitStack()
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """The step numbered `step` (from 1) begins."""
         if self._begun or not self._first <= step <= self._last:
             return
@@ -38,9 +39,9 @@ class Profile:
             return
         self._open.enter_context(torch.profiler.profile(on_trace_ready=self._export))
 
-    def after(self, step: int) -> None:
-        """The step numbered `step` is over."""
-        if step == self._last:
+    def after_step(self, taken: Step) -> None:
+        """The last of these steps is over."""
+        if taken.progress.step == self._last:
             self._open.close()
 
     def __enter__(self) -> Self:

@@ -4,6 +4,8 @@ A run that is asked to stop as it is due leaves it out, for its time is short; t
 it up, so that the checkpoint has its score and the log its line.
 """
 
+from collections.abc import Callable
+
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
 from mcore_sft.config import RunConfig
 from mcore_sft.data.loader import Loader
@@ -11,7 +13,8 @@ from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.callback import Callback, Step
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.packs import load, open_dataset
 from mcore_sft.training.step import validation_loss
 
@@ -19,8 +22,10 @@ SCORE = "validation_loss"
 """Its name in a checkpoint."""
 
 
-class Validation:
+class Validation(Callback):
     """Measures the loss of the validation packs; of nothing where train.validate_every is 0."""
+
+    lap = "validation"
 
     def __init__(
         self,
@@ -29,7 +34,12 @@ class Validation:
         architecture: Architecture,
         mesh: Mesh,
         metrics: Metrics,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        """`beat` is called as each micro-batch begins."""
+        self.scores: dict[str, float] = {}
+        """What was measured after the step that was taken, by the name in a checkpoint."""
+        self._beat = beat
         self._train = config.train
         self._mesh = mesh
         self._metrics = metrics
@@ -44,21 +54,24 @@ class Validation:
             return False
         return due(step, self._train.validate_every, self._train.steps)
 
-    def scores(self, model: Chunks, progress: Progress) -> dict[str, float]:
-        """The validation loss after the step that was taken, by the name of its score, if due."""
-        if self._loader is None or not self.is_due(progress.step):
-            return {}
-        batches = list(self._loader.validation_batches(self._train.validation_packs))
-        loss = validation_loss(model, batches, self._mesh)
-        self._metrics.validation(progress, loss)
-        self._metrics.lap("validation")
-        return {SCORE: loss}
+    def after_step(self, taken: Step) -> None:
+        """Measure the validation loss if it is due, and the run is not asked to stop."""
+        self.scores = {}
+        if self.is_due(taken.progress.step) and not taken.asked:
+            self._measure(taken.model, taken.progress)
 
     def make_up(self, model: Chunks, progress: Progress, checkpoints: Checkpoints) -> None:
         """Measure what the run left out as it was asked to stop after this step."""
         if self.is_due(progress.step) and checkpoints.lacks(progress.step, SCORE):
-            for name, score in self.scores(model, progress).items():
-                checkpoints.add_score(progress.step, name, score)
+            self._measure(model, progress)
+            checkpoints.add_score(progress.step, SCORE, self.scores[SCORE])
+
+    def _measure(self, model: Chunks, progress: Progress) -> None:
+        assert self._loader is not None
+        batches = list(self._loader.validation_batches(self._train.validation_packs))
+        loss = validation_loss(model, batches, self._mesh, self._beat)
+        self._metrics.validation(progress, loss)
+        self.scores = {SCORE: loss}
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -1,6 +1,6 @@
 """A checkpoint in, answers and a report on a benchmark out: a process beside the training.
 
-    python -m mcore_sft.training.accuracy_process RUN/step_N RUN/evaluation/step_N
+    python -m mcore_sft.training.beside.accuracy_process RUN/step_N RUN/evaluation/step_N
 
 How it is evaluated stands in config.yaml of the second folder. The process ends when standard input
 does: then whoever started it has ended, or wants no answer any more.

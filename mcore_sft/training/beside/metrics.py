@@ -30,10 +30,10 @@ from mcore_sft.data.batch import Batch
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import peak_flops
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training import curve, trackers
+from mcore_sft.training.beside import curve, trackers
+from mcore_sft.training.beside.callback import Callback, Step
 from mcore_sft.training.flops import step_flops
 from mcore_sft.training.step import StepResult
-from mcore_sft.training.stragglers import slow_ranks
 
 FILE = "metrics.jsonl"
 STEP = ("data", "forward_backward", "optimizer")
@@ -42,7 +42,7 @@ BETWEEN = ("validation", "checkpoint")
 """What holds the steps up; told with the step after."""
 
 
-class Metrics:
+class Metrics(Callback):
     """The log of a run, written by one process for all."""
 
     def __init__(
@@ -106,20 +106,19 @@ class Metrics:
             with self._named():
                 files.sync(self.path)
 
-    def lap(self, what: str) -> None:
-        """The time since the last lap was spent on `what`."""
+    def book(self, what: str) -> None:
+        """The time since it was booked last was spent on `what`."""
         now = time.perf_counter()
         self._laps[what] = self._laps.get(what, 0.0) + now - self._last
         self._last = now
 
-    def step(
-        self, progress: Progress, result: StepResult, batches: Sequence[Batch], memory: int
-    ) -> None:
-        """Log the step that was just taken; `batches` are this rank's, `memory` the fullest's."""
+    def after_step(self, taken: Step) -> None:
+        """Log the step that was just taken."""
+        progress, result, memory = taken.progress, taken.result, taken.memory
         laps, self._laps = self._laps, {}
         seconds = sum(laps.get(what, 0.0) for what in STEP)
         rate = result.tokens / seconds
-        mfu = self._mfu(result, batches, seconds)
+        mfu = self._mfu(result, taken.batches, seconds)
         self._write(
             {
                 "step": progress.step,
@@ -169,26 +168,18 @@ class Metrics:
             f"accuracy {percent:.2f} % ({benchmark})"
         )
 
-    def saved(self, path: Path | None) -> None:
-        """Say that a checkpoint is complete, if there is one."""
-        if path:
-            self.say(f"saved {path}")
+    def on_save(self, path: Path) -> None:
+        """Say that a checkpoint is complete."""
+        self.say(f"saved {path}")
 
     def flag(self, step: int, event: str, text: str, samples: dict[str, Any]) -> None:
         """Log what a guard found in `step`, with the samples that it names."""
-        self._write({"step": step, "event": event, **samples})
+        self.event(step, event, **samples)
         self.say(text)
 
-    def own_times(self, step: int, seconds: list[float]) -> None:
-        """Log the ranks' own times of a step, and name those that the others wait for."""
-        slow = slow_ranks(seconds)
-        self._write({"step": step, "event": "ranks", "own_seconds": seconds, "slow": slow})
-        if slow:
-            named = ", ".join(f"rank {rank} ({seconds[rank]:.2f} s)" for rank in slow)
-            self.say(
-                f"step {step}: the others wait for {named}; the fastest rank takes "
-                f"{min(seconds):.2f} s a step"
-            )
+    def event(self, step: int, event: str, **content: Any) -> None:
+        """Log what happened in `step` and has no line on the console."""
+        self._write({"step": step, "event": event, **content})
 
     def _mfu(self, result: StepResult, batches: Sequence[Batch], seconds: float) -> float | None:
         """The share of all devices' peak that useful operations take; None if that is not known.

@@ -22,11 +22,12 @@ import mcore_sft
 from mcore_sft import config as configuration
 from mcore_sft.base.errors import Stopped
 from mcore_sft.checkpoint.retention import scores
-from mcore_sft.checkpoint.sharded import Checkpoints, agree
+from mcore_sft.checkpoint.sharded import Checkpoints
 from mcore_sft.config import RunConfig
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.runtime.mesh import Mesh
-from mcore_sft.training.metrics import Metrics
+from mcore_sft.training.beside.callback import Callback, Step
+from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.stop import Stop, reason
 
 _END_SECONDS = 15.0
@@ -47,7 +48,7 @@ class _Evaluation:
     process: subprocess.Popen[bytes]
 
 
-class Accuracy:
+class Accuracy(Callback):
     """Evaluates one checkpoint at a time, the newest that is due; the main rank's work alone.
 
     Whatever goes wrong with an evaluation is told, and training goes on.
@@ -88,6 +89,14 @@ class Accuracy:
     def is_busy(self) -> bool:
         """Whether an evaluation is under way or due."""
         return not (self._running is None and self._waiting is None)
+
+    def after_step(self, taken: Step) -> None:
+        """Poll."""
+        self.poll(taken.asked)
+
+    def on_stop(self) -> None:
+        """End the evaluation that is under way."""
+        self.end()
 
     def poll(self, asked: int) -> None:
         """Tell of an evaluation that has ended, and begin the one that is due; waits for none.
@@ -132,7 +141,7 @@ class Accuracy:
                 while busy and not asked:
                     self._beat()
                     self.poll(stop.asked)
-                    asked, busy = agree(self._mesh, stop.asked, int(self.is_busy))
+                    asked, busy = self._mesh.largest(stop.asked, int(self.is_busy))
                     time.sleep(0.2 * busy)
         finally:
             self.end()
@@ -225,7 +234,7 @@ def _log(output: Path) -> Path:
 
 
 def _command(checkpoint: Path, output: Path) -> list[str]:
-    program = "mcore_sft.training.accuracy_process"
+    program = "mcore_sft.training.beside.accuracy_process"
     return [sys.executable, "-P", "-m", program, str(checkpoint), str(output)]
 
 

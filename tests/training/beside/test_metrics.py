@@ -14,12 +14,13 @@ import torch
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import LogConfig, RunConfig
-from mcore_sft.model import architecture as arch
-from mcore_sft.training import loop, trackers, validation
+from mcore_sft.model import families
+from mcore_sft.training import loop
+from mcore_sft.training.beside import trackers, validation
+from mcore_sft.training.beside.metrics import Metrics, _open
+from mcore_sft.training.beside.profiling import Profile
+from mcore_sft.training.beside.stragglers import slow_ranks
 from mcore_sft.training.flops import step_flops
-from mcore_sft.training.metrics import Metrics, _open
-from mcore_sft.training.profiling import Profile
-from mcore_sft.training.stragglers import slow_ranks
 from tests import runs
 from tests.distributed import run_ranks
 
@@ -40,7 +41,7 @@ def test_flops_are_six_for_each_weight_and_token(model: Path) -> None:
     sizes = {name: tensor.numel() for name, tensor in tensors.items() if tensor.dim() == 2}
     head = sizes.pop("lm_head.weight")
     del sizes["model.embed_tokens.weight"]
-    shape = arch.read(model)
+    shape = families.read(model)
     weights = step_flops(shape, tokens=10, supervised=0, squares=0)
     assert weights == 6 * 10 * sum(sizes.values())
     assert step_flops(shape, tokens=0, supervised=3, squares=0) == 6 * 3 * head
@@ -94,7 +95,7 @@ def test_the_slow_rank_is_named_though_all_take_as_long(
             assert sum(line[f"{part}_seconds"] for part in parts) == line["step_seconds"]
             assert line["data_seconds"] < line["forward_backward_seconds"]  # it is rank 0's
             weights = step_flops(
-                arch.read(model), tokens=line["tokens"], supervised=0, squares=0
+                families.read(model), tokens=line["tokens"], supervised=0, squares=0
             ) / (line["step_seconds"] * 1e12 * 2)
             assert weights < line["mfu"] < 3 * weights
             assert line["peak_memory_bytes"] > 2**26
@@ -198,7 +199,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_log_that_cannot_be_written_is_named(model: Path, tmp_path: Path) -> None:
     mesh: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"))
-    made = Metrics(tmp_path, "name", LogConfig(), 1, arch.read(model), mesh)
+    made = Metrics(tmp_path, "name", LogConfig(), 1, families.read(model), mesh)
     made.path = Path("/dev/full")
     with pytest.raises(UserError, match=r"/dev/full could not be written \(No space left"):
         made.validation(Progress(step=1), 1.0)
@@ -208,8 +209,9 @@ def test_a_run_that_is_resumed_among_the_profiled_steps(tmp_path: Path) -> None:
     mesh: Any = SimpleNamespace(world=SimpleNamespace(rank=0), device=torch.device("cpu"))
     with Profile(LogConfig(profile=(2, 4)), tmp_path, mesh) as profile:
         for step in (3, 4, 5):
-            profile.before(step)
-            profile.after(step)
+            profile.before_step(step)
+            taken: Any = SimpleNamespace(progress=Progress(step=step))
+            profile.after_step(taken)
             assert (tmp_path / "profile" / "rank_0.json").exists() == (step > 3)
 
 

@@ -1,0 +1,1 @@
+"""What runs beside the steps of a run: logs, guards, checkpoints, validation, profiles."""
