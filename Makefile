@@ -44,8 +44,8 @@ setup: trust ## install everything into .venv (the others do it by themselves)
 demo: setup ## train a small model to solve word problems; PARALLEL="--pipeline 2" chooses the layout
 	@$(BIN)/python tools/demo.py $(PARALLEL)
 
-test: setup ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+test: setup ## run the tests, a file at a time on each core, of four at most
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 test-layouts: setup ## the equalities of every layout, which `make test` takes a part of
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_equalities.py -k every_layout
