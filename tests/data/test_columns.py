@@ -181,8 +181,10 @@ def test_good_pairs_are_read_at_once(monkeypatch):
     assert len(reader().table(table.slice(0, 0))) == 0
 
 
-def test_a_row_of_a_table_that_is_not_utf8_is_named():
-    table = pa.table({"problem": [b"a", b"\xff", b"c"], "generated_solution": list("xyz")})
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.large_string()])
+def test_a_row_of_a_table_that_is_not_utf8_is_named(kind):
+    problems = pa.array([b"a", b"\xff", b"c"], pa.large_binary()).view(kind)
+    table = pa.table({"problem": problems, "generated_solution": list("xyz")})
     got = reader(skip_bad=True).table(table)
     assert (got.problems.to_pylist(), got.numbers.tolist()) == (["a", "c"], [1, 3])
     assert "a.jsonl:2: column 'problem' is not UTF-8" in got.bad[2]
