@@ -178,6 +178,8 @@ def test_good_pairs_are_read_at_once(monkeypatch):
     assert reader().lines((START + "}\n").encode()).problems.to_pylist() == ["a"]
     table = pa.table({"problem": ["a"], "generated_solution": ["b"]})
     assert reader().table(table).solutions.to_pylist() == ["b"]
+    answered = table.append_column("expected_answer", pa.array([36]))
+    assert reader().table(answered).answers.to_pylist() == ["36"]
     assert len(reader().table(table.slice(0, 0))) == 0
 
 
