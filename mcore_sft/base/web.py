@@ -12,6 +12,7 @@ import os
 import re
 import time
 import urllib.request
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -117,6 +118,10 @@ class Client:
                         raise TooLong(f"the reply is longer than {most_bytes:,} bytes{self.via}")
             except httpx2.TransportError as error:
                 cut = f"the reply ended early ({_reason(error)})"
+            if not cut and answer.headers.get("Content-Encoding") == "gzip":  # which was not asked
+                content, cut = _unpacked(content, most_bytes)
+                if len(content) > most_bytes:
+                    raise TooLong(f"the reply is longer than {most_bytes:,} bytes{self.via}")
             return Reply(
                 status=answer.status_code,
                 location=answer.headers.get("Location"),
@@ -189,6 +194,19 @@ def _named(proxy: str) -> str:
     """A proxy without the user and the password that its address may hold."""
     scheme, _, rest = proxy.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def _unpacked(content: bytes, most_bytes: int) -> tuple[bytes, str | None]:
+    """What a gzip holds, one byte more than `most_bytes` of it at most, and why it ends early."""
+    if not content.startswith(b"\x1f\x8b"):
+        return content, None
+    gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        unpacked = gzip.decompress(content, most_bytes + 1)
+    except zlib.error as error:
+        return b"", f"its gzip is broken ({error})"
+    whole = gzip.eof or len(unpacked) > most_bytes
+    return unpacked, None if whole else "its gzip ends early"
 
 
 def _reason(error: BaseException) -> str:

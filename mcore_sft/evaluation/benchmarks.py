@@ -235,7 +235,7 @@ def _first_of(wanted: tuple[str, ...], role: str, first: Mapping[str, Any], sour
     if found is not None:
         return found
     near = difflib.get_close_matches(wanted[0], list(first), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the columns are {', '.join(first)}"
+    hint = f"did you mean {near[0]}?" if near else f"the columns are {', '.join(first)}."
     raise EvaluationError(
         f"{source}: no column {' or '.join(wanted)} for the {role}; {hint} "
         f"Name it with the benchmark's `{role}`"

@@ -16,7 +16,7 @@ from mcore_sft.evaluation.normalize import Spelled, in_radians, spell, squeeze, 
 from mcore_sft.evaluation.number import read_number
 from mcore_sft.evaluation.scalars import numeral_value
 from mcore_sft.evaluation.series import read_series
-from mcore_sft.evaluation.units import DEGREE, RADIAN, in_units_of, without_units
+from mcore_sft.evaluation.units import DEGREE, RADIAN, Unit, in_units_of, read_unit, without_units
 
 
 def forms(gold: str) -> tuple[str, ...]:
@@ -34,6 +34,7 @@ def comparable(gold: str, prediction: str) -> tuple[str, str] | None:
     """Both in canonical spelling, without names, units and letters of choices; none where their
     units measure different things."""
     left, right = spell(gold), spell(prediction)
+    left, right = _with_letter_unit(left, right.unit), _with_letter_unit(right, left.unit)
     scaled = _in_unit_of(left, right)
     if scaled is None or _oppose(gold, prediction):
         return None
@@ -62,6 +63,18 @@ def _alike(gold: str, prediction: str, left: str, right: str) -> tuple[str, str]
 
 
 # --- units ---------------------------------------------------------------------------------------
+
+
+_LETTER_UNIT = re.compile(r"(\d[\d.]*)\s*([a-zA-Z])\s*(\^\s*\{?\s*\d\s*\}?)?")
+
+
+def _with_letter_unit(text: Spelled, other: Unit | None) -> Spelled:
+    """`3000 m` as a length where the other side is one; elsewhere it may be a product."""
+    found = _LETTER_UNIT.fullmatch(text.text) if other and not text.unit else None
+    unit = read_unit(found[2] + (found[3] or "")) if found else None
+    if not found or not unit or not other or unit.powers != other.powers:
+        return text
+    return Spelled(found[1], unit)
 
 
 def _in_unit_of(gold: Spelled, given: Spelled) -> str | None:

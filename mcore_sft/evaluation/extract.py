@@ -131,7 +131,7 @@ def stated(answer: str) -> str:
 _NEAR = 40
 # A minus that follows nothing it could be taken from.
 _SIGN = re.compile(
-    r"(?:^|[=:(\[{,;$]|\\[(\[]|\b[a-z]{2,}\s+|\\(?:implies|Rightarrow|approx|text\w*\{)\s*)\s*"
+    r"(?:^|[=:(\[{,;$]|\\[(\[]|\b[a-z]{2,}\s+(?!-\s)|\b(?:is|be|are|get|gives?|equals?)\s+|\\(?:implies|Rightarrow|approx|text\w*\{)\s*)\s*"
     r"(?P<sign>-|\N{MINUS SIGN}|\\pm|\$\s*-\s*\$|\b(?:minus|negative)\b)(?:\s|\$|\\[,;:!(\[]|\{)*$",
     re.IGNORECASE,
 )

@@ -42,6 +42,11 @@ _NUMBER = re.compile(
     r"[(\[]\s*-?[\w./\\]+(?:\s*,\s*-?[\w./\\]+)+\s*[)\]]"  # a point, an interval
     r"|\d+(?:\s*:\s*\d+)+|-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?%?"
 )
+# Mathematics without delimiters. Letters belong to it where an operator or a number touches them.
+_BARE = re.compile(
+    r"(?:(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|pm|binom|log|ln|sin|cos|tan)(?![a-z])|[\d.,()+*/^_=%{}-]"
+    r"|(?<![\\a-zA-Z])[a-zA-Z](?=\s?[-+*/^=_(])|(?<=[\d)}^*/+=-])\s?[a-zA-Z](?![a-zA-Z]))\s*)+"
+)
 
 
 def final_answer(response: str) -> str | None:
@@ -107,7 +112,20 @@ def _in_line(line: str) -> str | None:
     if formulas:
         return _last_side([span.content for span in last_run(line, formulas)])
     numbers = [Span(m.start(), m.end(), m[0]) for m in _NUMBER.finditer(line)]
+    if numbers and (expression := _around(line, numbers[-1])):
+        return _last_side([expression])
     return ", ".join(span.content for span in last_run(line, numbers)) if numbers else None
+
+
+def _around(line: str, number: Span) -> str | None:
+    """The expression that `number` is part of, as 10 is of `2^{10}`; none of a number alone."""
+    for run in _BARE.finditer(line):
+        if run.start() <= number.start < run.end():
+            text = run[0].strip(" .,")
+            balanced = all(text.count(a) == text.count(b) for a, b in ("()", "{}"))
+            operated = re.search(r"\\|[\^_=+*a-zA-Z]|\d\s+-\s+\d", text)
+            return text if balanced and operated else None
+    return None
 
 
 def _last_row(display: str) -> str:

@@ -40,7 +40,7 @@ _WITHOUT = re.compile(
     rf"(?:{_REALS.pattern})(?:\s+[a-z])?\s*,?\s*"
     r"(?:except(?: for)?|excluding|other than|but(?: not)?|without|minus|"
     r"apart from|besides|\\setminus|\\backslash|-|(?:that are )?not equal to)\s*(?:for )?"
-    r"(?:[a-z]\s*=\s*)?(?:\\?\{(?P<set>[^{}]+?)\\?\}|(?P<one>[^{}\s,]+(?:\s*,\s*[^{}\s,]+)*))",
+    r"(?:[a-z]\s*=\s*)?(?:(?P<gap>[(\[][^()\[\]]+,[^()\[\]]+[)\]])|\\?\{(?P<set>[^{}]+?)\\?\}|(?P<one>[^{}\s,]+(?:\s*,\s*[^{}\s,]+)*))",
     re.IGNORECASE,
 )
 _COMPARED = re.compile(
@@ -58,7 +58,11 @@ def _set_in_words(text: str) -> str | None:
     if found := _SIGNED.fullmatch(text):
         mark = re.sub(r"\s", "", found["mark"] or "")
         return _BY_SIGN[_BY_MARK[mark] if mark else found["sign"].lower().replace("-", "")]
-    if found := _WITHOUT.fullmatch(text):
+    if (found := _WITHOUT.fullmatch(text)) and (gap := found["gap"]):
+        low, high = (end.strip() for end in gap[1:-1].split(",", 1))
+        ends = ")" if gap[0] == "[" else "]", "(" if gap[-1] == "]" else "["
+        return rf"(-\infty, {low}{ends[0]} \cup {ends[1]}{high}, \infty)"
+    if found:
         return _all_but(re.split(r"\s*[,;]\s*", (found["set"] or found["one"]).strip()))
     if found := _COMPARED.fullmatch(text):
         above = found["more"] or (found["end"] or "").lower() == "least"

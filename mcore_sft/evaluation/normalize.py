@@ -8,6 +8,7 @@ is for `equivalence`, this is about spelling alone.
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 from mcore_sft.evaluation.latex import with_braces
@@ -17,11 +18,10 @@ from mcore_sft.evaluation.rules import apply, rules
 from mcore_sft.evaluation.signature import same_value
 from mcore_sft.evaluation.signs import from_unicode
 from mcore_sft.evaluation.units import (
-    CENT,
+    CURRENCIES,
     DEGREE,
     DOLLAR,
     DOUBLE_PRIME,
-    EURO,
     PRIME,
     Unit,
     read_unit,
@@ -94,6 +94,8 @@ _FUNCTIONS = re.compile("(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|min|max|
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 
+_UPRIGHT = r"\\(?:text|mathrm)\s*\{([a-z\s]+)\}"
+
 _MARKUP = rules(
     (r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac|xfrac)(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
@@ -118,6 +120,10 @@ _MARKUP = rules(
     (r"(\d*\.\d*?)(\d)\s+(?:repeating|recurring)\s*$", r"\1\\overline{\2}"),
     (r"(\d*\.\d*)\((\d+)\)\s*$", r"\1\\overline{\2}"),
     (r"\\dot\s*\{(\d)\}", r"\\overline{\1}"),
+    (r"(?<=\d)\s*\{:\}\s*(?=\d)", ":"),
+    (r"\\hline(?![a-zA-Z])", ""),
+    (rf"(?<=\d)(?:\s|\\[,;: ]|~)*\\frac\s*\{{\s*{_UPRIGHT}\s*\}}\s*\{{\s*{_UPRIGHT}\s*\}}\s*$",
+     r" \1/\2"),  # miles over hour
     (r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", lambda m: m[1].replace(r"\\", ",")),
     (r"(?<![<>=])>=|=>", r"\\ge "),
     (r"<=", r"\\le "),
@@ -132,6 +138,7 @@ _GROUPS = rules(
     (r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ","),
 )
 _SPACES = rules(
+    (r"(?<=[\d)}])\s*\\q?quad\s*(?=-?\d|[a-z]\s*=)", ", "),
     (r"\\(?:quad|qquad|enspace|thinspace|hspace\*?\{[^{}]*\})(?![a-zA-Z])", " "),
     (r"(?<!\\)\\[,;:> ]|(?<!\\)~", " "),
     (r"\\phantom\s*(?:\{[^{}]*\}|.)", " "),
@@ -141,6 +148,8 @@ _PLAIN = rules(
     (r"(?<![\\a-zA-Z])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\log\s*_\s*\{?e\}?(?![a-zA-Z])", r"\\ln "),
+    (r"\\log\s*_\s*([2-9])(\d+)(?!\s*[\d.(\\{a-zA-Z])", r"\\log_{\1} \2"),  # as TeX reads it
+    (r"^(\([^()]*,[^()]*\))\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$", r"\1"),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<![\\a-zA-Z])(?:inf|infty|infinity)(?![a-zA-Z])", r"\\infty "),
     (r"(^|[=,;(\[{])\s*\+\s*(?=[\d.\\a-zA-Z])", r"\1"),  # +5, (3, +\infty)
@@ -216,10 +225,15 @@ _REMARK = re.compile(
     r"(?<=[\d)}\]%a-zA-Z])\s*(?!.*\b(?:not|never|wrong|incorrect|false|impossible)\b)(?:"
     r",?\s*(?:and|but)\s+(?:no\s+(?:others?|more)|nothing\s+else|none\s+other)"
     r"|,\s*(?:as|which|so|since|because|respectively|exactly|only|in\s+(?:all|total)|altogether)\b"
-    r"[a-z\s]*|\s(?:respectively|only|exactly)"
-    r"|\((?:exact(?:ly)?(?:\s[a-z]+)?|precisely|only|as\s[a-z\s]+|in\s+(?:all|total)|total|answer)\)"
+    r"[a-z\s]*|,\s*(?:since|because)\s.*|\s(?:respectively|only|exactly)"
+    r"|\sas\s+(?:needed|required|desired|wanted|claimed|expected|stated|asked)"
+    r"|\((?:exact(?:ly)?(?:\s[a-z]+)?|precisely|only|as\s[a-z\s]+|in\s+(?:all|total)|total"
+    r"|(?:the\s+)?(?:final\s+)?answer)\)"
+    r"|,?\s*\(?(?:approx(?:imately|\.)?|(?:rounded\s+)?to\s+(?:the\s+nearest|\w+\s+decimal)\s+[a-z]+"
+    r"|rounded)\)?"
     r"|\s+is\s+(?:the\s+)?(?:final\s+|correct\s+)?answer)\s*[.!]?$"
-    r"|^\s*(?:exactly|precisely|only|just|simply)\s+(?=[-\d\\(.])",
+    r"|^\s*(?:exactly|precisely|only|just|simply|so|thus|hence|therefore|there\s+(?:are|is))[,:]?\s+"
+    r"(?=[-\d\\(.])",
     re.IGNORECASE,
 )
 
@@ -239,19 +253,18 @@ _CURRENCY = re.compile(
 
 
 def _without_currency(text: str) -> tuple[str, Unit | None]:
-    if not re.search(r"[$¢¥€£₹]|\\(?:textdollar|pounds|euro|cent)|Rs|USD", text):
-        return text, None
-    unit = CENT if re.search(r"¢|\\(?:text)?cent(?![a-z])", text) else None
-    unit = EURO if re.search(r"€|\\euro", text) else unit
+    unit = None
+    for sign, meant in CURRENCIES.items():
+        text, found = re.subn(sign, "", text)
+        unit = meant if found else unit
+    if not re.search(r"\$|\\textdollar|USD", text):
+        return text, unit
     # an even number of bare $ are delimiters
     is_money = re.search(r"\\\$|\\textdollar|USD", text) or text.count("$") % 2
     if is_money:
         unit = unit or DOLLAR
         text = re.sub(r"(?<=\d)\s*\\?\$(?=\s*(?:[a-z.]|$))", " dollars ", text)
-    text = _CURRENCY.sub("", text)
-    return re.sub(
-        r"\\(?:pounds|euro|(?:text)?cent)(?![a-zA-Z])|[¢¥€£₹]|^Rs\.?(?=\s*\d)", "", text
-    ), unit
+    return _CURRENCY.sub("", text), unit
 
 
 _LETTER_UNIT = re.compile(
@@ -317,6 +330,8 @@ def in_radians(text: str) -> str:
 
 def _without_primes(text: str) -> tuple[str, Unit | None]:
     """`15'` -> `15`, minutes or feet."""
+    if parts := re.fullmatch(r"(\d+)\s+(\d+)\s*'", text):  # 30^\circ 15', whose circle is gone
+        return rf"\frac{{{60 * int(parts[1]) + int(parts[2])}}}{{60}}", DEGREE
     found = re.fullmatch(r"([\d.]+)\s*('{1,2})", text)
     if not found:
         return text, None
@@ -394,12 +409,21 @@ _ABOUT = re.compile(
     r"(?<!\\)\b(?:or\s+)?(?:about|approximately|approx\.?|roughly|around)\s*(?=[-\d\\.])",
     re.IGNORECASE,
 )
-_BESIDE = re.compile(r"(?<=\S)\s*,?\s*\(\s*\\approx[^()]*\)$")
+_IN_BRACKETS = re.compile(r",?\s*\(\s*(\\approx[^()]*)\)$")
 
 
 def _without_approximation(text: str) -> str:
-    r"""`a \approx b` -> `a`, the exact one, where `a` is more than a name."""
-    left, sign, right = _BESIDE.sub("", _ABOUT.sub(r"\\approx ", text)).partition(r"\approx")
+    r"""`a \approx b` -> `a`, the exact one, where `a` is more than a name; both of numbers that are
+    far apart."""
+    text = _IN_BRACKETS.sub(r" \1", _ABOUT.sub(r"\\approx ", text))
+    left, sign, right = text.partition(r"\approx")
     if not sign:
         return left
-    return right if re.fullmatch(r"\s*[a-zA-Z]?\s*", left) else left.rstrip(" ,;(")
+    left = left.rstrip(" ,;(")
+    if re.fullmatch(r"\s*[a-zA-Z]?", left):
+        return right
+    exact, near = read_number(left), read_number(right.strip())
+    error = abs(exact.value - near.value) if exact and near else 0
+    # 4 may be the rounding of 4.3
+    far = exact and error > max(abs(exact.value) / 100, Fraction(exact.value.denominator == 1, 2))
+    return f"{left}, {right}" if far else left

@@ -143,6 +143,7 @@ def announced(text: str) -> str | None:
         return None
     rest = _PLEASANTRY.sub("", text[ends[-1] : ends[-1] + ANSWER_LENGTH])
     rest = re.sub(r"^(?:\s|\\?[\"']|[*}])+", "", rest)
+    rest = re.sub(r"^not\s+[^.;\n]{1,60}?\s+but\s+", "", rest)
     return first_thing(rest[leading.end() :] if (leading := _LEADING.match(rest)) else rest)
 
 

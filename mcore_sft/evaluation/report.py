@@ -127,7 +127,9 @@ def details(said: Mapping[str, Any]) -> str:
             _counts("no answer", ("cause",), said["missing"].items()),
             interval_line("truncated", Share(hits=said["truncated"], total=answers)),
             interval_line("boxes differ", Share(hits=said["boxes_differ"], total=answers)),
-            f"mean response {said['mean_tokens']:.1f} tokens\n",
+            ""
+            if said["mean_tokens"] is None
+            else f"mean response {said['mean_tokens']:.1f} tokens\n",
             _named("disputed by math-verify", said["disputed"])
             if said["evaluation"]["second_opinion"]
             else "",

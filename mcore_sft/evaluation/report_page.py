@@ -141,7 +141,7 @@ def _headline(report: Mapping[str, Any]) -> str:
     for name, count in counts.items():
         if count:
             facts[name] = _link(f"{count:,}", filter=name)
-    if "mean_tokens" in report:
+    if report.get("mean_tokens") is not None:
         facts["mean length"] = f"{report['mean_tokens']:,.0f} tokens"
     return score + _facts(facts, "headline")
 

@@ -306,7 +306,8 @@ def _verdict_row(
         "disputed": graded.disputed,
         "class": number,
         "finish_reason": answer.finish_reason,
-        "num_tokens": len(answer.tokens),
+        # a server may tell the text alone
+        "num_tokens": len(answer.tokens) if answer.tokens or not answer.response else None,
         "subject": asked.problem.extra.get("subject", asked.problem.extra.get("type")),
         "level": asked.problem.extra.get("level"),
     }

@@ -75,7 +75,8 @@ def _with_point(text: str) -> str:
 # --- times of day --------------------------------------------------------------------------------
 
 _CLOCK = re.compile(
-    r"(\d{1,2})(?:\s*[:.]\s*(\d{2}))?\s*(?:([ap])\s*\.?\s*m\b\.?|(noon|midnight))?"
+    r"(\d{1,2})(?:\s*(?::|\.(?=\d\d\s*[ap]))\s*(\d{2}))?\s*"
+    r"(?:([ap])\s*\.?\s*m\b\.?|(noon|midnight))?"
     r"(?:\s+(?:in the (?:morning|afternoon|evening)|on [a-z]+day))?",
     re.IGNORECASE,
 )
@@ -159,6 +160,17 @@ _NOTHING = re.compile(
     r"\\\{\s*\\\}|none",
     re.IGNORECASE,
 )
+_SETS = tuple(
+    re.compile(rf"(?:the set of )?(?:all )?(?:the )?(?:{words})|{sign}", re.IGNORECASE)
+    for words, sign in (
+        ("integers|whole numbers", r"\\mathbb\s*\{?Z\}?"),
+        ("positive integers|natural numbers",
+         r"\\mathbb\s*\{?(?:N\}?|Z\}?\s*[\^_]\s*\{?\s*(?:\+|>\s*0)\s*\}?)"),
+        ("rationals?(?: numbers)?", r"\\mathbb\s*\{?Q\}?"),
+        ("complex numbers", r"\\mathbb\s*\{?C\}?"),
+    )
+)  # fmt: skip
+_NOUNS = "functions?|numbers?|integers?|triangles?|curves?|balls?|marbles?|cards?|teams?|players?"
 _DOUBT = re.compile(
     r"\b(?:not|never|neither|nor|no|or|either|maybe|perhaps|except|instead|if|unless|wrong|false|"
     r"incorrect|than|but)\b|n't\b",
@@ -173,7 +185,7 @@ _LED_IN = re.compile(
 
 def by_text(gold: str, prediction: str, same: Same) -> bool | None:
     """Choices and words: case, punctuation and articles do not count."""
-    if _NOTHING.fullmatch(gold) and _NOTHING.fullmatch(prediction):
+    if any(each.fullmatch(gold) and each.fullmatch(prediction) for each in (_NOTHING, *_SETS)):
         return True
     if not _is_prose(gold):
         return None
@@ -193,9 +205,12 @@ def _is_said(gold: str, sentence: str) -> bool:
     """`It is Monday` says Monday, `Evelyn runs fastest` Evelyn; what is denied is not said."""
     if gold.casefold() in {"yes", "no", "true", "false"}:
         return bool(re.match(rf"{gold}\s*[,.;:-]", sentence, re.IGNORECASE))
+    if gold.casefold() == "neither":
+        return bool(re.match(r"neither [a-z]+ nor [a-z]+", sentence, re.IGNORECASE))
     if len(gold) < 3 or _DOUBT.search(sentence) or re.search(r"\d", sentence):
         return False
     said = _LED_IN.sub("", re.sub(r"^(?:[Oo]n|[Ii]n|[Aa]t)\s+", "", sentence), count=1)
+    said = re.sub(rf"(?<=[a-z])\s+(?:{_NOUNS})$", "", said)  # an even function
     if _words(said) == _words(gold):
         return True
     # the rest of what is said of somebody: small words, and no second name

@@ -88,7 +88,8 @@ def _one_group(text: str) -> bool:
 
 _MATRIX = re.compile(
     r"(.*?)\s*(?:\\cdot|\\times)?\s*"
-    r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}\s*(?:/\s*(\d+))?",
+    r"\\begin\{pmatrix\}((?:(?!\\begin).)*?)\\end\{pmatrix\}\s*"
+    r"(?P<turned>\^\s*\{?\s*(?:T|\\top)\s*\}?)?\s*(?:/\s*(?P<divisor>\d+))?",
     re.DOTALL,
 )
 
@@ -96,12 +97,24 @@ _MATRIX = re.compile(
 def read_matrix(text: str) -> list[list[str]] | None:
     """The entries of a matrix by row, each times what stands before it; none of anything else."""
     found = _MATRIX.fullmatch(text)
+    if text.startswith("[["):
+        return _nested(text)
     if not found or re.search(r"[=<>,\n]|\\(?:end|in|cup)", found[1]):
         return None
     rows = [_cells(row) for row in found[2].split(r"\\") if row.strip()]
     while rows and all(len(row) > 1 and not row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
-    return [[_times(found[1].strip(), cell, found[3]) for cell in row] for row in rows]
+    if found["turned"] and len({len(row) for row in rows}) == 1:
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    return [[_times(found[1].strip(), cell, found["divisor"]) for cell in row] for row in rows]
+
+
+def _nested(text: str) -> list[list[str]] | None:
+    """`[[1, 2], [3, 4]]`: a list of rows of one length."""
+    series = read_series(text)
+    rows = [read_series(part) for part in series.parts] if series else []
+    cells = [list(row.parts) for row in rows if row and (row.opening, row.closing) == ("[", "]")]
+    return cells if len(cells) == len(rows) and len({len(row) for row in cells}) == 1 else None
 
 
 def _cells(row: str) -> list[str]:
@@ -161,12 +174,14 @@ _TERM = re.compile(
 
 def _of_ijk(text: str, *, width: int) -> list[str] | None:
     """The `width` coefficients in a sum of multiples of i, j and k; none of anything else."""
-    text = _UNIT_VECTOR.sub(r"\1", text)
+    text, marked = _UNIT_VECTOR.subn(r"\1", text)
     terms = list(_TERM.finditer(text))
     if width not in {2, 3} or "".join(term[0] for term in terms) != text:
         return None
     found = {term[3]: f"{term[1]}{term[2].strip() or '1'}".lstrip("+") for term in terms}
-    if len(found) < len(terms) or (width == 2 and "k" in found) or "j" not in found:
+    if len(found) < len(terms) or (width == 2 and "k" in found):
+        return None
+    if not marked and not {"j", "k"} & found.keys():  # a complex number
         return None
     return [found.get(name, "0") for name in "ijk"[:width]]
 

@@ -55,7 +55,8 @@ class ServerEngine(Engine):
 
     def _limits(self) -> Mapping[str, int | None]:
         limit = self._card.get("max_model_len")
-        return {"the server's max_model_len": limit if isinstance(limit, int) else None}
+        known = type(limit) is int and limit > 0
+        return {"the server's max_model_len": limit if known else None}
 
     @property
     def served(self) -> Mapping[str, Any]:
@@ -367,7 +368,9 @@ class _Api:
     def _shown(self, said: str) -> str:
         """What a server says, short, and without the key, which some repeat."""
         shown = said.replace(self._key, "[the API key]") if self._key else said
-        return " ".join(shown.split())[:_SHOWN_CHARACTERS]
+        line = " ".join(shown.split())[:_SHOWN_CHARACTERS]
+        # nothing that a terminal obeys
+        return "".join(x if x.isprintable() else "\N{REPLACEMENT CHARACTER}" for x in line)
 
 
 def _key(variable: str) -> str:

@@ -53,6 +53,7 @@ _LATEX = {
         for sign, top, bottom in zip("⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1234151357", "5555668888", strict=True)
     },
     "\N{THEREFORE}": "",
+    "\N{END OF PROOF}": "",
     "\N{PRIME}": "'",
     "\N{DOUBLE PRIME}": "''",
     "\N{RIGHT SINGLE QUOTATION MARK}": "'",

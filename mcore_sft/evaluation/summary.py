@@ -137,7 +137,7 @@ def describe(verdicts: Verdicts, benchmark: Benchmark) -> dict[str, Any]:
         "missing": dict(Counter(row["missing"] for row in rows if row["missing"]).most_common()),
         "boxes_differ": sum(row["boxes_differ"] for row in rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows),
-        "mean_tokens": sum(row["num_tokens"] for row in rows) / max(1, len(rows)),
+        "mean_tokens": _mean_tokens(rows),
         "by": {name: _told_by(rows, name) for name in ("subject", "level")},
         "by_subject_level": _by_both(rows),
         "lengths": lengths(rows),
@@ -186,8 +186,15 @@ def _split(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
     return dict(sorted(parts.items()))
 
 
+def _mean_tokens(rows: Sequence[Row]) -> float | None:
+    """Of the responses whose tokens are known; none where none are."""
+    known = [row["num_tokens"] for row in rows if row["num_tokens"] is not None]
+    return sum(known) / len(known) if known else None
+
+
 def lengths(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Shares by deciles of the response's tokens; fewer where many are of one length."""
+    rows = [row for row in rows if row["num_tokens"] is not None]
     if not rows:
         return []
     tokens = sorted(row["num_tokens"] for row in rows)

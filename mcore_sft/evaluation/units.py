@@ -34,6 +34,7 @@ _KINDS: dict[str, dict[str, str | int]] = {
     "year": {"month": "1/12", "year yr": 1, "decade": 10, "century centurie": 100},
     "dollar": {"cent": "1/100", "dollar usd": 1},
     "euro": {"euro": 1},
+    "sterling": {"pence": "1/100", "sterling": 1},
     "rupee": {"rupee": 1},
     "yen": {"yen": 1},
     "degree": {"degree deg": 1, "radian rad": 180},
@@ -56,7 +57,7 @@ _SPEEDS = {"mph": "mile per hour", "kph": "kilometer per hour", "kmh": "kilomete
 _COUNTED = re.compile(
     "square|cubic|sq|cu|people|students?|ways?|points?|times|coins?|marbles?|apples?", re.IGNORECASE
 )
-_MONEY = {"dollar", "euro", "rupee", "yen"}
+_MONEY = {"dollar", "euro", "sterling", "rupee", "yen"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,14 @@ class Unit:
 
 DEGREE, RADIAN = Unit((("degree", 1),)), Unit((("degree", 1),), Fraction(180), per_pi=True)
 DOLLAR, CENT = Unit((("dollar", 1),)), Unit((("dollar", 1),), Fraction(1, 100))
-EURO = Unit((("euro", 1),))
+CURRENCIES = {
+    r"¢|\\(?:text)?cent(?![a-z])": CENT,
+    r"€|\\euro(?![a-z])": Unit((("euro", 1),)),
+    r"£|\\(?:pounds|textsterling)(?![a-z])": Unit((("sterling", 1),)),
+    r"¥|\\yen(?![a-z])": Unit((("yen", 1),)),
+    r"₹|^Rs\.?(?=\s*\d)": Unit((("rupee", 1),)),
+}
+"""What is written for money, besides the dollar."""
 # 15' are minutes of an angle or feet, 15'' seconds or inches, as the other side has it.
 PRIME, DOUBLE_PRIME = Unit((("prime", 1),)), Unit((("prime", 2),))
 _PRIMES = {
@@ -159,6 +167,10 @@ def _ratio(gold: Unit, given: Unit) -> Fraction | None:
     kinds = {kind for kind, _ in (*gold.powers, *given.powers)}
     if kinds <= {"degree", "celsius"} or kinds <= {"degree", "fahrenheit"}:
         return Fraction(1)
+    if kinds == {"sterling", "mass"} and _kind_of("pound") in {
+        (each.powers[0][0], each.size) for each in (gold, given)
+    }:
+        return Fraction(1)  # £5 are 5 pounds
     if "unit" in kinds:
         return _of_any_length(gold, given)
     if kinds & _MONEY and (gold.amount or given.amount):  # dollars, and dollars a pound

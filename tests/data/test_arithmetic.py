@@ -70,6 +70,12 @@ def test_no_value(text):
             evaluate(text)
 
 
+def test_integers_have_so_many_bits_and_no_more():
+    assert evaluate("2**2047 * 2**2047 * 2") == 2**4095
+    with pytest.raises(NotArithmetic):
+        evaluate("2**2047 * 2**2047 * 4")
+
+
 def test_division_by_zero_has_its_own_error():
     for text in ("1 / 0", "1 // 0", "0 ** -1", "1 / (3 - 3)"):
         with pytest.raises(ZeroDivisionError):
@@ -220,6 +226,33 @@ def test_wrong_equation(text, by_nemo_skills, by_itself):
 def test_spell_out(text, by_nemo_skills, by_itself):
     assert spell_out(text) == by_nemo_skills
     assert spell_out(text, standalone=True) == (by_nemo_skills if by_itself is ... else by_itself)
+
+
+WRONG = "1 + 2 + 3 = 7"
+
+
+@pytest.mark.parametrize(
+    "before", ["= ", "= 0; ", "1 = 1; ", "2^1 + 2 + 3 = 5; ", "1 + 2 + 3 = 3 + 3 = 6; "]
+)
+def test_what_stands_before_an_equation_hides_it_not(before):
+    assert has_wrong_equation(before + WRONG, standalone=True)
+    right = before + "1 + 2 + 3 = 6"
+    assert spell_out(right, standalone=True) == before + "1 + 2 + 3 = 3 + 3 = 6"
+
+
+def test_a_side_of_one_digit_between_two_signs():
+    assert has_wrong_equation("x=5=2 + 2 + 2")
+    assert has_wrong_equation("x=5=2 + 2 + 2", standalone=True)
+
+
+def test_an_equation_in_brackets_keeps_them():
+    assert spell_out("so (1 + 2 + 3 = 6)", standalone=True) == "so (1 + 2 + 3 = 3 + 3 = 6)"
+
+
+def test_so_many_equations_are_looked_at():
+    right = "1 + 1 + 1 = 3; "
+    assert has_wrong_equation(right * 999 + WRONG)
+    assert not has_wrong_equation(right * 1000 + WRONG)
 
 
 @pytest.mark.parametrize("standalone", [False, True])

@@ -30,7 +30,7 @@ def test_pack_is_laid_out_with_padding_as_a_document():
     assert batch.starts.tolist() == [0, 4, 6, 8]
     assert batch.rows.tolist() == [1, 2, 4]
     assert (batch.length, batch.longest, batch.useful, batch.examples) == (8, 4, 6, 2)
-    assert batch.supervised == 3
+    assert (batch.supervised, batch.squares) == (3, 4 * 4 + 2 * 2)
     kinds = {batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype, batch.rows.dtype}
     assert [str(kind) for kind in kinds] == ["torch.int64"]
     assert str(batch.starts.dtype) == "torch.int32"

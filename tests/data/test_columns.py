@@ -170,6 +170,46 @@ def test_blank_text_in_a_slice_of_a_table_is_found(kind):
         reader(first=7).table(table)
 
 
+def test_good_pairs_are_read_at_once(monkeypatch):
+    def slow(*_):
+        raise AssertionError("row by row")
+
+    monkeypatch.setattr(RowReader, "_each", slow)
+    assert reader().lines((START + "}\n").encode()).problems.to_pylist() == ["a"]
+    table = pa.table({"problem": ["a"], "generated_solution": ["b"]})
+    assert reader().table(table).solutions.to_pylist() == ["b"]
+    answered = table.append_column("expected_answer", pa.array([36]))
+    assert reader().table(answered).answers.to_pylist() == ["36"]
+    assert len(reader().table(table.slice(0, 0))) == 0
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.large_string()])
+def test_a_row_of_a_table_that_is_not_utf8_is_named(kind):
+    problems = pa.array([b"a", b"\xff", b"c"], pa.large_binary()).view(kind)
+    table = pa.table({"problem": problems, "generated_solution": list("xyz")})
+    got = reader(skip_bad=True).table(table)
+    assert (got.problems.to_pylist(), got.numbers.tolist()) == (["a", "c"], [1, 3])
+    assert "a.jsonl:2: column 'problem' is not UTF-8" in got.bad[2]
+
+
+def test_the_columns_that_are_read():
+    names = ["x", "total_votes", "generated_solution", "problem", "expected_answer"]
+    schema = pa.schema([(name, pa.string()) for name in names])
+    assert columns.wanted_columns(PAIR, schema, "a") == names[1:]
+    packed = pa.schema([(name, pa.list_(pa.int32())) for name in columns.BRIDGE])
+    assert columns.wanted_columns(PAIR, packed, "a") == list(columns.BRIDGE)
+    with pytest.raises(DataError, match="a:1: no column 'problem'"):
+        columns.wanted_columns(PAIR, schema.remove(3), "a")
+    with pytest.raises(DataError, match="a:1: 2 columns are named 'problem'"):
+        columns.wanted_columns(PAIR, schema.append(pa.field("problem", pa.string())), "a")
+
+
+def test_the_texts_of_a_line_that_python_cannot_read():
+    names = ["a", "b", "c"]
+    assert columns.texts_in(b'{"a": "x", "b": null, "z": Inf}', names) == {"a": "x"}
+    assert columns.texts_in(b"null", names) == {}
+
+
 def test_column_missing_from_a_later_row_is_a_bad_row():
     data = (START + "}\n" + '{"problem": "a"}\n').encode()
     assert list(reader(skip_bad=True).lines(data).bad) == [2]

@@ -17,6 +17,7 @@ from mcore_sft.data.filters import (
 def dropped_by(row, count_tokens=None, **options):
     """The filter that drops the row, or None."""
     made = Filters(FilterConfig(**options), count_tokens).apply([row])[0]
+    assert isinstance(made, str | Row)
     return made if isinstance(made, str) else None
 
 

@@ -4,6 +4,10 @@ Pairs = dict[str, list[tuple[str, str]]]
 
 EQUAL: Pairs = {
     "a scalar times a matrix or a vector": [
+        (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", r"(1,2,3)^T"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}^\top"),
+        (r"\begin{pmatrix}0&3\\0&-1\end{pmatrix}", r"\begin{pmatrix}0&3\\\hline 0&-1\end{pmatrix}"),
+        (r"\begin{pmatrix}0&3\\0&-1\end{pmatrix}", r"[[0,3],[0,-1]]"),
         (r"\begin{pmatrix} 3/5 \\ 4/5 \end{pmatrix}", r"\frac15\begin{bmatrix}3\\4\end{bmatrix}"),
         (
             r"\begin{pmatrix}1/2&0\\0&1/2\end{pmatrix}",
@@ -84,6 +88,13 @@ EQUAL: Pairs = {
         (r"\frac{x}{3}", "0.333333x"),
     ],
     "units": [
+        (r"3\text{ km}", r"3000 m"),
+        (r"100\text{ cm}", r"1 m"),
+        (r"1 m^2", r"10000\text{ cm}^2"),
+        (r"60\text{ mph}", r"60\,\frac{\text{miles}}{\text{hour}}"),
+        (r"25.5^\circ", r"25^\circ30'"),
+        (r"£5", r"5\text{ pounds}"),
+        (r"5", r"€5"),
         (r"60^\circ", r"\frac{\pi}{3}"),
         (r"60^\circ", "60"),
         (r"60^\circ", r"60\text{ degrees}"),
@@ -121,6 +132,9 @@ EQUAL: Pairs = {
         ("1.5", "1,5"),
     ],
     "arguments without braces": [
+        (r"3", r"\log_28"),
+        (r"\log_3 16", r"\log_316"),
+        (r"1", r"\log_{10} 10"),
         ("a/b", r"\frac{a}{b}"),
         (r"\frac{ab}{c}", r"\frac{a b}{c}"),
         (r"\frac{xy}{z}", r"\frac{yx}{z}"),
@@ -189,6 +203,11 @@ EQUAL: Pairs = {
         (r"x \equiv 3 \pmod 7", r"x \equiv 10 \pmod 7"),
     ],
     "an approximation or another form beside": [
+        (r"18.9", r"(\text{about } 18.9)"),
+        (r"18.9", r"(\approx 18.9)"),
+        (r"18.9", r"18.9\text{ (approximately)}"),
+        (r"18.9", r"18.9\text{ (rounded to one decimal place)}"),
+        (r"4", r"4 \approx 4.3"),
         (r"\frac{22}{7}", r"\frac{22}{7} \approx 3.14"),
         (r"\frac{22}{7}", r"\frac{22}{7} (\approx 3.14)"),
         (r"\frac{22}{7}", r"\frac{22}{7} \text{ (about } 3.14)"),
@@ -206,6 +225,11 @@ EQUAL: Pairs = {
         (r"\frac12", r"\frac12 \text{ or } 50\%"),
     ],
     "remarks": [
+        (r"682", r"682\text{ (final answer)}"),
+        (r"682", r"682 \text{ as needed}"),
+        (r"3", r"\text{There are }3\text{ solutions}"),
+        (r"3", r"x = 3, \text{ since } x>0"),
+        (r"5", r"\text{So } 5"),
         ("17", r"17 \text{ (exact)}"),
         ("17", r"17, \text{ as desired}"),
         ("17", r"17 \text{ in total}"),
@@ -253,6 +277,8 @@ EQUAL: Pairs = {
         (r"25\sqrt{3}", r"25 \cdot 3^{0.5}"),
     ],
     "times of day": [
+        (r"7:30\text{ a.m.}", r"7{:}30\text{ AM}"),
+        (r"7:30\text{ a.m.}", r"7.30\text{ a.m.}"),
         (r"\text{5:30 p.m.}", "5:30 pm"),
         (r"\text{5:30 p.m.}", "17:30"),
         (r"\text{5:30 p.m.}", r"5:30 \text{ PM}"),
@@ -286,6 +312,8 @@ EQUAL: Pairs = {
         (r"-80\leq g(x)\leq 82", r"82 \ge g(x) \ge -80"),
     ],
     "vectors in i, j, k": [
+        (r"(3,0,-4)", r"3\mathbf i-4\mathbf k"),
+        (r"(0,0,3)", r"3\mathbf{k}"),
         (r"\begin{pmatrix} 2 \\ -1 \\ 4 \end{pmatrix}", r"2\mathbf{i}-\mathbf{j}+4\mathbf{k}"),
         (r"\begin{pmatrix} 2 \\ -1 \\ 4 \end{pmatrix}", r"2\hat{i}-\hat{j}+4\hat{k}"),
         (r"\begin{pmatrix} 2 \\ -1 \\ 4 \end{pmatrix}", r"2\vec{i} - \vec{j} + 4\vec{k}"),
@@ -295,6 +323,7 @@ EQUAL: Pairs = {
         (r"\begin{pmatrix} 3 \\ 1 \\ -2 \end{pmatrix}", r"3\mathbf{i}+\mathbf{j}-2\mathbf{k}"),
     ],
     "lists on lines of their own": [
+        (r"1,2", r"1\quad 2"),
         ("1,2,3", "1\n2\n3"),
         ("1,2", "x=1\nx=2"),
         ("1,2", "1\n\n2"),
@@ -305,6 +334,9 @@ EQUAL: Pairs = {
         ("-3,-1,1", "-3\n-1\n1"),
     ],
     "sentences": [
+        (r"\text{even}", r"even function"),
+        (r"\text{red}", r"a red ball"),
+        (r"\text{neither}", r"neither even nor odd"),
         (r"\text{Carla}", "Carla is the tallest"),
         (r"\text{Carla}", "The winner is Carla"),
         (r"\text{Carla}", "It was Carla."),
@@ -317,6 +349,9 @@ EQUAL: Pairs = {
         (r"\text{Monday}", "It is Monday"),
     ],
     "sets in words": [
+        (r"(-\infty,3]\cup[4,\infty)", r"\mathbb R - (3,4)"),
+        (r"\mathbb Z", r"\text{all integers}"),
+        (r"\mathbb N", r"\text{positive integers}"),
         (r"(0,\infty)", r"\text{all positive numbers}"),
         (r"(0,\infty)", r"\mathbb{R}^{+}"),
         (r"(0,\infty)", r"\mathbb{R}_{>0}"),
@@ -412,6 +447,7 @@ EQUAL: Pairs = {
         (r"\frac{7}{72}", "^{7}/_{72}"),
     ],
     "signs that cannot be seen": [
+        ("5", "5 \N{END OF PROOF}"),
         ("7", "7\u200b"),
         ("7", "\u200e7"),
         ("7", "\ufeff7"),
@@ -471,6 +507,9 @@ EQUAL: Pairs = {
 
 DIFFERENT: Pairs = {
     "a scalar times a matrix or a vector": [
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^T"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"[[1,2],[3,5]]"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
         (r"\begin{pmatrix} 3/5 \\ 4/5 \end{pmatrix}", r"\frac15\begin{bmatrix}13\\4\end{bmatrix}"),
         (
             r"\begin{pmatrix}1/2&0\\0&1/2\end{pmatrix}",
@@ -546,6 +585,13 @@ DIFFERENT: Pairs = {
         ("123456.7", "123456.74"),
     ],
     "units": [
+        (r"\$5", r"£5"),
+        (r"€5", r"\$5"),
+        (r"£5", r"5\text{ kg}"),
+        (r"3\text{ km}", r"3 m"),
+        (r"6\text{ cm}", r"6m"),
+        (r"6m", r"6"),
+        (r"60\text{ mph}", r"60\,\frac{\text{km}}{\text{hour}}"),
         (r"60^\circ", r"\frac{\pi}{6}"),
         (r"60^\circ", r"60\text{ rad}"),
         (r"\frac{\pi}{3}", r"\frac{\pi}{3}^{\circ}"),
@@ -607,6 +653,8 @@ DIFFERENT: Pairs = {
         (r"x \equiv 5 \pmod 8", r"x \equiv 6 \pmod 8"),
     ],
     "an approximation or another form beside": [
+        (r"\frac{737}{39}", r"\frac{737}{39} \approx 19.9"),
+        (r"\frac13", r"\frac13 \approx 0.4"),
         (r"\frac14", r"\frac14 \text{ or } 0.5"),
         (r"\frac14", r"\frac14 \text{ or } \frac13"),
         ("2", r"2 \text{ or } 3"),
@@ -630,6 +678,7 @@ DIFFERENT: Pairs = {
         (r"\sqrt2", "2^{0.6}"),
     ],
     "times of day": [
+        (r"7:30\text{ a.m.}", r"7.30"),
         (r"\text{5:30 p.m.}", "5:30 a.m."),
         (r"\text{5:30 p.m.}", "5:31 p.m."),
         (r"\text{5:30 p.m.}", "16:30"),
@@ -644,6 +693,7 @@ DIFFERENT: Pairs = {
         ("-1 < f(x) < 5", r"5 > f(x) \ge -1"),
     ],
     "vectors in i, j, k": [
+        (r"(3,0)", r"3i"),
         (r"\begin{pmatrix} 2 \\ -1 \\ 4 \end{pmatrix}", "2i + j + 4k"),
         ("(2,3)", "2+3i"),
     ],
@@ -651,6 +701,8 @@ DIFFERENT: Pairs = {
         ("1,2", "1\n3"),
     ],
     "sentences": [
+        (r"\text{even}", r"odd function"),
+        (r"\text{even}", r"not an even function"),
         (r"\text{Carla}", "It was not Carla"),
         (r"\text{Carla}", "Carla or Dave"),
         (r"\text{Carla}", "Dave beats Carla"),
@@ -661,6 +713,9 @@ DIFFERENT: Pairs = {
         (r"\text{even}", "The function is not even"),
     ],
     "sets in words": [
+        (r"(-\infty,3)\cup(4,\infty)", r"\mathbb R - (3,4)"),
+        (r"\mathbb N", r"\text{integers}"),
+        (r"\mathbb Z", r"\text{all real numbers}"),
         (r"(0,\infty)", r"\text{all nonnegative real numbers}"),
         (r"(0,\infty)", r"\text{all real numbers}"),
         (r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R}\setminus\{3\}"),

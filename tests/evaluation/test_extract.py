@@ -196,6 +196,17 @@ def test_boxes_that_differ_are_flagged() -> None:
         ("final_answer", "The ratio is 3:4.", "3:4"),
         ("final_answer", "So the roots are 2 and 3.", "2, 3"),
         ("final_answer", "So the solutions are $2$ and $3$.", "2, 3"),
+        # a number that is part of an expression is not the answer
+        ("final_answer", "There are 2^{10}.", "2^{10}"),
+        ("final_answer", r"So it equals 2\sqrt{3}.", r"2\sqrt{3}"),
+        ("final_answer", "This is x + 3.", "x + 3"),
+        ("final_answer", "So he has 12 - 5 = 7 apples.", "7"),
+        ("final_answer", "So 3/10 = 30%.", "30%"),
+        ("final_answer", "See step (3), which gives 8.", "8"),
+        ("final_answer", "The answer is not 43 but 42.", "42"),
+        # a dash between words and a box is no sign
+        ("last_box", r"The answer - \boxed{5}", "5"),
+        ("last_box", r"The answer is - \boxed{5}", "-5"),
         # cut off in the middle of a sum, whose last number says nothing
         ("final_answer", "1 + 2 + 3 +", None),
     ],

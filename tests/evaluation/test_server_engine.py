@@ -1,5 +1,6 @@
 """The engine's own work, with a stand-in for the server; test_vllm.py has vLLM's own."""
 
+import gzip
 import json
 import re
 import threading
@@ -199,6 +200,8 @@ def test_other_answers_are_refused(
         Sent(200, b'{"choices": [{"index": 0, "text": "\xe2\x82'),
         Sent(200, b""),
         Sent(200, b"\n"),
+        Sent(200, gzip.compress(b'{"choices": []}')[:-4], {"Content-Encoding": "gzip"}),
+        Sent(200, b"\x1f\x8bbroken", {"Content-Encoding": "gzip"}),
     ],
     ids=repr,
 )
@@ -234,6 +237,28 @@ def test_a_server_is_not_asked_before_it_wants_to_be(
     server.answer = lambda body: Sent(429, {"message": "busy"}, {"Retry-After": "86400"})
     with pytest.raises(EvaluationError, match=r"HTTP 429: busy; it wants .* in 86400 s"):
         answers(llama, server.url, (1,))
+
+
+def test_a_gzip_that_nobody_asked_for_is_unpacked(
+    llama: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {"Content-Encoding": "gzip"}
+    server.answer = lambda body: Sent(
+        200, gzip.compress(json.dumps(counting(body).content).encode()), packed
+    )
+    assert [one.tokens for one in answers(llama, server.url, (1,))] == [(2, 3, 4)]
+    monkeypatch.setattr(server_engine, "_REPLY_BYTES", 10_000)
+    server.answer = lambda body: Sent(200, gzip.compress(b" " * 10_001), packed)
+    with pytest.raises(EvaluationError, match="longer than 10,000 bytes"):
+        answers(llama, server.url, (1,))
+
+
+@pytest.mark.parametrize("limit", [True, -1, 0, "5", None])
+def test_a_limit_that_is_no_number_of_tokens_is_none(
+    llama: Path, server: Server, limit: Any
+) -> None:
+    server.models[0]["max_model_len"] = limit
+    assert answers(llama, server.url, (1,))
 
 
 def test_a_choice_is_taken_by_its_index(llama: Path, server: Server) -> None:
@@ -307,6 +332,7 @@ def test_any_other_answer_is_one_sentence(
         ({"detail": "no such model"}, "HTTP 404: no such model"),
         ({"detail": [{"loc": ["body"]}]}, 'HTTP 404: {"detail": [{"loc": ["body"]}]}'),
         (b"<h1>no\nsuch model</h1>", "HTTP 404: <h1>no such model</h1>"),
+        ({"error": "\x1b[31mno \u202e\ud800"}, "HTTP 404: \ufffd[31mno \ufffd\ufffd"),
         (b"[" * 100_000, "HTTP 404: [[["),
         (b"", "HTTP 404: "),
     ],

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
+from mcore_sft.evaluation.report import details
 from mcore_sft.evaluation.summary import Verdicts, describe, lengths
 
 
@@ -98,3 +99,13 @@ def test_lengths_hold_every_answer_once() -> None:
     assert {one["total"] for one in many} <= {9, 10, 11}
     assert sum(one["total"] for one in many) == 100
     assert lengths([]) == []
+
+
+def test_lengths_that_no_server_told_are_not_counted() -> None:
+    rows = [row("a", 0, "equal", num_tokens=None), row("b", 0, "equal", num_tokens=8)]
+    told = describe(Verdicts(rows=rows), BENCHMARK)
+    assert told["mean_tokens"] == 8
+    assert [one["total"] for one in told["lengths"]] == [1]
+    told = describe(Verdicts(rows=rows[:1]), BENCHMARK)
+    assert (told["mean_tokens"], told["lengths"]) == (None, [])
+    assert "tokens" not in details(told | {"evaluation": {"second_opinion": False}})
