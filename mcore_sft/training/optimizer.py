@@ -13,7 +13,6 @@ from mcore_sft.model.build import DTYPES, Chunks
 from mcore_sft.runtime import megatron_core
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
-from mcore_sft.training.schedules import SCHEDULES
 
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronConfig
@@ -67,7 +66,14 @@ def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    return SCHEDULES[settings.schedule](settings.lr, settings.min_lr, done)
+    span = settings.lr - settings.min_lr
+    match settings.schedule:
+        case "linear":
+            return settings.min_lr + span * (1 - done)
+        case "cosine":
+            return settings.min_lr + span * 0.5 * (1 + math.cos(math.pi * done))
+        case "constant":
+            return settings.lr
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
@@ -81,8 +87,7 @@ def update(
     settings: OptimizerConfig,
     lr: float,
     norm: float,
-    *,
-    withheld: bool = False,
+    withheld: bool,
 ) -> None:
     """Update the weights once from the gradients whose `norm` is known, unless `withheld`."""
     for group in optimizer.param_groups:

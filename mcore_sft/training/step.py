@@ -120,7 +120,7 @@ def update(
 ) -> StepResult:
     """Update the weights once, unless there is nothing to learn from or the update is withheld."""
     if found.supervised:
-        optim.update(optimizer, settings, lr, found.norm, withheld=withheld)
+        optim.update(optimizer, settings, lr, found.norm, withheld)
     return StepResult(
         loss=found.loss,
         grad_norm=found.norm,
