@@ -64,9 +64,11 @@ def build(
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of the update numbered `step` (from 0) of `steps`."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    warmup = settings.warmup(steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    begin = settings.decay_begin(steps) if settings.schedule == "wsd" else warmup
+    done = max(0.0, (step - begin) / max(1, steps - begin))
     return SCHEDULES[settings.schedule](settings.lr, settings.min_lr, done)
 
 
