@@ -1,4 +1,4 @@
-"""How the learning rate falls after the warmup: one table, for the trainer and for its oracle."""
+"""How the learning rate falls after the warmup: one table."""
 
 import math
 from collections.abc import Callable, Mapping
