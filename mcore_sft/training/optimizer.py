@@ -13,6 +13,7 @@ from mcore_sft.model.build import DTYPES, Chunks
 from mcore_sft.runtime import megatron_core
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
+from mcore_sft.training.schedules import SCHEDULES
 
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronConfig
@@ -63,17 +64,12 @@ def build(
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of the update numbered `step` (from 0) of `steps`."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    span = settings.lr - settings.min_lr
-    match settings.schedule:
-        case "linear":
-            return settings.min_lr + span * (1 - done)
-        case "cosine":
-            return settings.min_lr + span * 0.5 * (1 + math.cos(math.pi * done))
-        case "constant":
-            return settings.lr
+    warmup = settings.warmup(steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    begin = settings.decay_begin(steps) if settings.schedule == "wsd" else warmup
+    done = max(0.0, (step - begin) / max(1, steps - begin))
+    return SCHEDULES[settings.schedule](settings.lr, settings.min_lr, done)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

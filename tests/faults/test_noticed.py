@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mcore_sft.nightly import tier
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
+from nightly import tier
 from tests import test_equalities as equalities
 from tests import test_planted as planted
 
@@ -39,7 +39,8 @@ def test_equality_10_compares_weights_and_moments_after_an_update(
 
 
 def test_each_number_of_optimizer_schedule_guards_and_loss_is_planted() -> None:
-    numbers = {"lr", "min_lr", "warmup_steps", "eps", "weight_decay", "clip_grad"}
+    numbers = {"lr", "min_lr", "warmup_steps", "warmup_ratio", "decay_ratio"}
+    numbers |= {"eps", "weight_decay", "clip_grad"}
     others = {"beta of exp_avg", "beta of exp_avg_sq", "bias correction", "multiplier of decay"}
     loss = {"divisor of gradients", "divisor of the loss", "end of cosine", "end of linear"}
     assert numbers | others | loss <= planted.FAULTS.keys()
