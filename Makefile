@@ -65,14 +65,14 @@ fetch-te: setup ## the files that test-te needs, in .te (1 MB)
 check: setup ## format, lint, types, floors, CUDA
 	@echo "check: ruff format" && $(BIN)/ruff format --check .
 	@echo "check: ruff" && $(BIN)/ruff check .
-	@echo "check: mypy" && $(BIN)/mypy --strict mcore_sft
+	@echo "check: mypy" && $(BIN)/mypy --strict mcore_sft nightly tests/oracle.py
 	@echo "check: torch.cuda is named in mcore_sft/runtime only"
 	@! grep -rn --include='*.py' 'torch\.cuda' mcore_sft | grep -v '^mcore_sft/runtime/'
 	@echo "check: versions are tested in mcore_sft/runtime/megatron_core.py only"
 	@! grep -rnE --include='*.py' $(TESTS_A_VERSION) mcore_sft \
 		| grep -v '^mcore_sft/runtime/megatron_core.py:'
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
-	@$(BIN)/python tools/floors.py $(filter-out mcore_sft/evaluation,$(ROOMS))
+	@$(BIN)/python tools/floors.py $(filter-out mcore_sft/evaluation,$(ROOMS)) nightly
 	@$(MAKE) --no-print-directory check-cuda
 
 check-cuda: trust ## compile csrc/cuda for A100, H100 and B200; needs nvcc, no GPU

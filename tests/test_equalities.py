@@ -50,7 +50,6 @@ from mcore_sft.evaluation.trained_prompt import Asked, choose
 from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.model import families
 from mcore_sft.model.build import whole_weights
-from mcore_sft.nightly import plain
 from mcore_sft.runtime.launch import Launch
 from mcore_sft.runtime.mesh import join
 from mcore_sft.runtime.peers import Peers
@@ -59,7 +58,7 @@ from mcore_sft.training.beside.watchdog import Watchdog
 from mcore_sft.training.packs import row_unit
 from mcore_sft.training.step import StepResult, packed, same_scales, train_step
 from mcore_sft.training.stop import Stop
-from tests import runs, tiny
+from tests import oracle, runs, tiny
 from tests.distributed import run_ranks
 from tests.runs import LAYOUTS, loaded, on_layout, relative
 from tests.tensors import Difference, assert_close, assert_within, differences
@@ -962,6 +961,6 @@ def _plain_loop(
             for kind in MOMENTS
         }
 
-    curve = plain.run(config, after_update=keep)
+    curve = oracle.run(config, after_update=keep)
     measured = zip(curve.loss, curve.grad_norm, rates, strict=True)
     return [dict(zip(("loss", "grad_norm", "lr"), step, strict=True)) for step in measured], states

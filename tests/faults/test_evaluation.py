@@ -15,7 +15,6 @@ from typing import Any
 
 import grade as grade_tool
 import lane
-import nightly as nightly_tool
 import pytest
 
 from mcore_sft.config import BenchmarkConfig
@@ -36,9 +35,9 @@ from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.extract import Extraction
 from mcore_sft.evaluation.grade import Graded, Grader, Pair
 from mcore_sft.evaluation.summary import Verdicts, describe
-from mcore_sft.nightly import golden, history, page
-from mcore_sft.nightly.run import Night, Run
-from mcore_sft.nightly.tier import Tier
+from nightly import golden, history, night, page
+from nightly.run import Night, Run
+from nightly.tier import Tier
 from tests.evaluation.fake_server import Sent, Server
 from tests.evaluation.forks import BOMB, busy_forks, workers
 from tests.evaluation.test_run import evaluation
@@ -316,7 +315,7 @@ MAY_WRITE = {
 
 def test_06_no_whole_file_is_written_in_another_way() -> None:
     found: dict[str, int] = {}
-    for folder in ("mcore_sft/base", "mcore_sft/evaluation", "mcore_sft/nightly", "tools"):
+    for folder in ("mcore_sft/base", "mcore_sft/evaluation", "nightly", "tools"):
         for file in (ROOT / folder).glob("*.py"):
             ways = re.findall(r"\.(?:write_text|write_bytes|flock|lockf)\(", file.read_text())
             if ways and file.name != "files.py":
@@ -472,7 +471,7 @@ def test_leaks_authorization_never_travels_along_a_redirect(
                 EvaluationError, match=f"HTTP {status}, it sends the client to http"
             ):
                 opened(folder, url, api_key_variable="MY_KEY")
-            nightly_tool.send(url, "all passed", [])
+            night.send(url, "all passed", [])
     assert got == []
 
 
@@ -503,12 +502,12 @@ def test_leaks_a_reply_has_a_limit_of_time_in_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(server_engine, "_GREETING_SECONDS", 0.3)
-    monkeypatch.setattr(nightly_tool, "HOOK_SECONDS", 0.3)
+    monkeypatch.setattr(night, "HOOK_SECONDS", 0.3)
     with serving(drip) as url:
         begun = time.monotonic()
         with pytest.raises(EvaluationError, match=r"no answer \(timed out"):
             opened(folder, url)
-        nightly_tool.send(url, "all passed", [])
+        night.send(url, "all passed", [])
         assert time.monotonic() - begun < 3  # without limits 4 s
     assert "did not take the summary: timed out" in capsys.readouterr().err
 
@@ -562,7 +561,7 @@ def test_leaks_an_address_with_a_password_is_refused_without_it(folder: Path) ->
 def test_leaks_the_address_of_a_webhook_is_never_printed(
     capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
-    nightly_tool.send(f"http://127.0.0.1:9/services/{SECRET}{end}", "all passed", [])
+    night.send(f"http://127.0.0.1:9/services/{SECRET}{end}", "all passed", [])
     said = capsys.readouterr().err
     assert "did not take the summary" in said
     assert SECRET not in said

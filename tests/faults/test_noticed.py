@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mcore_sft.nightly import tier
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
+from nightly import tier
 from tests import test_equalities as equalities
 from tests import test_planted as planted
 

@@ -18,7 +18,6 @@ import doctor
 import evaluate
 import grade
 import inspect_data
-import nightly
 import numpy as np
 import pytest
 import summarize
@@ -30,10 +29,11 @@ from mcore_sft.data import progress, report, show, tokenizer
 from mcore_sft.data.prompt import Example
 from mcore_sft.evaluation import benchmarks, run, vllm_engine
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.nightly.run import Run
 from mcore_sft.plan import memory
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.beside import metrics, watchdog
+from nightly import night
+from nightly.run import Run
 from tests.data.test_preview import shown, write
 from tests.nightly import sample
 from tests.tools.runs import write_run
@@ -76,7 +76,7 @@ def _command_line(patch: Patch, folder: Path) -> None:
     needed: dict[Callable[[], Any], tuple[str, ...]] = {
         evaluate.main: ("--model", "m"),
         grade.main: ("--input", "f"),
-        nightly.main: ("--tier", "cpu"),
+        night.main: ("--tier", "cpu"),
         doctor.main: (),
         to_hf.main: ("--checkpoint", "c"),
     }
@@ -171,7 +171,7 @@ def _night(patch: Patch, folder: Path) -> None:
     (folder / "page.html").mkdir()
     words = ("--tier", "cpu", "--only", "short_dp2", "--output", folder, "--webhook", HOSTILE)
     with pytest.raises(SystemExit):
-        call(patch, nightly.main, *words)
+        call(patch, night.main, *words)
 
 
 def _vllm(patch: Patch, folder: Path) -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path
 
-from mcore_sft.nightly import history
-from mcore_sft.nightly.curve import Curve
-from mcore_sft.nightly.history import Record
-from mcore_sft.nightly.judge import Finding
-from mcore_sft.nightly.run import Night
-from mcore_sft.nightly.tier import Tier
+from nightly import history
+from nightly.curve import Curve
+from nightly.history import Record
+from nightly.judge import Finding
+from nightly.run import Night
+from nightly.tier import Tier
 
 PASSED = Finding(gate="loss", passed=True, value=3e-7, limit=1e-4, sentence="loss is within")
 DEPARTS = Finding(

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from mcore_sft.base.errors import UserError
-from mcore_sft.nightly import commits
+from nightly import commits
 from tests.nightly import sample
 
 

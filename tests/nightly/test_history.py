@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mcore_sft.nightly import history
+from nightly import history
 from tests.nightly.sample import record
 
 NIGHTS = [record(number) for number in range(3)]

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.nightly.curve import Curve, CurveError
-from mcore_sft.nightly.history import Record
-from mcore_sft.nightly.judge import Finding, judge
-from mcore_sft.nightly.tier import Gates
+from nightly.curve import Curve, CurveError
+from nightly.history import Record
+from nightly.judge import Finding, judge
+from nightly.tier import Gates
 
 CURVE = Curve(
     steps=(1, 2, 3, 4),

@@ -3,7 +3,7 @@
 import pytest
 
 from mcore_sft import config
-from mcore_sft.nightly import narrow
+from nightly import narrow
 
 FULL = (
     *("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual=2"),

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mcore_sft.nightly import history, page
+from nightly import history, page
 from tests.nightly import sample
 
 

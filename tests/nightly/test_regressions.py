@@ -13,12 +13,12 @@ import pytest
 from mcore_sft.config import RunConfig
 from mcore_sft.data import batch as batches
 from mcore_sft.model import build
-from mcore_sft.nightly import plain, tier
-from mcore_sft.nightly.curve import Curve
-from mcore_sft.nightly.judge import judge
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step
-from tests import runs
+from nightly import tier
+from nightly.curve import Curve
+from nightly.judge import judge
+from tests import oracle, runs
 from tests.test_planted import as_one_document, plant, scaled
 
 STEPS = 4
@@ -51,7 +51,7 @@ def trained(folder: Path, model: Path) -> Curve:
 @pytest.fixture(scope="module")
 def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
     """What the plain loop measures."""
-    return plain.run(experiment(tmp_path_factory.mktemp("plain"), model))
+    return oracle.run(experiment(tmp_path_factory.mktemp("plain"), model))
 
 
 def departures(measured: Curve, reference: Curve) -> list[int | None]:

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from mcore_sft.checkpoint.sharded import POINTER
 from mcore_sft.config import ConfigError
-from mcore_sft.nightly import commits, golden, work
-from mcore_sft.nightly.curve import METRICS, Curve
-from mcore_sft.nightly.history import Record
-from mcore_sft.nightly.run import LATEST, Run
-from mcore_sft.nightly.tier import Tier
-from mcore_sft.nightly.work import Crash
+from nightly import commits, golden, work
+from nightly.curve import METRICS, Curve
+from nightly.history import Record
+from nightly.run import LATEST, Run
+from nightly.tier import Tier
+from nightly.work import Crash
 from tests import runs
 from tests.nightly import sample
 
@@ -67,7 +67,7 @@ class Commands:
         words = dict(word.split("=", 1) for word in command if "=" in word)
         if "mcore_sft/train.py" in command:
             self.train(Path(words["output"]), STEPS)
-        elif "mcore_sft.nightly.plain" in command:
+        elif "tests.oracle" in command:
             self.run.append("oracle")
             last = int(command[command.index("--steps") + 1]) if "--steps" in command else STEPS
             file = Path(command[command.index("--curve") + 1])
@@ -505,7 +505,7 @@ def test_a_command_ends_when_the_night_is_killed(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     program = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     night = (
-        "from pathlib import Path\nfrom mcore_sft.nightly import work\n"
+        "from pathlib import Path\nfrom nightly import work\n"
         f"work.run(['python', '-c', {program!r}], Path({str(tmp_path / 'log')!r}), threads=1, "
         "until=1e18)"
     )

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import nightly
 import pytest
 
 from mcore_sft.base.errors import UserError
-from mcore_sft.nightly import history, page, tier
-from mcore_sft.nightly.run import Night
-from mcore_sft.nightly.suite import SuiteRun, full_run
+from nightly import history, night, page, tier
+from nightly.run import Night
+from nightly.suite import SuiteRun, full_run
 from tests.nightly import sample
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,7 +63,7 @@ def test_the_readme_names_date_and_commit_of_the_last_full_run() -> None:
 def test_a_suite_is_published_with_its_commit(tmp_path: Path) -> None:
     figures = {"tests": 240.0, "tests_passed": 239.0}
     record = sample.record(1, "equalities", outcome="failed", figures=figures)
-    nightly.publish([record], tmp_path)
+    night.publish([record], tmp_path)
     kept = history.Record.from_json((tmp_path / "equalities.json").read_text())
     assert kept == record
     said = f"239 of 240 tests passed on 2025-06-02 at commit {record.commit}"
@@ -76,5 +75,5 @@ def test_what_was_not_run_to_its_end_at_a_commit_is_not_published(
     tmp_path: Path, changes: dict[str, str]
 ) -> None:
     with pytest.raises(UserError, match="was not published"):
-        nightly.publish([sample.record(1, "equalities", **changes)], tmp_path)
+        night.publish([sample.record(1, "equalities", **changes)], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ import pytest
 
 from mcore_sft import config
 from mcore_sft.config import ConfigError
-from mcore_sft.nightly import curve, golden, tier
 from mcore_sft.training.beside.metrics import FILE
+from nightly import curve, golden, tier
 
 SHIPPED = sorted(path.stem for path in tier.FOLDER.glob("*.yaml"))
 

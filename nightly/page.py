@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mcore_sft.base import files
 from mcore_sft.data.report_page import STYLE
-from mcore_sft.nightly import history
-from mcore_sft.nightly.curve import Curve, CurveError
-from mcore_sft.nightly.history import Record
+from nightly import history
+from nightly.curve import Curve, CurveError
+from nightly.history import Record
 
 _SHOWN = 100
 """The last records of a benchmark that are drawn."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.nightly.curve import Curve
-from mcore_sft.nightly.tier import CurveGate, Gates
+from nightly.curve import Curve
+from nightly.tier import CurveGate, Gates
 
 GIB = 2**30
 

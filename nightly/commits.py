@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Sequence
 
 from mcore_sft.base.errors import UserError
-from mcore_sft.nightly.history import Outcome, Record
+from nightly.history import Outcome, Record
 
 DIRTY = "-dirty"
 DIGITS = 12

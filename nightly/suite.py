@@ -12,12 +12,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from mcore_sft.base import files
-from mcore_sft.nightly import commits, work
-from mcore_sft.nightly.history import Outcome, Record
-from mcore_sft.nightly.judge import Finding
-from mcore_sft.nightly.run import Night, told
-from mcore_sft.nightly.tier import Suite
-from mcore_sft.nightly.work import Crash
+from nightly import commits, work
+from nightly.history import Outcome, Record
+from nightly.judge import Finding
+from nightly.run import Night, told
+from nightly.tier import Suite
+from nightly.work import Crash
 
 EVERY_SPEED = "not gpu and not vllm"
 """Tests that are marked slow, too."""

@@ -10,12 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import nightly
 import pytest
 
 from mcore_sft.base.errors import UserError
-from mcore_sft.nightly import history
-from mcore_sft.nightly.run import Run
+from nightly import history, night
+from nightly.run import Run
 from tests.nightly import sample
 
 
@@ -57,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *words: str) -> int:
     command = ["nightly.py", "--tier", "cpu", "--data", ".", "--output", str(output), *words]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
-        nightly.main()
+        night.main()
     return int(ended.value.code or 0)
 
 
@@ -122,7 +121,7 @@ def test_two_nights_of_a_tier_do_not_run_at_once(
         lock.write("process 7 on node1\n")
         lock.flush()
         with pytest.raises(UserError, match=r"night is running there \(process 7 on node1\); wait"):
-            nightly.main()
+            night.main()
     assert run(monkeypatch, tmp_path, "--only", "short_dp2") == 0
 
 
@@ -195,7 +194,7 @@ def test_a_webhook_that_is_not_there_changes_nothing_else(
 def test_a_webhook_that_does_not_take_it_changes_nothing_else(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
 ) -> None:
-    monkeypatch.setattr(nightly, "HOOK_SECONDS", 0.5)
+    monkeypatch.setattr(night, "HOOK_SECONDS", 0.5)
     told = threading.Event()
 
     def take() -> None:
@@ -208,7 +207,7 @@ def test_a_webhook_that_does_not_take_it_changes_nothing_else(
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=take)
         thread.start()
-        nightly.send(f"http://127.0.0.1:{server.getsockname()[1]}", "all passed", [])
+        night.send(f"http://127.0.0.1:{server.getsockname()[1]}", "all passed", [])
         told.set()
         thread.join()
     assert f"the webhook did not take the summary: {said}" in capsys.readouterr().err
@@ -228,4 +227,4 @@ def test_what_cannot_begin_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["nightly.py", "--output", str(tmp_path), *words])
     with pytest.raises(UserError, match=said):
-        nightly.main()
+        night.main()

@@ -15,7 +15,7 @@ from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.model import families
-from mcore_sft.nightly.curve import Curve
+from nightly.curve import Curve
 
 FOLDER = Path("configs/nightly/golden")
 _TRAIN = ("steps", "global_batch", "seed", "last_step", "validate_every", "validation_packs")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mcore_sft.base import files
-from mcore_sft.nightly.judge import Finding
+from nightly.judge import Finding
 
 Outcome = Literal["passed", "failed", "crashed"]
 

@@ -30,12 +30,12 @@ from mcore_sft.config import RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import packs_of_a_step
 from mcore_sft.evaluation.statistics import Share
-from mcore_sft.nightly import commits, golden, judge, narrow, work
-from mcore_sft.nightly.curve import Curve, CurveError
-from mcore_sft.nightly.golden import GoldenError
-from mcore_sft.nightly.history import Outcome, Record
-from mcore_sft.nightly.judge import Finding
-from mcore_sft.nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
+from nightly import commits, golden, judge, narrow, work
+from nightly.curve import Curve, CurveError
+from nightly.golden import GoldenError
+from nightly.history import Outcome, Record
+from nightly.judge import Finding
+from nightly.tier import GOLDEN, PLAIN, Benchmark, Tier
 
 LATEST = "latest"
 """What a training run's folder has from its first complete checkpoint on."""
@@ -361,7 +361,7 @@ class Run:
         return [*config, *self.overrides, *changes, f"output={folder}"]
 
     def _oracle(self, stage: str, file: Path, *words: str) -> None:
-        oracle = ["python", "-m", "mcore_sft.nightly.plain", "--curve", str(file)]
+        oracle = ["python", "-m", "tests.oracle", "--curve", str(file)]
         self._run(stage, [*oracle, *words, *self._words(self.folder)])
 
     def _run(self, stage: str, command: list[str], log: Path | None = None) -> None:

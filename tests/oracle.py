@@ -1,6 +1,6 @@
 """The oracle: a loop over transformers and torch's AdamW, in fp32. Packs in, a curve out.
 
-    python -m mcore_sft.nightly.plain --config FILE --curve OUT.json [key=value ...]
+    python -m tests.oracle --config FILE --curve OUT.json [key=value ...]
 
 It takes the packs that a run takes in each step, but their examples one by one, and shares with the
 trainer neither model, loss, optimizer, schedule nor batches.
@@ -21,9 +21,9 @@ from mcore_sft.config import OptimizerConfig, RunConfig
 from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.loader import Loader, packs_of_a_step
 from mcore_sft.data.prompt import Example
-from mcore_sft.nightly.curve import Curve
 from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import finish_work, peak_memory
+from nightly.curve import Curve
 
 
 def run(
