@@ -90,13 +90,16 @@ def adamw(model: PreTrainedModel, settings: OptimizerConfig) -> torch.optim.Adam
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     """Of the update numbered `step`, from 1, of `steps`."""
-    if step <= settings.warmup_steps:
-        return settings.lr * step / settings.warmup_steps
-    share = (step - 1 - settings.warmup_steps) / (steps - settings.warmup_steps)
+    warmup = settings.warmup_steps or round(settings.warmup_ratio * steps)
+    if step <= warmup:
+        return settings.lr * step / warmup
+    share = (step - 1 - warmup) / (steps - warmup)
+    to_go = (steps - step + 1) / steps
     fall = {
         "constant": 0.0,
         "linear": share,
         "cosine": (1 - math.cos(math.pi * share)) / 2,
+        "wsd": 1 - min(1.0, to_go / settings.decay_ratio),
     }[settings.schedule]
     return settings.lr - (settings.lr - settings.min_lr) * fall
 

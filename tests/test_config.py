@@ -27,7 +27,7 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("train.steps=0", "train.steps: input should be greater than or equal to 1, given 0"),
         (
             "optimizer.schedule=cos",
-            "optimizer.schedule: input should be 'constant', 'linear' or 'cosine', given 'cos'",
+            "schedule: input should be 'constant', 'linear', 'cosine' or 'wsd', given 'cos'",
         ),
         ("parallel.sequence=true", "sequence: true needs tensor of at least 2, given 1"),
         ("parallel.virtual=2", "virtual: 2 needs pipeline of at least 2, given 1"),
@@ -47,7 +47,13 @@ TREE = {"name": "x", "model": {"path": "base"}, "data": {"train": [{"path": "a.j
         ("data.workers=1025", "data.workers: input should be less than or equal to 1024"),
         ("optimizer.warmup_steps=1001", "optimizer.warmup_steps 1001 is more than train.steps"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr 2e-05"),
-        ("optimizer.min_lr=1e-6", "min_lr: 1e-06 has no effect without schedule: linear or cos"),
+        ("optimizer.min_lr=1e-6", "min_lr: 1e-06 has no effect without schedule: linear, cosine"),
+        ("optimizer.decay_ratio=0.2", "decay_ratio: 0.2 has no effect without schedule: wsd"),
+        ("optimizer={warmup_steps: 3, warmup_ratio: 0.1}", "are two lengths of the warmup"),
+        (
+            "optimizer={schedule: wsd, warmup_ratio: 0.5, decay_ratio: 0.6}",
+            "optimizer.decay_ratio 0.6 of train.steps 1000 begins within the warmup of 500 steps",
+        ),
         ("data.filters.max_problem_length=9", "no effect without remove_len_outlier_problems"),
         ("data.filters.min_solution_length=9", "no effect without remove_len_outlier_solutions"),
         ("data.filters.use_chars_for_min_length=true", "without remove_len_outlier_solutions"),

@@ -25,10 +25,12 @@ def test_the_examples_of_a_step_are_those_of_all_ranks(model: Path, tmp_path: Pa
         assert step["supervised_tokens"] == sum(len(oracle.learned(x)) for x in examples)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_schedules_are_those_of_the_trainer(schedule: str) -> None:
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 4}, {"warmup_ratio": 0.12}])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_schedules_are_those_of_the_trainer(schedule: str, warmup: dict[str, float]) -> None:
     lowest = {} if schedule == "constant" else {"min_lr": 1e-4}
-    settings = OptimizerConfig(lr=1e-3, warmup_steps=4, schedule=schedule, **lowest)
+    falls = {"decay_ratio": 0.33} if schedule == "wsd" else {}
+    settings = OptimizerConfig(lr=1e-3, schedule=schedule, **warmup, **lowest, **falls)
     for step in range(1, 21):
         expected = optimizer.learning_rate(settings, step - 1, 20)
         assert oracle.learning_rate(settings, step, 20) == pytest.approx(expected, rel=1e-12)

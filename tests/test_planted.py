@@ -354,6 +354,8 @@ def summed_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SPARED = {"optimizer__decay_1d": False}
 """Norms are left out of the decay."""
+BY_SHARE = {"optimizer__warmup_steps": 0, "optimizer__warmup_ratio": 0.4}
+STABLE = {"optimizer__schedule": "wsd", "optimizer__decay_ratio": 0.4}
 
 
 FAULTS: dict[str, tuple[Fault, str, dict[str, Any]]] = {
@@ -364,6 +366,8 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any]]] = {
     "multiplier of lr": (built(rate_multiplier), "update", {}),
     "min_lr": (setting("min_lr"), "update", {}),
     "warmup_steps": (setting("warmup_steps"), "update", {}),
+    "warmup_ratio": (setting("warmup_ratio"), "update", BY_SHARE),
+    "decay_ratio": (setting("decay_ratio"), "update", STABLE),
     "end of cosine": (schedule_end, "update", {}),
     "end of linear": (schedule_end, "update", {"optimizer__schedule": "linear"}),
     "beta of exp_avg": (decay_of_moment(0), "exp_avg", {}),

@@ -1,5 +1,6 @@
 """One experiment: all sections, and what only several of them together can get wrong."""
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -35,6 +36,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
                 f"train.steps {self.train.steps}; the learning rate would never be reached"
+            )
+        warmup = self.optimizer.warmup(self.train.steps)
+        decay_begin = self.optimizer.decay_begin(self.train.steps)
+        if self.optimizer.schedule == "wsd" and warmup > math.ceil(decay_begin):
+            raise ValueError(
+                f"optimizer.decay_ratio {self.optimizer.decay_ratio} of train.steps "
+                f"{self.train.steps} begins within the warmup of {warmup} steps; shorten either"
             )
         if self.log.profile and self.log.profile[0] > self.train.steps:
             raise ValueError(

@@ -116,11 +116,16 @@ class OptimizerConfig(Section):
     lr: Positive = 2e-5
     """Peak learning rate of AdamW."""
     min_lr: NonNegative = 0.0
-    """Where linear and cosine schedules end."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warmup."""
+    """Where linear, cosine and wsd schedules end."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Learning rate after the warmup; `wsd` (warmup, stable, decay) keeps it and falls linearly at
+    the end."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of all steps in which wsd falls."""
     warmup_steps: CountOrZero = 0
     """Steps of linear warmup from zero."""
+    warmup_ratio: Fraction = 0.0
+    """The same as a share of all steps, to the nearest step, instead of warmup_steps."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """Decay of the first and second moments."""
     eps: Positive = 1e-8
@@ -137,8 +142,23 @@ class OptimizerConfig(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.schedule == "constant":
-            self.require_effect("min_lr", needs="schedule: linear or cosine")
+            self.require_effect("min_lr", needs="schedule: linear, cosine or wsd")
+        if self.schedule != "wsd":
+            self.require_effect("decay_ratio", needs="schedule: wsd")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} and warmup_ratio: {self.warmup_ratio} are two "
+                "lengths of the warmup; give one, and 0 for the other"
+            )
         return self
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the warmup, of `steps` in all."""
+        return self.warmup_steps or round(self.warmup_ratio * steps)
+
+    def decay_begin(self, steps: int) -> float:
+        """Where wsd begins to fall, in steps of `steps`; a part of one counts."""
+        return (1 - self.decay_ratio) * steps
 
 
 class CheckpointConfig(Section):

@@ -63,15 +63,19 @@ def build(
 
 def learning_rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of the update numbered `step` (from 0) of `steps`."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    warmup = settings.warmup(steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
     span = settings.lr - settings.min_lr
     match settings.schedule:
         case "linear":
             return settings.min_lr + span * (1 - done)
         case "cosine":
             return settings.min_lr + span * 0.5 * (1 + math.cos(math.pi * done))
+        case "wsd":
+            begin = settings.decay_begin(steps)
+            return settings.lr - span * max(0.0, (step - begin) / (steps - begin))
         case "constant":
             return settings.lr
 

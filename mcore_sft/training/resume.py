@@ -28,8 +28,8 @@ REFUSED = (
 """They decide what is trained on, and in which form: with another value it is another run."""
 
 SCHEDULE = (
-    *("optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.warmup_steps"),
-    "train.steps",
+    *("optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.decay_ratio"),
+    *("optimizer.warmup_steps", "optimizer.warmup_ratio", "train.steps"),
 )
 REPORTED = (
     *SCHEDULE,

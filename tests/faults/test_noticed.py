@@ -39,7 +39,8 @@ def test_equality_10_compares_weights_and_moments_after_an_update(
 
 
 def test_each_number_of_optimizer_schedule_guards_and_loss_is_planted() -> None:
-    numbers = {"lr", "min_lr", "warmup_steps", "eps", "weight_decay", "clip_grad"}
+    numbers = {"lr", "min_lr", "warmup_steps", "warmup_ratio", "decay_ratio"}
+    numbers |= {"eps", "weight_decay", "clip_grad"}
     others = {"beta of exp_avg", "beta of exp_avg_sq", "bias correction", "multiplier of decay"}
     loss = {"divisor of gradients", "divisor of the loss", "end of cosine", "end of linear"}
     assert numbers | others | loss <= planted.FAULTS.keys()
