@@ -62,9 +62,10 @@ def main() -> int:
         version = ".".join(map(str, found))
         ours = requirements(ROOT / "pyproject.toml", version)
         installation = install([uv, "pip", "install", "--python", python], ours, sources)
-        command = [python, sources / "tools" / "lane.py", "--record", scratch / "records"]
+        program, records = sources / "tools" / "lane.py", scratch / "records"
+        command = [python, str(program), "--record", str(records)]
         code = subprocess.run(command, cwd=sources, check=False).returncode
-        for file in (scratch / "records").glob("*.json"):
+        for file in records.glob("*.json"):
             content = amended(json.loads(file.read_text(encoding="utf-8")), installation)
             print(f"canary: the record is {lane.keep(content, folder)}")
         print(table(ours, pinned(PINS, version), versions(python), installation.failures))
@@ -116,7 +117,7 @@ def amended(content: dict[str, Any], installation: lane.Part) -> dict[str, Any]:
 
 def pinned(folder: Path, python: str) -> dict[str, str]:
     """The versions that our environment for a version of Python has."""
-    found = {}
+    found: dict[str, str] = {}
     for file in (folder / "torch.txt", folder / f"python{python}.txt"):
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             if re.match(r"[\w.-]+==", line):

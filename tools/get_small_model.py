@@ -44,8 +44,8 @@ def convert(file: Path, output: Path) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     named = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**named)
     # The file calls its way to cut words `smollm`, which transformers passes over: digits stand
@@ -57,10 +57,11 @@ def convert(file: Path, output: Path) -> int:
     config = copy.deepcopy(read.config)
     del config.quantization_config  # with it, transformers saves nothing
     config.dtype = torch.bfloat16
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     plain.load_state_dict(read.state_dict())
     named_ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
-    plain.generation_config = GenerationConfig(**named_ids, pad_token_id=config.pad_token_id)
+    named_ids["pad_token_id"] = config.pad_token_id
+    plain.generation_config = GenerationConfig(**named_ids)  # type: ignore[no-untyped-call]
     plain.save_pretrained(output)
     return int(plain.num_parameters())
 

@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--only", choices=(*TESTS, ENGINE, DEMO), metavar="PART")
     options = parser.parse_args()
     wanted = (options.only,) if options.only else (*TESTS, ENGINE, DEMO)
-    parts = {}
+    parts: dict[str, Part] = {}
     with tempfile.TemporaryDirectory() as other:
         rooms = [name for name in TESTS if name in wanted]
         if rooms and installed("megatron-core") != CROSSED and fetch_megatron(other):

@@ -138,8 +138,8 @@ def make_model(
         **named,
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config = GenerationConfig(**named)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(**named)  # type: ignore[no-untyped-call]
     model.save_pretrained(output)
     tokenizer.save(output)
     shapes = read(output).shapes()
@@ -227,7 +227,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.output.exists():
         raise ShapeError(f"{arguments.output}: is there already; name a new folder with --output")
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Shape)}
     shape = replace(
         SHAPES[arguments.shape], **{key: value for key, value in given.items() if value is not None}
