@@ -66,6 +66,9 @@ check: setup ## format, lint, types, floors, CUDA
 	@echo "check: ruff format" && $(BIN)/ruff format --check .
 	@echo "check: ruff" && $(BIN)/ruff check .
 	@echo "check: mypy" && $(BIN)/mypy --strict mcore_sft nightly tests/oracle.py
+	@# Each in a run of its own: a program there may have the name of another, or of a package.
+	@MYPYPATH=.:tools $(BIN)/mypy --strict --exclude '^tools/nightly\.py$$' tools
+	@MYPYPATH=.:benchmarks $(BIN)/mypy --strict benchmarks
 	@echo "check: torch.cuda is named in mcore_sft/runtime only"
 	@! grep -rn --include='*.py' 'torch\.cuda' mcore_sft | grep -v '^mcore_sft/runtime/'
 	@echo "check: versions are tested in mcore_sft/runtime/megatron_core.py only"

@@ -36,8 +36,9 @@ from mcore_sft.evaluation import reference
 from mcore_sft.evaluation.extract import extract
 from mcore_sft.evaluation.grade import Grader, Pair
 from mcore_sft.evaluation.normalize import spell
-from mcore_sft.evaluation.pool import Job, Pool
+from mcore_sft.evaluation.pool import Pool
 from mcore_sft.evaluation.signature import signature
+from mcore_sft.evaluation.worker_process import Job
 
 HERE = Path(__file__).parent
 PROCESSES = 2
@@ -105,7 +106,7 @@ def agreements(data: Path) -> Iterable[Agreement]:
         rows = [
             row
             for row in read(data / "grading" / f"{file}.jsonl")
-            if row["expected_equal"] is not None and fair(row)
+            if row["expected_equal"] is not None and fair(row)  # type: ignore[no-untyped-call]
         ]
         pairs = [Pair(gold=row["gold"], prediction=row["prediction"] or "") for row in rows]
         for grader, judge in (("ours", ours), ("math-verify", peer)):
@@ -275,11 +276,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     if options.cases:
-        found = list(disagreements(options.cases))
-        for line in found:
+        lines = list(disagreements(options.cases))
+        for line in lines:
             console.print(line, soft_wrap=True)
-        console.print(f"{len(read(options.cases))} cases, {len(found)} disagreements")
-        raise SystemExit(1 if found else 0)
+        console.print(f"{len(read(options.cases))} cases, {len(lines)} disagreements")
+        raise SystemExit(1 if lines else 0)
     where = machine("math-verify", "sympy", "gmpy2")
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     found = list(agreements(options.data))

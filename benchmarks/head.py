@@ -48,11 +48,11 @@ def milliseconds(call: Callable[[], object], device: str, rounds: int = 9, calls
     A GPU is kept waiting while the `calls` of a round are queued, so that it is never idle between
     them: launching takes a share of a short one.
     """
-    times = []
+    times: list[float] = []
     for number in range(rounds + 2):
         if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(QUEUED)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(QUEUED)  # type: ignore[no-untyped-call]
             begin.record()
             for _ in range(calls):
                 call()
@@ -71,7 +71,7 @@ def milliseconds(call: Callable[[], object], device: str, rounds: int = 9, calls
 def rates(case: loss.Case) -> dict[str, float]:
     """What the card reaches: TFLOP/s of products, TB/s of a copy, read and written."""
     device, n, h, v = case.device, case.rows, case.width, case.vocab
-    made = {"device": device, "dtype": torch.bfloat16}
+    made: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     x, weight, logits = (torch.randn(size, **made) for size in ((n, h), (v, h), (n, v)))
     total = torch.zeros(v, h, device=device)
     side = SQUARE[device]

@@ -153,7 +153,7 @@ def torch_native_variants(case: Case) -> dict[str, Run]:
 
     Its own choice is left out on the CPU: "accurate" with chunks of a few rows, far slower.
     """
-    kinds = [("accurate", None), ("compact", None)]
+    kinds: list[tuple[str, torch.dtype | None]] = [("accurate", None), ("compact", None)]
     if case.dtype != "fp32":
         kinds += [(policy, torch.float32) for policy in ("accurate", "balanced", "compact")]
     variants: dict[str, Run] = {} if case.device == "cpu" else {"auto": torch_native}
@@ -172,16 +172,18 @@ def liger(problem: Problem, sums: torch.dtype | None) -> Tensor:
     )
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=sums)
-    return loss(problem.weight, problem.hidden, problem.labels)
+    total: Tensor = loss(problem.weight, problem.hidden, problem.labels)
+    return total
 
 
 def quack(problem: Problem, **options: Any) -> Tensor:
     """QuACK's CuTe kernels over chunks of rows."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return chunked_linear_cross_entropy(
+    total: Tensor = chunked_linear_cross_entropy(
         problem.hidden, problem.weight, problem.labels, reduction="sum", **options
     )
+    return total
 
 
 def megatron_fused(problem: Problem) -> Tensor:
@@ -213,10 +215,12 @@ def tensor_parallel_group(device: str) -> dist.ProcessGroup:
 
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    return parallel_state.get_tensor_model_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +241,14 @@ def only(run: Run) -> Callable[[Case], dict[str, Run]]:
     return lambda case: {"": run}
 
 
-LIGER = {"fp32 sums": partial(liger, sums=torch.float32), "its sums": partial(liger, sums=None)}
-QUACK = {"default": quack, "no scaled exponentials": partial(quack, use_scaled_exp=False)}
+LIGER: dict[str, Run] = {
+    "fp32 sums": partial(liger, sums=torch.float32),
+    "its sums": partial(liger, sums=None),
+}
+QUACK: dict[str, Run] = {
+    "default": quack,
+    "no scaled exponentials": partial(quack, use_scaled_exp=False),
+}
 
 CONTESTANTS = (
     Contestant(name="eager", variants=only(eager)),
@@ -259,7 +269,7 @@ def step(run: Run, problem: Problem) -> Tensor:
     """What is measured."""
     loss = run(problem)
     if problem.case.backward:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -288,7 +298,10 @@ def reference(problem: Problem) -> Exact:
     grad_weight = torch.zeros_like(weight)
     loss = weight.new_zeros(())
     for x, labels, into in zip(
-        hidden_RH.split(1024), problem.labels_R.split(1024), rows.split(1024), strict=True
+        hidden_RH.split(1024),  # type: ignore[no-untyped-call]
+        problem.labels_R.split(1024),  # type: ignore[no-untyped-call]
+        rows.split(1024),  # type: ignore[no-untyped-call]
+        strict=True,
     ):
         log_probs = (x @ weight.t()).log_softmax(1)
         loss -= log_probs.gather(1, labels[:, None]).sum()
@@ -343,13 +356,13 @@ def cpu_seconds(run: Run, problem: Problem) -> float:
 def cuda_seconds(run: Run, problem: Problem) -> float:
     """Time of one step on the GPU, between two events."""
     problem.forget()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     begin.record()
     step(run, problem)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 SECONDS_OF = {"cpu": cpu_seconds, "cuda": cuda_seconds}
@@ -421,7 +434,7 @@ class Goal:
 
     def met(self, result: "Result") -> bool:
         """Whether the figure keeps to it."""
-        value = getattr(result, self.figure)
+        value: float = getattr(result, self.figure)
         return value >= self.limit if self.figure == "speedup" else value <= self.limit
 
 

@@ -129,7 +129,7 @@ def reference_loss(config: RunConfig) -> float:
         size=1,
         pad_id=0,
     )
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in loader.batches(0):
@@ -148,11 +148,12 @@ def reference_loss(config: RunConfig) -> float:
 
 def rate(turns: list[dict[str, Any]]) -> float:
     """Median of the useful tokens a second of all steps that count."""
-    return statistics.median(
+    rates: list[float] = [
         tokens / seconds
         for turn in turns
         for tokens, seconds in zip(turn["tokens"][WARM:], turn["seconds"][WARM:], strict=True)
-    )
+    ]
+    return statistics.median(rates)
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from train_step import Case, architecture, batches
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
 
 from mcore_sft.checkpoint import weights
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -94,11 +94,11 @@ class LayersClock:
 
     def _passed(self, module: torch.nn.Module, given: Any, output: Tensor) -> None:
         self._mark()
-        output.register_hook(lambda grad: self._mark())
+        output.register_hook(lambda grad: self._mark())  # type: ignore[no-untyped-call]
 
     def _mark(self) -> None:
         if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
             self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
@@ -110,7 +110,7 @@ class LayersClock:
             raise RuntimeError(f"{len(marks)} marks, expected 4 for each micro-batch")
         pairs = list(zip(marks[::2], marks[1::2], strict=True))
         if self.cuda:
-            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+            return float(sum(begin.elapsed_time(end) for begin, end in pairs)) / 1e3
         return float(sum(end - begin for begin, end in pairs))
 
 
@@ -192,7 +192,7 @@ def hugging_face(case: Case, dtype: torch.dtype, attention: str) -> Any:
     shape = {key: value for key, value in case.shape.items() if key != "model_type"}
     config = AutoConfig.for_model("llama", **shape)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)  # type: ignore[no-untyped-call]
     source = RandomWeights(case.shape, device)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -233,7 +233,7 @@ def transformers(case: Case, *, liger: bool) -> Iterator[tuple[Step, LayersClock
         losses = []
         for pack in packs:
             loss = _loss(model, pack.to(case.device), count)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         norm = torch.nn.utils.get_total_norm([main.grad for main in mains])
         optimizer.step()
@@ -279,7 +279,7 @@ def reference(case: Case) -> dict[str, float]:
             loss = torch.nn.functional.cross_entropy(
                 logits, labels, ignore_index=IGNORE, reduction="sum"
             )
-            (loss / count).backward()
+            (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
     norm = torch.nn.utils.get_total_norm([param.grad for param in model.parameters()])
     return {"loss": total / count, "grad_norm": float(norm)}
