@@ -266,7 +266,7 @@ def used(other: Callable[[OptimizerConfig], OptimizerConfig]) -> Fault:
     def fault(monkeypatch: pytest.MonkeyPatch) -> None:
         plant(monkeypatch, optim, "build", lambda f: lambda s, *rest: f(other(s), *rest))
         plant(monkeypatch, optim, "learning_rate", lambda f: lambda s, *rest: f(other(s), *rest))
-        plant(monkeypatch, optim, "update", lambda f: lambda o, s, *rest: f(o, other(s), *rest))
+        plant(monkeypatch, optim, "update", lambda f: lambda o, s, *a, **k: f(o, other(s), *a, **k))
 
     return fault
 
