@@ -112,11 +112,15 @@ def test_some_rows_have_tools(form, keys, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_tools_that_no_row_has_are_an_error(form, tmp_path):
-    with pytest.raises(DataError, match=r"no column 'tool' .* did you mean tools: tools\?"):
-        for block in seen(
-            tmp_path, form, {"messages": TALK, "tools": []}, messages="messages", tools="tool"
-        ).blocks():
+    write(tmp_path / form, [{"messages": TALK, "tools": []}])
+    source = SourceConfig(path=form, messages="messages", tools="tool")
+
+    def read() -> None:
+        for block in survey(source, root=tmp_path).blocks():
             block.read(skip_bad=True)
+
+    with pytest.raises(DataError, match=r"no column 'tool' .* did you mean tools: tools\?"):
+        read()
 
 
 @pytest.mark.parametrize("nothing", ["", "[]", "null", None, []])
