@@ -152,7 +152,7 @@ class RowReader:
                 bad[number] = said
             else:
                 numbers.append(number)
-        asked = not self.columns.tools_known and self.columns.tools
+        asked = "" if self.columns.tools_known else self.columns.tools
         if asked and asked not in names and self.first == 1 and picked:  # a slip of the pen
             raise DataError(f"{self.name}:1: {missing(sorted(names), asked, 'tools')}")
         make = _make_chats if self.columns.messages else _make_pairs
