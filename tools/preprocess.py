@@ -6,6 +6,7 @@ from mcore_sft import command
 from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
+from mcore_sft.data.chat import require_asked
 from mcore_sft.data.export import export_json_lines
 from mcore_sft.data.fit import check_fit
 from mcore_sft.data.job import Job
@@ -80,9 +81,12 @@ def _job(config: RunConfig) -> Job:
         from mcore_sft.model import families
 
         families.read(config.model.path).check_length(config.data.sequence_length)
+    prompt = Prompt.load(config.prompt, tokenizer)
+    if prompt.is_chat:
+        require_asked(tokenizer, config.prompt.variables, config.prompt.date)
     return Job(
         config=config.data,
-        prompt=Prompt.load(config.prompt, tokenizer),
+        prompt=prompt,
         tokenizer=tokenizer,
         console=Console(stderr=True),
         unfed=unfed,

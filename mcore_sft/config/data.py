@@ -42,7 +42,7 @@ class PromptConfig(Section):
 
     @model_validator(mode="after")
     def _belong_to_chat(self) -> Self:
-        if self.template != "chat" and (self.variables or self.date is not None):
+        if self.template not in (None, "chat") and (self.variables or self.date is not None):
             name = "variables" if self.variables else "date"
             raise ValueError(
                 f"{name} is for a chat template, but template is {self.template} (got {name}, "

@@ -5,6 +5,7 @@ answer. Without such, it is what follows in the text on the prompt that the temp
 """
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,25 @@ class Chat:
         return [{"role": "system", "content": self._system}, *said]
 
 
+def require_asked(
+    tokenizer: Tokenizer, variables: Mapping[str, Any], date: datetime.date | None
+) -> None:
+    """`DataError` if something is given that no chat template of the tokenizer names."""
+    source = "".join(own.source for own in tokenizer.chat_templates.values())
+    for name in variables:
+        if not re.search(rf"\b{re.escape(name)}\b", source):
+            raise DataError(
+                f"prompt.variables: the chat template does not ask for {name!r}, which would have "
+                "no effect. Fix: take it away, or mend its name"
+            )
+    if date is not None and "strftime_now" not in source:
+        other = ", or name the day in prompt.variables.date_string" * ("date_string" in source)
+        raise DataError(
+            "prompt.date: the chat template does not ask for today's date (strftime_now), so that "
+            f"it would have no effect. Fix: take it away{other}"
+        )
+
+
 class _Turns:
     """The messages of one conversation, and where a template writes them."""
 
@@ -148,6 +168,11 @@ class _Turns:
                 raise
             return self._first_prompt_end()  # not all can write no message at all
         if not self._text.startswith(prompt):
+            if i + 1 == len(self._messages):
+                raise self._unfit(
+                    f"does not write message {i + 1} behind the prompt that asks for it, which "
+                    f"ends with {prompt[-40:]!r}"
+                )
             raise self._unfit(
                 f"changes the prompt for message {i + 1} once more of the conversation follows, so "
                 "that its answer would be trained after a prompt that no engine sends",

@@ -138,9 +138,12 @@ class RowReader:
         numbers: list[int] = []
         picked: list[tuple[Any, ...]] = []
         bad: dict[int, str] = {}
+        names: set[str] = set()  # of all rows
         for number, raw in rows:
             try:
-                picked.append(pick(parse(raw), self.columns))
+                row = parse(raw)
+                names.update(row)
+                picked.append(pick(row, self.columns))
             except BadRow as error:
                 said = f"{self.name}:{number}: {error}"
                 wrong_source = isinstance(error, MissingColumn) and self.first == 1 and not picked
@@ -149,6 +152,9 @@ class RowReader:
                 bad[number] = said
             else:
                 numbers.append(number)
+        asked = "" if self.columns.tools_known else self.columns.tools
+        if asked and asked not in names and self.first == 1 and picked:  # a slip of the pen
+            raise DataError(f"{self.name}:1: {missing(sorted(names), asked, 'tools')}")
         make = _make_chats if self.columns.messages else _make_pairs
         return make(picked, name=self.name, numbers=np.array(numbers, dtype=np.int64), bad=bad)
 
@@ -169,7 +175,7 @@ def _wanted(columns: Columns, schema: pa.Schema, name: str) -> list[str]:
     if _is_packed(columns, schema):
         return list(BRIDGE)
     for column, role in columns.roles.items():
-        if column not in schema.names:
+        if column not in schema.names and not (role == "tools" and columns.tools_known):
             raise DataError(f"{name}:1: {missing(schema.names, column, role)}")
     extra = () if columns.messages else (*VOTES, ANSWER)
     return [column for column in schema.names if column in columns.roles or column in extra]

@@ -21,7 +21,7 @@ PAIRS = (
 )
 """Names of a problem and its solution that are known, as they stand together."""
 
-MESSAGES, TOOLS = "messages", "tools"
+MESSAGES, TOOLS = ("messages", "conversations"), "tools"
 """Names of conversations and of their tools that are known."""
 
 
@@ -33,6 +33,8 @@ class Columns:
     solution: str = ""
     messages: str = ""
     tools: str = ""
+    tools_known: bool = False
+    """Whether tools go by their usual name and were not asked for: files and rows may lack them."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of messages that are not read."""
 
@@ -46,6 +48,8 @@ class Columns:
         return found
 
     def __str__(self) -> str:
+        if self.tools_known:
+            return f"column {self.messages}, and {self.tools} where a row has any"
         names = list(self.roles)
         return f"column{'s' * (len(names) > 1)} {' and '.join(names)}"
 
@@ -73,10 +77,18 @@ def recognise(
 
     None if there are none: `require_known` says what to do then. `where` is FILE:NUMBER.
     """
-    if not alone and not source.problem and not source.solution and MESSAGES in row:
+    talks = [name for name in MESSAGES if name in row and not alone]
+    if talks and not source.problem and not source.solution:
+        if "system" in row:
+            raise DataError(
+                f"{where}: the columns system and {talks[0]} are not read by themselves, as the "
+                f"system text would be left out. Fix: make it the first message of {talks[0]}; or "
+                f"leave it out with messages: {talks[0]}"
+            )
         return Columns(
-            messages=MESSAGES,
-            tools=TOOLS if TOOLS in row else "",
+            messages=talks[0],
+            tools=TOOLS,
+            tools_known=True,
             ignore_keys=source.ignore_keys,
         )
     for problem, solution in PAIRS:
@@ -103,7 +115,7 @@ def require_known(
     for role, column in (("problem", source.problem), ("solution", source.solution)):
         if column and column not in row:
             raise DataError(f"{where}: {missing(row, column, role)}")
-    known = ", ".join(" and ".join(pair) for pair in ((MESSAGES,), *PAIRS))
+    known = ", ".join([*MESSAGES, *(" and ".join(pair) for pair in PAIRS)])
     raise DataError(
         f"{where}: no columns that are known ({known}); columns: {_names(row)}; "
         f"{_proposal(source, row, alone)}"

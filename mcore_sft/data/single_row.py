@@ -77,13 +77,13 @@ def chat(row: Mapping[str, Any], columns: Columns) -> tuple[Any, ...]:
             f"column {columns.messages!r} holds nothing, expected a list of messages "
             "(role, content); mend or remove the row"
         )
-    if columns.tools and columns.tools not in row:
-        raise MissingColumn(missing(row, columns.tools, "tools"))
-    tools = _objects(row[columns.tools], columns.tools, "tools") if columns.tools else None
+    tools = _objects(row.get(columns.tools), columns.tools, "tools") if columns.tools else None
     try:
         return checked(messages, columns.ignore_keys), tools or None
     except DataError as error:
-        raise BadRow(f"column {columns.messages!r}: {error}; mend or remove the row") from None
+        fix = "; mend or remove the row"
+        said = str(error).removesuffix(fix)
+        raise BadRow(f"column {columns.messages!r}: {said}{fix}") from None
 
 
 def _text(row: Mapping[str, Any], column: str, role: str) -> str:
@@ -142,15 +142,17 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _objects(value: Any, column: str, what: str) -> list[Mapping[str, Any]] | None:
-    """A list of objects, which some datasets hold as JSON text; None if there is none."""
+    """A list of objects, which some datasets hold as JSON text; None if there is none, or ""."""
     found = value
+    if value is None or value == "":
+        return None
     if isinstance(value, str):
         try:
             found = json_text.loads(value)
         except ValueError:
-            found = None
-    elif value is None:
-        return None
+            found = value
+        if found is None:
+            return None
     if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
         raise BadRow(
             f"column {column!r} holds {_shown(value)}, expected a list of {what}; "

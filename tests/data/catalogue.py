@@ -243,7 +243,7 @@ WORDS = {
     r"makes nothing of its tool_calls|leaves out the tool": "no tools",
     r"makes nothing of its reasoning_content": "no thoughts",
     r"ends (an|the) answer .*(without|no special token)": "no stop",
-    r"once more of the conversation follows": "other prompt",
+    r"once more of the conversation follows|behind the prompt that asks for it": "other prompt",
     r"does not write what the assistant says|has no attribute 'text'": "parts",
     r"refuses messages": "refused",
     EACH: "`each`",

@@ -14,6 +14,7 @@ from mcore_sft.data.sources import Survey, peek, survey
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 FORMS = ["rows.jsonl", "rows.parquet"]
+USING = "using column messages, and tools where a row has any"
 
 
 def write(file: Path, rows: list[dict]) -> None:
@@ -60,17 +61,17 @@ def test_problem_and_solution_are_recognised(form, row, keys, using, tmp_path):
 
 @pytest.mark.parametrize("form", [*FORMS, "rows.json", "rows.arrow"])
 @pytest.mark.parametrize(
-    ("more", "using"),
+    "more",
     [
-        ({}, "using column messages"),
-        ({"prompt": "p", "prompt_id": "x"}, "using column messages"),
-        ({"problem": "p", "solution": "s"}, "using column messages"),
-        ({"tools": [{"name": "f"}]}, "using columns messages and tools"),
+        {},
+        {"prompt": "p", "prompt_id": "x"},
+        {"problem": "p", "solution": "s"},
+        {"tools": [{"name": "f"}]},
     ],
 )
-def test_conversations_are_recognised_before_anything_else(form, more, using, tmp_path):
+def test_conversations_are_recognised_before_anything_else(form, more, tmp_path):
     found = seen(tmp_path, form, {**more, "messages": TALK})
-    assert found.using == using
+    assert found.using == USING
     (block,) = found.blocks()
     rows = block.read(skip_bad=False)
     assert isinstance(rows, Chats)
@@ -78,6 +79,55 @@ def test_conversations_are_recognised_before_anything_else(form, more, using, tm
     found = seen(tmp_path, form, {**more, "messages": TALK}, messages="messages")
     assert found.using == ""
     assert next(found.blocks()).read(skip_bad=False).tools is None  # only what is named
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_conversations_of_sharegpt_are_recognised(form, tmp_path):
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    found = seen(tmp_path, form, {"id": "1", "conversations": talk})
+    assert found.using == USING.replace("messages", "conversations")
+    (block,) = found.blocks()
+    read = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert block.read(skip_bad=False).messages == [read, read]
+    assert seen(tmp_path, form, {"conversations": 3, "messages": TALK}).using == USING
+
+
+@pytest.mark.parametrize("keys", [{}, {"messages": "messages", "tools": "tools"}])
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "arrow"])
+def test_some_rows_have_tools(form, keys, tmp_path):
+    tools = [{"name": "f"}]
+    rows = [{"messages": TALK}, {"messages": TALK, "tools": tools}, {"messages": TALK, "tools": []}]
+    if form in ("parquet", "arrow"):
+        rows[0]["tools"] = None  # or Arrow makes no column of it
+    write(tmp_path / f"a.{form}", rows)
+    (block,) = survey(SourceConfig(path=f"a.{form}", **keys), root=tmp_path).blocks()
+    assert block.read(skip_bad=False).tools == [None, tools, None]
+    write(tmp_path / f"0.{form}", [{"messages": TALK}])  # the first file tells which are read
+    found = survey(SourceConfig(path=f"*.{form}"), root=tmp_path)
+    assert [block.read(skip_bad=False).tools for block in found.blocks()] == [
+        None,
+        [None, tools, None],
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tools_that_no_row_has_are_an_error(form, tmp_path):
+    write(tmp_path / form, [{"messages": TALK, "tools": []}])
+    source = SourceConfig(path=form, messages="messages", tools="tool")
+
+    def read() -> None:
+        for block in survey(source, root=tmp_path).blocks():
+            block.read(skip_bad=True)
+
+    with pytest.raises(DataError, match=r"no column 'tool' .* did you mean tools: tools\?"):
+        read()
+
+
+@pytest.mark.parametrize("nothing", ["", "[]", "null", None, []])
+def test_no_tools_may_be_written_in_any_way(nothing, tmp_path):
+    write(tmp_path / "a.jsonl", [{"messages": TALK, "tools": nothing}])
+    (block,) = survey(SourceConfig(path="a.jsonl"), root=tmp_path).blocks()
+    assert block.read(skip_bad=False).tools is None
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -94,6 +144,7 @@ def test_conversations_are_recognised_before_anything_else(form, more, using, tm
         ({"question": "a"}, {"problem": "questions"}, r"did you mean problem: question\?"),
         ({"talk": TALK}, {"messages": "chat"}, r"no column 'chat' for the messages; columns: talk"),
         ({"instruction": "a", "input": "b", "output": "c"}, {}, "the input would be left out"),
+        ({"system": "a", "messages": TALK}, {}, "the system text would be left out"),
     ],
 )
 def test_the_key_that_fits_is_proposed(form, row, keys, said, tmp_path):
@@ -131,5 +182,5 @@ def test_files_without_rows_tell_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n")
     write(tmp_path / "b.jsonl", [{"messages": TALK}])
     found = survey(SourceConfig(path="*.jsonl"), root=tmp_path)
-    assert found.using == "using column messages"
+    assert found.using == USING
     assert [len(block.read(skip_bad=False)) for block in found.blocks()] == [0, 1]

@@ -1,3 +1,4 @@
+import datetime
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, parse_section
 from mcore_sft.data import chat_files
+from mcore_sft.data.chat import require_asked
 from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
@@ -656,7 +658,9 @@ def test_prompt_that_opens_the_thoughts_of_every_answer(template, tmp_path):
     talk = said("1?", "<think>so</think>one", "2?", "<think>and</think>two")
     wanted = [["so</think>one<|eot_id|>", "and</think>two<|eot_id|>"]]
     assert learned(chat, talk) == wanted
-    with pytest.raises(DataError, match="changes the prompt for message 2"):
+    with pytest.raises(
+        DataError, match="does not write message 2 behind the prompt that asks for it"
+    ):
         chat.encode(chats(said("1?", "one")))
 
 
@@ -777,3 +781,27 @@ def test_template_that_asks_for_the_day(tmp_path):
         Prompt("chat", None, tokenizer, variables={"tools": []})
     with pytest.raises(ConfigError, match="variables is for a chat template"):
         parse_section(configuration.PromptConfig, {"template": "chatml", "variables": {"a": 1}})
+
+
+def test_what_no_template_asks_for_is_refused(tmp_path):
+    tokenizer, day = tokenizer_with(UNMARKED, tmp_path), datetime.date(2026, 7, 1)
+    with pytest.raises(DataError, match=r"prompt\.variables: .* not ask for 'enable_thinkin'"):
+        require_asked(tokenizer, {"enable_thinkin": False}, None)
+    with pytest.raises(DataError, match=r"prompt\.date: .* take it away$"):
+        require_asked(tokenizer, {}, day)
+    asks = tokenizer_with("{{ date_string }}" + UNMARKED, tmp_path)
+    with pytest.raises(DataError, match=r"prompt\.variables\.date_string$"):
+        require_asked(asks, {}, day)
+    require_asked(asks, {"date_string": "1 July"}, None)
+    require_asked(tokenizer_with(ASKING, tmp_path), {"greeting": "hi"}, day)
+    told = parse_section(configuration.PromptConfig, {"variables": {"a": 1}})
+    assert told.variables == {"a": 1}  # `chat` is the default
+
+
+def test_answer_that_does_not_follow_on_its_prompt_is_told_as_such(tmp_path):
+    opens = UNMARKED.replace("{% if add_generation_prompt %}", "{% if add_generation_prompt %}X")
+    chat = chat_with(opens, tmp_path, None)
+    with pytest.raises(
+        DataError, match=r"not write message 2 behind the prompt .*Fix: mend the row"
+    ):
+        chat.encode(chats(said("1?", "one")))
