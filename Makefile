@@ -27,8 +27,6 @@ PIP := PIP_USER=0 $(BIN)/python -m pip --disable-pip-version-check --no-input in
 # What a line says that asks which Python, torch or Megatron-core it meets, and acts on it.
 TESTS_A_VERSION := 'version_info|hexversion|Version\(|_min_version|__version__[^,}]*([<>]|[!=]=|startswith)|version\("[^"]*"\)[^,]*([<>]|[!=]=|startswith)|_IS_OLD'
 
-# Evaluation has a circle still: its engines and what opens them.
-ROOMS := $(patsubst %/__init__.py,%,$(wildcard mcore_sft/*/__init__.py))
 CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 CUDA_HEADERS := $(wildcard csrc/cuda/*.h)
 NVCC ?= nvcc
@@ -75,7 +73,7 @@ check: setup ## format, lint, types, floors, CUDA
 	@! grep -rnE --include='*.py' $(TESTS_A_VERSION) mcore_sft \
 		| grep -v '^mcore_sft/runtime/megatron_core.py:'
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
-	@$(BIN)/python tools/floors.py $(filter-out mcore_sft/evaluation,$(ROOMS)) nightly
+	@$(BIN)/python tools/floors.py mcore_sft nightly
 	@$(MAKE) --no-print-directory check-cuda
 
 check-cuda: trust ## compile csrc/cuda for A100, H100 and B200; needs nvcc, no GPU

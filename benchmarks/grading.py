@@ -32,13 +32,13 @@ from rich.table import Table
 from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import Policy
-from mcore_sft.evaluation import reference
-from mcore_sft.evaluation.extract import extract
-from mcore_sft.evaluation.grade import Grader, Pair
-from mcore_sft.evaluation.normalize import spell
-from mcore_sft.evaluation.pool import Pool
-from mcore_sft.evaluation.signature import signature
-from mcore_sft.evaluation.worker_process import Job
+from mcore_sft.evaluation.grading import reference
+from mcore_sft.evaluation.grading.extract.extract import extract
+from mcore_sft.evaluation.grading.grade import Grader, Pair
+from mcore_sft.evaluation.grading.pool import Pool
+from mcore_sft.evaluation.grading.read.normalize import spell
+from mcore_sft.evaluation.grading.read.signature import signature
+from mcore_sft.evaluation.grading.worker_process import Job
 
 HERE = Path(__file__).parent
 PROCESSES = 2

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
-from mcore_sft.evaluation.statistics import Share
+from mcore_sft.evaluation.scores.statistics import Share
 from nightly.curve import Curve
 from nightly.tier import CurveGate, Gates
 

@@ -45,9 +45,10 @@ from mcore_sft.data.loader import Loader
 from mcore_sft.data.pack import Pack
 from mcore_sft.data.prompt import Example, Prompt
 from mcore_sft.data.tokenizer import load_tokenizer
-from mcore_sft.evaluation.engine import Request, open_engine
+from mcore_sft.evaluation.engines.engine import Request
+from mcore_sft.evaluation.engines.open import open_engine
+from mcore_sft.evaluation.engines.transformers_engine import TransformersEngine
 from mcore_sft.evaluation.trained_prompt import Asked, choose
-from mcore_sft.evaluation.transformers_engine import TransformersEngine
 from mcore_sft.model import families
 from mcore_sft.model.build import whole_weights
 from mcore_sft.runtime.launch import Launch

@@ -14,9 +14,9 @@ from mcore_sft.base.files import check_writable, write_named
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.evaluation import comparison
 from mcore_sft.evaluation.comparison import Comparison
-from mcore_sft.evaluation.report import interval_line
-from mcore_sft.evaluation.report_page import page
-from mcore_sft.evaluation.summary import Row, share
+from mcore_sft.evaluation.scores.report import interval_line
+from mcore_sft.evaluation.scores.report_page import page
+from mcore_sft.evaluation.scores.summary import Row, share
 
 
 def main() -> None:

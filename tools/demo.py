@@ -23,8 +23,8 @@ from demo_data import write_data
 from mcore_sft import command, config
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Console, Parser, say
-from mcore_sft.evaluation.report import nemo_skills_table
-from mcore_sft.evaluation.statistics import Share
+from mcore_sft.evaluation.scores.report import nemo_skills_table
+from mcore_sft.evaluation.scores.statistics import Share
 from mcore_sft.training.beside import curve
 
 EXPERIMENT = Path("configs/demo.yaml")

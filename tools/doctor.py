@@ -393,7 +393,7 @@ def _engine(config: "RunConfig") -> str:
     if settings.engine == "vllm":
         return _vllm(config)
     if settings.engine == "server":
-        from mcore_sft.evaluation import server_engine
+        from mcore_sft.evaluation.engines import server_engine
 
         server_engine.check(settings.server)
         return f"server: {settings.server.url} (not asked)"
@@ -401,7 +401,7 @@ def _engine(config: "RunConfig") -> str:
 
 
 def _vllm(config: "RunConfig") -> str:
-    from mcore_sft.evaluation import vllm_engine
+    from mcore_sft.evaluation.engines import vllm_engine
 
     python, versions = vllm_engine.interpreter(config.evaluation.vllm.python)
     return f"vllm: {python} has {json.dumps(versions)}"

@@ -21,7 +21,7 @@ from mcore_sft.base.terminal import say
 from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PlaceOrName, Section
 from mcore_sft.data.tokenizer import load_tokenizer
 from mcore_sft.evaluation import benchmarks
-from mcore_sft.evaluation.engine import model_shape
+from mcore_sft.evaluation.engines.engine import model_shape
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import PAGE, Evaluation, evaluate
 from mcore_sft.evaluation.trained_prompt import Asked, choose

@@ -21,12 +21,12 @@ from mcore_sft.base.foreign import what_instead
 from mcore_sft.base.terminal import Parser, say
 from mcore_sft.config import Policy
 from mcore_sft.evaluation.answers import write_lines
-from mcore_sft.evaluation.equivalence import NOT_GRADED, Verdict
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.extract import Extraction
-from mcore_sft.evaluation.grade import Graded, Grader, Pair
-from mcore_sft.evaluation.report import interval_line, not_graded_line
-from mcore_sft.evaluation.statistics import Share
+from mcore_sft.evaluation.grading.compare.equivalence import NOT_GRADED, Verdict
+from mcore_sft.evaluation.grading.extract.extract import Extraction
+from mcore_sft.evaluation.grading.grade import Graded, Grader, Pair
+from mcore_sft.evaluation.scores.report import interval_line, not_graded_line
+from mcore_sft.evaluation.scores.statistics import Share
 
 _GOLD = ("gold", "expected_answer")
 _RESPONSE = ("response", "generation")

@@ -33,8 +33,8 @@ from mcore_sft.base.terminal import Parser, say
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = "tests/mutants.txt"
 COVERED: Mapping[str, tuple[str, ...]] = {
-    "mcore_sft/evaluation/number.py": ("tests/evaluation/test_number.py",),
-    "mcore_sft/evaluation/statistics.py": ("tests/evaluation/test_statistics.py",),
+    "mcore_sft/evaluation/grading/read/number.py": ("tests/evaluation/test_number.py",),
+    "mcore_sft/evaluation/scores/statistics.py": ("tests/evaluation/test_statistics.py",),
     "mcore_sft/data/arithmetic.py": ("tests/data/test_arithmetic.py",),
     "mcore_sft/data/filters.py": ("tests/data/test_filters.py",),
     "mcore_sft/data/columns.py": ("tests/data/test_columns.py",),

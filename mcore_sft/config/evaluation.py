@@ -7,7 +7,7 @@ from pydantic import Field
 from mcore_sft.config.section import Count, CountOrZero, Place, PlaceOrName, Positive, Section, Seed
 
 Policy = Literal["last_box", "nemo_skills", "nemo_rl", "gsm8k", "final_answer"]
-"""Which part of a response counts as its answer; evaluation/extract.py says what each means."""
+"""Which part of a response counts as its answer; evaluation/grading/extract says how."""
 
 
 class BenchmarkConfig(Section):

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mcore_sft.base import files
 from mcore_sft.base.terminal import say
-from mcore_sft.evaluation.engine import FinishReason
+from mcore_sft.evaluation.engines.engine import FinishReason
 from mcore_sft.evaluation.errors import EvaluationError
 
 Key = tuple[str, int, str]

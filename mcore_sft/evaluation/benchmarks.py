@@ -22,7 +22,7 @@ from mcore_sft.base.foreign import what_instead
 from mcore_sft.base.terminal import say
 from mcore_sft.config import BenchmarkConfig, Section
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.extract import last_box
+from mcore_sft.evaluation.grading.extract.extract import last_box
 
 _ROWS = Path(__file__).with_name("benchmarks.yaml")
 _ID_COLUMNS = ("unique_id", "id", "idx")

@@ -13,8 +13,8 @@ from typing import Any
 from mcore_sft.evaluation.answers import read_rows
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.run import FORMAT, REPORT, VERDICTS
-from mcore_sft.evaluation.statistics import Paired
-from mcore_sft.evaluation.summary import Row, is_graded, is_right
+from mcore_sft.evaluation.scores.statistics import Paired
+from mcore_sft.evaluation.scores.summary import Row, is_graded, is_right
 
 
 @dataclass(frozen=True, kw_only=True)

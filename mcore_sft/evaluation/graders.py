@@ -15,10 +15,10 @@ from typing import Self
 
 from mcore_sft.config import Policy
 from mcore_sft.evaluation.benchmarks import LETTERS, Kind, Problem
-from mcore_sft.evaluation.equivalence import Verdict, verdict_of
-from mcore_sft.evaluation.extract import Extraction, extract
-from mcore_sft.evaluation.grade import Graded, Grader
-from mcore_sft.evaluation.normalize import normalize
+from mcore_sft.evaluation.grading.compare.equivalence import Verdict, verdict_of
+from mcore_sft.evaluation.grading.extract.extract import Extraction, extract
+from mcore_sft.evaluation.grading.grade import Graded, Grader
+from mcore_sft.evaluation.grading.read.normalize import normalize
 
 Row = tuple[Problem, str, bool]
 """A problem, a response to it, and whether that was cut at its length limit."""

@@ -30,16 +30,19 @@ from mcore_sft.base.terminal import Console, printable, say
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
-from mcore_sft.evaluation import answers, few_shot, identity, report, server_engine, summary
+from mcore_sft.evaluation import answers, few_shot, identity
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
-from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine, seed_of
-from mcore_sft.evaluation.equivalence import GRADER
+from mcore_sft.evaluation.engines import server_engine
+from mcore_sft.evaluation.engines.engine import Completion, Engine, Request, seed_of
+from mcore_sft.evaluation.engines.open import open_engine
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.grade import Graded
 from mcore_sft.evaluation.graders import ProblemGrader, open_grader
-from mcore_sft.evaluation.report_page import page
-from mcore_sft.evaluation.summary import Verdicts
+from mcore_sft.evaluation.grading.compare.equivalence import GRADER
+from mcore_sft.evaluation.grading.grade import Graded
+from mcore_sft.evaluation.scores import report, summary
+from mcore_sft.evaluation.scores.report_page import page
+from mcore_sft.evaluation.scores.summary import Verdicts
 
 ANSWERS, VERDICTS = "answers.jsonl", "verdicts.jsonl"
 REPORT, TEXT, PAGE, ENGINE_LOG = "report.json", "report.txt", "report.html", "engine.log"

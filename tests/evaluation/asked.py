@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from mcore_sft.evaluation.engine import Completion, Engine, Request, seed_of
+from mcore_sft.evaluation.engines.engine import Completion, Engine, Request, seed_of
 
 VOCAB = 301
 STOP = (5, 6)

@@ -4,8 +4,8 @@ import os
 import time
 from pathlib import Path
 
-from mcore_sft.evaluation.grade import Grader
-from mcore_sft.evaluation.worker_process import WorkerProcess
+from mcore_sft.evaluation.grading.grade import Grader
+from mcore_sft.evaluation.grading.worker_process import WorkerProcess
 
 BOMB = "(10^9)!"
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation.engine import (
+from mcore_sft.evaluation.engines.engine import (
     check_fits,
     check_weights,
     completion,
     eos_ids,
     model_shape,
-    open_engine,
 )
+from mcore_sft.evaluation.engines.open import open_engine
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.evaluation.asked import STOP, requests, spell
 
@@ -127,7 +127,7 @@ def test_a_folder_without_a_model_is_said(tmp_path: Path, engine: str) -> None:
 def test_only_the_transformers_engine_needs_torch() -> None:
     modules = "engine, vllm_engine, server_engine"
     code = (
-        f"import sys; from mcore_sft.evaluation import {modules}; "
+        f"import sys; from mcore_sft.evaluation.engines import {modules}; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

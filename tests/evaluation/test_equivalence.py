@@ -2,8 +2,8 @@ import time
 
 import pytest
 
-from mcore_sft.evaluation.equivalence import judge, judge_exactly
-from mcore_sft.evaluation.extract import stated
+from mcore_sft.evaluation.grading.compare.equivalence import judge, judge_exactly
+from mcore_sft.evaluation.grading.extract.extract import stated
 from tests.evaluation.pairs import DIFFERENT, EQUAL
 
 EQUAL_EXACTLY = [

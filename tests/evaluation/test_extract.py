@@ -3,7 +3,7 @@ import time
 import pytest
 
 from mcore_sft.config import Policy
-from mcore_sft.evaluation.extract import extract, last_box, stated
+from mcore_sft.evaluation.grading.extract.extract import extract, last_box, stated
 
 
 @pytest.mark.parametrize(

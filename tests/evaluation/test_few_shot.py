@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.extract import last_box
 from mcore_sft.evaluation.few_shot import examples
+from mcore_sft.evaluation.grading.extract.extract import last_box
 
 SHOTS = """
 prefix: "See. "

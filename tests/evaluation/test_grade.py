@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mcore_sft.evaluation.equivalence import Outcome
-from mcore_sft.evaluation.grade import Grader, Pair
+from mcore_sft.evaluation.grading.compare.equivalence import Outcome
+from mcore_sft.evaluation.grading.grade import Grader, Pair
 from tests.evaluation.forks import BOMB, wait_for_busy_fork, wait_until_gone, workers
 
 

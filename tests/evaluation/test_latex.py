@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from mcore_sft.evaluation.latex import group_end, with_braces
+from mcore_sft.evaluation.grading.read.latex import group_end, with_braces
 
 
 @pytest.mark.parametrize(

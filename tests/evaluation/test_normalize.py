@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from mcore_sft.evaluation.normalize import normalize
+from mcore_sft.evaluation.grading.read.normalize import normalize
 
 
 @pytest.mark.parametrize(

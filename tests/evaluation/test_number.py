@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from mcore_sft.evaluation.number import (
+from mcore_sft.evaluation.grading.read.number import (
     Number,
     has_decimal,
     is_finite,
@@ -11,7 +11,7 @@ from mcore_sft.evaluation.number import (
     rounded_half,
     same_number,
 )
-from mcore_sft.evaluation.words import base_in_words, number_in_words
+from mcore_sft.evaluation.grading.read.words import base_in_words, number_in_words
 
 
 @pytest.mark.parametrize(

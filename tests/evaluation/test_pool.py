@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.grade import Grader, Pair
+from mcore_sft.evaluation.grading.grade import Grader, Pair
 from tests.evaluation.forks import BOMB, wait_for_busy_fork, wait_until_gone, workers
 
 RIGHT, WRONG = Pair(gold="2^m+2", prediction="2+2^m"), Pair(gold="2^m+2", prediction="2^m-2")
@@ -158,7 +158,7 @@ def test_a_grader_can_be_sent_to_a_spawned_process(grader: Grader) -> None:
 
 def test_a_program_ends_with_its_workers_whatever_it_left_undone() -> None:
     program = f"""
-from mcore_sft.evaluation.grade import Grader, Pair
+from mcore_sft.evaluation.grading.grade import Grader, Pair
 grader = Grader(timeout=600, processes=2)
 bomb = Pair(gold="5", prediction="{BOMB}")
 left = grader.judge_all([Pair(gold="2^m+2", prediction="2+2^m"), bomb, bomb, bomb])

@@ -1,11 +1,11 @@
-from mcore_sft.evaluation.report import (
+from mcore_sft.evaluation.scores.report import (
     details,
     interval_line,
     nemo_rl_block,
     nemo_skills_table,
     table,
 )
-from mcore_sft.evaluation.statistics import Mean, Share
+from mcore_sft.evaluation.scores.statistics import Mean, Share
 
 
 def test_nemo_skills_table_byte_for_byte() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mcore_sft.evaluation import report_page
-from mcore_sft.evaluation.report_page import page
+from mcore_sft.evaluation.scores import report_page
+from mcore_sft.evaluation.scores.report_page import page
 from tests.evaluation.browser import PROGRAM, Browser, launched
 
 Open = Callable[..., str]

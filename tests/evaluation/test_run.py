@@ -12,10 +12,10 @@ from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.tokenizer import Tokenizer
 from mcore_sft.evaluation import benchmarks, run
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
-from mcore_sft.evaluation.engine import Engine
-from mcore_sft.evaluation.equivalence import GRADER
+from mcore_sft.evaluation.engines.engine import Engine
+from mcore_sft.evaluation.engines.transformers_engine import TransformersEngine
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.transformers_engine import TransformersEngine
+from mcore_sft.evaluation.grading.compare.equivalence import GRADER
 from tests.evaluation.stand_in import FAIL, make_python
 
 

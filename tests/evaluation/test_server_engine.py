@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from mcore_sft.config import ConfigError, EvaluationConfig, ServerConfig, parse_section
-from mcore_sft.evaluation import server_engine
-from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine
+from mcore_sft.evaluation.engines import server_engine
+from mcore_sft.evaluation.engines.engine import Completion, Engine, Request
+from mcore_sft.evaluation.engines.open import open_engine
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.evaluation.asked import spell
 from tests.evaluation.fake_server import Sent, Server, counting, serving

@@ -2,8 +2,8 @@ import time
 
 import pytest
 
-from mcore_sft.evaluation.digits import agree_in_digits
-from mcore_sft.evaluation.signature import proportional, same_value, signature
+from mcore_sft.evaluation.grading.read.digits import agree_in_digits
+from mcore_sft.evaluation.grading.read.signature import proportional, same_value, signature
 
 
 @pytest.mark.parametrize(

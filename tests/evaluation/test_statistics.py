@@ -2,7 +2,7 @@ from itertools import combinations
 
 import pytest
 
-from mcore_sft.evaluation.statistics import Mean, Paired, Share, majority, pass_at_k, wilson
+from mcore_sft.evaluation.scores.statistics import Mean, Paired, Share, majority, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
-from mcore_sft.evaluation.report import details
-from mcore_sft.evaluation.summary import Verdicts, describe, lengths
+from mcore_sft.evaluation.scores.report import details
+from mcore_sft.evaluation.scores.summary import Verdicts, describe, lengths
 
 
 def row(name: str, sample: int, verdict: str, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation.engine import Completion, Request, open_engine
+from mcore_sft.evaluation.engines.engine import Completion, Request
+from mcore_sft.evaluation.engines.open import open_engine
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.evaluation.asked import SAMPLED, STOP, answers, requests, spell
 

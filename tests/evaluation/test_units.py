@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from mcore_sft.evaluation.units import (
+from mcore_sft.evaluation.grading.read.units import (
     DEGREE,
     DOUBLE_PRIME,
     PRIME,

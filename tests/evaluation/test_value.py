@@ -1,6 +1,6 @@
 import pytest
 
-from mcore_sft.evaluation.value import agree, differ
+from mcore_sft.evaluation.grading.read.value import agree, differ
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from mcore_sft.data import chat_files
 from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats
 from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
-from mcore_sft.evaluation.engine import Completion, Engine, Request, open_engine
+from mcore_sft.evaluation.engines.engine import Completion, Engine, Request
+from mcore_sft.evaluation.engines.open import open_engine
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.evaluation.asked import SAMPLED, answers, requests, spell
 from tests.tiny import make_model

@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.evaluation import vllm_engine, vllm_process
-from mcore_sft.evaluation.engine import Request, open_engine
+from mcore_sft.evaluation.engines import vllm_engine, vllm_process
+from mcore_sft.evaluation.engines.engine import Request
+from mcore_sft.evaluation.engines.open import open_engine
+from mcore_sft.evaluation.engines.vllm_engine import VllmEngine
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.vllm_engine import VllmEngine
 from tests.evaluation.asked import spell
 from tests.evaluation.stand_in import BLOCK, FAIL, HANG, make_python
 

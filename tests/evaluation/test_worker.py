@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 
-WORKER = "import mcore_sft.evaluation.worker as w; w.{change}; w.main()"
+WORKER = "import mcore_sft.evaluation.grading.worker as w; w.{change}; w.main()"
 
 
 def ask(pairs: list[list[str]], change: str) -> list[list[str | None]]:

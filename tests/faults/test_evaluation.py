@@ -18,23 +18,17 @@ import lane
 import pytest
 
 from mcore_sft.config import BenchmarkConfig
-from mcore_sft.evaluation import (
-    answers,
-    benchmarks,
-    comparison,
-    identity,
-    report,
-    run,
-    server_engine,
-)
+from mcore_sft.evaluation import answers, benchmarks, comparison, identity, run
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark
-from mcore_sft.evaluation.engine import Request, check_weights, model_shape
-from mcore_sft.evaluation.equivalence import Verdict
+from mcore_sft.evaluation.engines import server_engine
+from mcore_sft.evaluation.engines.engine import Request, check_weights, model_shape
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.evaluation.extract import Extraction
-from mcore_sft.evaluation.grade import Graded, Grader, Pair
-from mcore_sft.evaluation.summary import Verdicts, describe
+from mcore_sft.evaluation.grading.compare.equivalence import Verdict
+from mcore_sft.evaluation.grading.extract.extract import Extraction
+from mcore_sft.evaluation.grading.grade import Graded, Grader, Pair
+from mcore_sft.evaluation.scores import report
+from mcore_sft.evaluation.scores.summary import Verdicts, describe
 from nightly import golden, history, night, page
 from nightly.run import Night, Run
 from nightly.tier import Tier

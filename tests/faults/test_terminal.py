@@ -27,7 +27,8 @@ from mcore_sft import command
 from mcore_sft import config as configuration
 from mcore_sft.data import progress, report, show, tokenizer
 from mcore_sft.data.prompt import Example
-from mcore_sft.evaluation import benchmarks, run, vllm_engine
+from mcore_sft.evaluation import benchmarks, run
+from mcore_sft.evaluation.engines import vllm_engine
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.plan import memory
 from mcore_sft.runtime.mesh import Mesh

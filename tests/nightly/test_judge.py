@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mcore_sft.evaluation.statistics import Share
+from mcore_sft.evaluation.scores.statistics import Share
 from nightly.curve import Curve, CurveError
 from nightly.history import Record
 from nightly.judge import Finding, judge

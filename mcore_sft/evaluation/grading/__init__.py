@@ -1,0 +1,1 @@
+"""A right answer and a response in, a verdict out; without torch."""

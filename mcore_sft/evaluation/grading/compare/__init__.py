@@ -1,0 +1,1 @@
+"""Two answers in, whether they are the same out, by kind."""

@@ -1,0 +1,1 @@
+"""A response in, its answer out."""

@@ -1,0 +1,1 @@
+"""LaTeX in, one form of it out: numbers, units, words, signs."""

@@ -1,0 +1,1 @@
+"""Verdicts in, scores and their reports out."""
