@@ -73,7 +73,7 @@ check: setup ## format, lint, types, floors, CUDA
 	@! grep -rnE --include='*.py' $(TESTS_A_VERSION) mcore_sft \
 		| grep -v '^mcore_sft/runtime/megatron_core.py:'
 	@echo "check: floors" && $(BIN)/lint-imports --no-logo
-	@$(BIN)/python tools/floors.py mcore_sft nightly
+	@$(BIN)/python tools/floors.py mcore_sft nightly --max-modules 15 --max-floors 9
 	@$(MAKE) --no-print-directory check-cuda
 
 check-cuda: trust ## compile csrc/cuda for A100, H100 and B200; needs nvcc, no GPU

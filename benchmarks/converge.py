@@ -27,9 +27,9 @@ from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.checkpoint import weights
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from mcore_sft.data.batch import Batch, collate
-from mcore_sft.data.pack import Pack
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.packs.batch import Batch, collate
+from mcore_sft.data.packs.pack import Pack
+from mcore_sft.data.text.prompt import Example
 from mcore_sft.model import build
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import optimizer as optim

@@ -46,12 +46,12 @@ from rich.table import Table
 from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import PromptConfig
-from mcore_sft.data import chat_files
-from mcore_sft.data.contamination import Contamination
-from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.indexed import IndexedTokens
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.selection.contamination import Contamination
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.ops.packing import best_fit_pack
 
 HERE = Path(__file__).parent

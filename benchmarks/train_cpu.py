@@ -31,9 +31,9 @@ from mcore_sft import config as configuration
 from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.config import RunConfig
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.loader import Loader
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.packs.dataset import PackedDataset
 
 
 class Clock(TrainerCallback):

@@ -41,9 +41,9 @@ from rich.table import Table
 
 from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
-from mcore_sft.data.batch import Batch, collate
-from mcore_sft.data.pack import Pack
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.packs.batch import Batch, collate
+from mcore_sft.data.packs.pack import Pack
+from mcore_sft.data.text.prompt import Example
 from mcore_sft.model import families
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.plan import memory

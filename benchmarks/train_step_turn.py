@@ -32,7 +32,7 @@ from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-de
 
 from mcore_sft.checkpoint import weights
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from mcore_sft.data.batch import IGNORE, Batch
+from mcore_sft.data.packs.batch import IGNORE, Batch
 from mcore_sft.model import build
 from mcore_sft.runtime.hardware import peak_memory
 from mcore_sft.runtime.mesh import Mesh, connect

@@ -13,7 +13,7 @@ from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.model import families
 from nightly.curve import Curve
 

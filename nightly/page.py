@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from mcore_sft.base import files
-from mcore_sft.data.report_page import STYLE
+from mcore_sft.data.report.page import STYLE
 from nightly import history
 from nightly.curve import Curve, CurveError
 from nightly.history import Record

@@ -27,8 +27,8 @@ from mcore_sft.base import files
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import say
 from mcore_sft.config import RunConfig
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import packs_of_a_step
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.loader import packs_of_a_step
 from mcore_sft.evaluation.scores.statistics import Share
 from nightly import commits, golden, judge, narrow, work
 from nightly.curve import Curve, CurveError

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mcore_sft import command
 from mcore_sft.config import OptimizerConfig, RunConfig
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader, packs_of_a_step
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.loader import Loader, packs_of_a_step
+from mcore_sft.data.text.prompt import Example
 from mcore_sft.runtime.device import device as this_device
 from mcore_sft.runtime.hardware import finish_work, peak_memory
 from nightly.curve import Curve

@@ -18,12 +18,12 @@ from mcore_sft.checkpoint import sharded, weights
 from mcore_sft.checkpoint.optimizer_state import MOMENTS
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
-from mcore_sft.data.batch import Batch, collate
-from mcore_sft.data.job import Job
-from mcore_sft.data.pack import Pack
+from mcore_sft.data.encode.job import Job
+from mcore_sft.data.packs.batch import Batch, collate
+from mcore_sft.data.packs.pack import Pack
 from mcore_sft.data.prepare import prepare
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import build, families
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.mesh import Mesh, connect

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mcore_sft.config import OptimizerConfig, ParallelConfig
-from mcore_sft.data.batch import collate
+from mcore_sft.data.packs.batch import collate
 from mcore_sft.model import build
 from mcore_sft.runtime import mesh
 from mcore_sft.runtime.hardware import chosen_layers

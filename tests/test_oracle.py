@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mcore_sft.config import OptimizerConfig
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.text.prompt import Example
 from mcore_sft.training import optimizer
 from nightly.curve import Curve
 from tests import oracle, runs

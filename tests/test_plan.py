@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, ParallelConfig, RunConfig
-from mcore_sft.data.batch import Batch, collate
+from mcore_sft.data.packs.batch import Batch, collate
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.families.llama import Llama
 from mcore_sft.plan import memory, ranking

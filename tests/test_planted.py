@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcore_sft.checkpoint import optimizer_state, replicas, sharded
 from mcore_sft.config import OptimizerConfig
-from mcore_sft.data import batch as batches
+from mcore_sft.data.packs import batch as batches
 from mcore_sft.model import build, layers
 from mcore_sft.training import loop, step
 from mcore_sft.training import optimizer as optim

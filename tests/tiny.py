@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mcore_sft.data.batch import Batch, collate
-from mcore_sft.data.pack import Pack
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.packs.batch import Batch, collate
+from mcore_sft.data.packs.pack import Pack
+from mcore_sft.data.text.prompt import Example
 
 VOCAB = 611
 """No tensor-parallel size divides it."""

@@ -329,8 +329,8 @@ def _model(config: "RunConfig") -> str:
 
 
 def _tokenizer(config: "RunConfig") -> str:
-    from mcore_sft.data.fit import check_fit
-    from mcore_sft.data.tokenizer import load_tokenizer
+    from mcore_sft.data.text.fit import check_fit
+    from mcore_sft.data.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.tokenizer_path, gigatoken=config.data.gigatoken)
     check_fit(tokenizer, config.model.path)

@@ -19,7 +19,7 @@ from mcore_sft import command
 from mcore_sft import config as configuration
 from mcore_sft.base.terminal import say
 from mcore_sft.config import BenchmarkConfig, EvaluationConfig, PlaceOrName, Section
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.evaluation import benchmarks
 from mcore_sft.evaluation.engines.engine import model_shape
 from mcore_sft.evaluation.errors import EvaluationError

@@ -14,13 +14,13 @@ from typing import Any
 from mcore_sft import command
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.damage import find_damage, find_structural_damage
-from mcore_sft.data.dataset import Arrays, PackedDataset
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.packs.damage import find_damage, find_structural_damage
+from mcore_sft.data.packs.dataset import Arrays, PackedDataset
+from mcore_sft.data.packs.retokenize import other_ids
 from mcore_sft.data.progress import progress
-from mcore_sft.data.report import show_manifest
-from mcore_sft.data.retokenize import other_ids
-from mcore_sft.data.show import Viewer, length_chart, load_own_tokenizer
+from mcore_sft.data.report.report import show_manifest
+from mcore_sft.data.report.show import Viewer, length_chart, load_own_tokenizer
 
 _SHOWN = 20
 _LEGEND = "green: supervised; dim: not; bold: special tokens"

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from mcore_sft import command
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Parser, say
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.model.families import FAMILIES, read
 
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "</s>")

@@ -35,11 +35,11 @@ EQUIVALENT = "tests/mutants.txt"
 COVERED: Mapping[str, tuple[str, ...]] = {
     "mcore_sft/evaluation/grading/read/number.py": ("tests/evaluation/test_number.py",),
     "mcore_sft/evaluation/scores/statistics.py": ("tests/evaluation/test_statistics.py",),
-    "mcore_sft/data/arithmetic.py": ("tests/data/test_arithmetic.py",),
-    "mcore_sft/data/filters.py": ("tests/data/test_filters.py",),
-    "mcore_sft/data/columns.py": ("tests/data/test_columns.py",),
-    "mcore_sft/data/loader.py": ("tests/data/test_loader.py",),
-    "mcore_sft/data/batch.py": ("tests/data/test_batch.py",),
+    "mcore_sft/data/selection/arithmetic.py": ("tests/data/test_arithmetic.py",),
+    "mcore_sft/data/selection/filters.py": ("tests/data/test_filters.py",),
+    "mcore_sft/data/sources/columns.py": ("tests/data/test_columns.py",),
+    "mcore_sft/data/packs/loader.py": ("tests/data/test_loader.py",),
+    "mcore_sft/data/packs/batch.py": ("tests/data/test_batch.py",),
 }
 WANTED = 0.95
 # A mutant may take so many times as long as the code itself, and at least so many seconds.

@@ -6,15 +6,15 @@ from mcore_sft import command
 from mcore_sft.base.model_folder import is_file
 from mcore_sft.base.terminal import Console, Parser, say
 from mcore_sft.config import RunConfig
-from mcore_sft.data.chat import require_asked
+from mcore_sft.data.encode.job import Job
 from mcore_sft.data.export import export_json_lines
-from mcore_sft.data.fit import check_fit
-from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import merge, prepare, prepare_shard
-from mcore_sft.data.preview import preview
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.report import show_manifest
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.report.preview import preview
+from mcore_sft.data.report.report import show_manifest
+from mcore_sft.data.text.chat import require_asked
+from mcore_sft.data.text.fit import check_fit
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 
 def main() -> None:

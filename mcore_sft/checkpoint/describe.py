@@ -25,11 +25,11 @@ from mcore_sft.base import files
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import read_manifest, reading
 from mcore_sft.config import RunConfig
-from mcore_sft.data import chat_files
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.prompt_record import MODEL_FILE
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.encode.prompt_record import MODEL_FILE
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 RECORD = MODEL_FILE
 MODEL = "model"

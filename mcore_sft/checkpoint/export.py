@@ -24,10 +24,10 @@ from mcore_sft.checkpoint.describe import MODEL, RECORD, named_files, with_dtype
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import MANIFEST, read_manifest, reading, verify
 from mcore_sft.checkpoint.safetensors_folder import SHARD_BYTES, write
-from mcore_sft.data import chat_files
 from mcore_sft.data.progress import progress
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import families
 from mcore_sft.model.architecture import Architecture
 

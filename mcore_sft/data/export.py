@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 
 from mcore_sft.base.files import end_of_links, rename, sync
-from mcore_sft.data.encoding import benches, collect, encode
+from mcore_sft.data.encode.job import Job
+from mcore_sft.data.encode.stage import benches, collect, encode
+from mcore_sft.data.encode.store import Store
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.finish import rules
-from mcore_sft.data.gather import Output, gather
-from mcore_sft.data.job import Job
-from mcore_sft.data.place import workspace
+from mcore_sft.data.packs.gather import Output, gather
+from mcore_sft.data.packs.split import exported
 from mcore_sft.data.progress import Course
-from mcore_sft.data.split import exported
-from mcore_sft.data.store import Store
+from mcore_sft.data.staging import workspace
 
 _BYTES = np.dtype(np.uint8)
 _READING, _ENCODING, _WRITING = "checksums", "encoding", "writing"

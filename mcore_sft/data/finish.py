@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 
 from mcore_sft.config import HoldoutConfig
-from mcore_sft.data import disk, origins
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.collect import Collected
-from mcore_sft.data.contamination import Finding
-from mcore_sft.data.gather import Output, gather
+from mcore_sft.data.encode import disk
+from mcore_sft.data.encode.collect import Collected
+from mcore_sft.data.encode.job import Job
+from mcore_sft.data.encode.prompt_record import Way
 from mcore_sft.data.indexed import token_type
-from mcore_sft.data.job import Job
-from mcore_sft.data.packs import Pack, Packing, outputs, pack_split
-from mcore_sft.data.place import Room
-from mcore_sft.data.places import place, shown
+from mcore_sft.data.packs import origins
+from mcore_sft.data.packs.gather import Output, gather
+from mcore_sft.data.packs.row_names import place, shown
+from mcore_sft.data.packs.split import Rules, divide
+from mcore_sft.data.packs.write import Pack, Packing, outputs, pack_split
 from mcore_sft.data.progress import Course
-from mcore_sft.data.prompt_record import Way
-from mcore_sft.data.report import write_report
-from mcore_sft.data.split import Rules, divide
+from mcore_sft.data.report.report import write_report
+from mcore_sft.data.selection.contamination import Finding
+from mcore_sft.data.staging import Room
 from mcore_sft.data.workers import Workers, no_tool
 
 ORDERING, GATHERING, PACKING, PROVING = "ordering", "writing", "packing", "checking"

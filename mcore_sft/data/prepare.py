@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.data import disk
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.collect import Collected
-from mcore_sft.data.encoding import benches, by_one_tokenizer, collect, encode
+from mcore_sft.data.encode import disk
+from mcore_sft.data.encode.collect import Collected
+from mcore_sft.data.encode.job import Job
+from mcore_sft.data.encode.shards import finish_shard, merged, read_shard, shard_folder
+from mcore_sft.data.encode.stage import benches, by_one_tokenizer, collect, encode
+from mcore_sft.data.encode.store import Store
 from mcore_sft.data.errors import DataError, WorkerEnded
 from mcore_sft.data.finish import (
     GATHERING,
@@ -29,13 +32,10 @@ from mcore_sft.data.finish import (
     write_dataset,
 )
 from mcore_sft.data.indexed import token_type
-from mcore_sft.data.job import Job
-from mcore_sft.data.packs import Pack, packing_operator
-from mcore_sft.data.place import Room, clear, holds_dataset, workroom
+from mcore_sft.data.packs.repack import can_be_packed, take_over, unpacked
+from mcore_sft.data.packs.write import Pack, packing_operator
 from mcore_sft.data.progress import Course
-from mcore_sft.data.repack import can_be_packed, take_over, unpacked
-from mcore_sft.data.shards import finish_shard, merged, read_shard, shard_folder
-from mcore_sft.data.store import Store
+from mcore_sft.data.staging import Room, clear, holds_dataset, workroom
 
 READING = "checksums"
 """The stage before the blocks are encoded."""

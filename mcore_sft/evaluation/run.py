@@ -28,8 +28,8 @@ from rich.progress import (
 from mcore_sft.base import files
 from mcore_sft.base.terminal import Console, printable, say
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer
 from mcore_sft.evaluation import answers, few_shot, identity
 from mcore_sft.evaluation.answers import Answer, AnswerFile
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem

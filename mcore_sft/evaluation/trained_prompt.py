@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft.config import PromptConfig, parse_section
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.prompt_record import MODEL_FILE, Way, ways
-from mcore_sft.data.render import Instruction, Template, read_instruction, read_template
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.encode.prompt_record import MODEL_FILE, Way, ways
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.render import Instruction, Template, read_instruction, read_template
+from mcore_sft.data.text.tokenizer import Tokenizer
 from mcore_sft.evaluation.errors import EvaluationError
 
 _EXCERPT = 60

@@ -74,7 +74,7 @@ class PackedAttention(torch.nn.Module):
     """Causal attention within each document of a pack, and never across two.
 
     Megatron-core's own local attention refuses packed sequences. Where context-parallel ranks share
-    the documents (data/batch.py says how), each gathers the keys and values of all.
+    the documents (data/packs/batch.py says how), each gathers the keys and values of all.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.config import RunConfig
-from mcore_sft.data.loader import Filling, packs_of_a_step
+from mcore_sft.data.packs.loader import Filling, packs_of_a_step
 from mcore_sft.model.architecture import Architecture
 
 MEAN_EXAMPLE = 512

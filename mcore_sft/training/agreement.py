@@ -22,8 +22,8 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import RunConfig, without_paths
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.runtime.peers import Peers
 from mcore_sft.training import probe
 from mcore_sft.training.alone import alone

@@ -10,8 +10,8 @@ from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
 from mcore_sft.checkpoint.sums import Sums
 from mcore_sft.config import RunConfig
-from mcore_sft.data.loader import Loader
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.packs.loader import Loader
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import build, families
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import be_deterministic, peak_memory

@@ -8,11 +8,11 @@ from typing import Literal
 
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import RunConfig, TrainConfig
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.fit import check_fit
-from mcore_sft.data.loader import Loader, packs_of_a_step
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.loader import Loader, packs_of_a_step
+from mcore_sft.data.text.fit import check_fit
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import eight_bit_unit
 from mcore_sft.runtime.hardware import check_deterministic, chosen_layers

@@ -11,8 +11,8 @@ from mcore_sft import config as configuration
 from mcore_sft.checkpoint.describe import CONFIG
 from mcore_sft.checkpoint.sharded import DATASET_BEFORE, Checkpoints, Progress, short
 from mcore_sft.config import OptimizerConfig, RunConfig
-from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.manifest import split_fingerprint
+from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.optimizer import learning_rate

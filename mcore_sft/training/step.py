@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mcore_sft.config import OptimizerConfig
-from mcore_sft.data.batch import Batch
+from mcore_sft.data.packs.batch import Batch
 from mcore_sft.model.build import Chunks, whole_weights
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training import optimizer as optim

@@ -19,8 +19,8 @@ from mcore_sft.config import (
     ParallelConfig,
     TrainConfig,
 )
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import build, families
 from mcore_sft.runtime.mesh import connect
 from mcore_sft.training import optimizer as optim

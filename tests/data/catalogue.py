@@ -24,9 +24,9 @@ from transformers.utils import chat_template_utils
 
 from mcore_sft.base import files
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "data.md"

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from mcore_sft.data.arithmetic import (
+from mcore_sft.data.selection.arithmetic import (
     _DIGITS,
     NotArithmetic,
     evaluate,

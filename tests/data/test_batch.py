@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mcore_sft.data.batch import IGNORE, collate
-from mcore_sft.data.pack import Pack
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.packs.batch import IGNORE, collate
+from mcore_sft.data.packs.pack import Pack
+from mcore_sft.data.text.prompt import Example
 
 
 def example(tokens: list[int], *spans: tuple[int, int]) -> Example:

@@ -5,10 +5,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mcore_sft.data import columns
-from mcore_sft.data.columns import RowReader
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.known_columns import Columns
+from mcore_sft.data.sources import columns
+from mcore_sft.data.sources.columns import RowReader
+from mcore_sft.data.sources.known_columns import Columns
 
 START = '{"problem": "a", "generated_solution": "b"'
 

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from mcore_sft.config import SourceConfig
-from mcore_sft.data import contamination
-from mcore_sft.data.contamination import Contamination, read_benchmarks
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.sources import survey
+from mcore_sft.data.selection import contamination
+from mcore_sft.data.selection.contamination import Contamination, read_benchmarks
+from mcore_sft.data.sources.survey import survey
 
 WORDS = [chr(ord("a") + i) * 3 for i in range(14)]
 """aaa, bbb, ccc, ..."""

@@ -8,14 +8,14 @@ import pytest
 
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig
-from mcore_sft.data import damage
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.damage import find_damage, find_structural_damage
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.job import Job
+from mcore_sft.data.encode.job import Job
+from mcore_sft.data.packs import damage
+from mcore_sft.data.packs.damage import find_damage, find_structural_damage
+from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.data.prepare import prepare
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.prompts import MathPrompt
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

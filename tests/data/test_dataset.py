@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.dataset import PackedDataset
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import write_index
+from mcore_sft.data.packs.dataset import PackedDataset
 from tests.data.test_manifest import MANIFEST
 
 ARRAYS = {

@@ -3,7 +3,7 @@ from collections import namedtuple
 
 import pytest
 
-from mcore_sft.data import disk
+from mcore_sft.data.encode import disk
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prepare import merge, prepare_shard
 from tests.data.test_prepare import ROWS, config, job, run, write_rows
@@ -15,7 +15,7 @@ Usage = namedtuple("Usage", "total used free")
 def rows(tmp_path, monkeypatch):
     """Two sources of several blocks, of which one has longer solutions and a limit."""
     monkeypatch.setattr(disk, "_SMALL", 0)
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 20_000)
     write_rows(tmp_path / "a.jsonl", ROWS[:1500])
     long = [{**row, "generated_solution": row["generated_solution"] * 20} for row in ROWS[1500:]]
     write_rows(tmp_path / "b.jsonl", long)

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mcore_sft.data.duplicates import Seen, _Run, joined, text_hashes
+from mcore_sft.data.selection.duplicates import Seen, _Run, joined, text_hashes
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64, 5000])
@@ -23,7 +23,7 @@ def test_seen_is_a_set(chunk, values):
 
 
 def test_runs_are_merged_in_place(monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.duplicates._BLOCK", 3)
+    monkeypatch.setattr("mcore_sft.data.selection.duplicates._BLOCK", 3)
     random_ = np.random.default_rng(7)
     for sizes in ((1, 1), (10, 4), (4, 10), (100, 9), (9, 100)):
         one, other = (np.sort(random_.integers(0, 2**64, n, dtype=np.uint64)) for n in sizes)

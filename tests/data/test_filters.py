@@ -5,13 +5,7 @@ import pytest
 
 from mcore_sft.config import ConfigError, parse_section
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.filters import (
-    FilterConfig,
-    Filters,
-    Row,
-    trim_prefix,
-    trim_solutions,
-)
+from mcore_sft.data.selection.filters import FilterConfig, Filters, Row, trim_prefix, trim_solutions
 
 
 def dropped_by(row, count_tokens=None, **options):

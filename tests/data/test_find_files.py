@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.find_files import find_files
+from mcore_sft.data.sources.find_files import find_files
 
 
 def refused(path: str, root: Path) -> str:
@@ -103,7 +103,7 @@ def test_a_folder_that_may_not_be_entered_is_named(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
         "from mcore_sft.data.errors import DataError\n"
-        "from mcore_sft.data.find_files import find_files\n"
+        "from mcore_sft.data.sources.find_files import find_files\n"
         "for path in 'locked/a.jsonl', 'locked/*.jsonl', '*/a.jsonl', '**/a.jsonl', 'o*/*':\n"
         "    try: print(find_files(path, root=Path(sys.argv[1]))[0].name)\n"
         "    except DataError as error: print(error)"
@@ -126,7 +126,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path):
         "import sys; from pathlib import Path\n"
         "from mcore_sft.config import SourceConfig\n"
         "from mcore_sft.data.errors import DataError\n"
-        "from mcore_sft.data.sources import peek, survey\n"
+        "from mcore_sft.data.sources.survey import peek, survey\n"
         f"for name in {names}:\n"
         "    mask = 'all' if name == 'a.idx' else None\n"
         "    for look in peek, survey:\n"

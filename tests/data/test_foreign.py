@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.foreign import count_megatron, is_bridge, read_bridge, read_megatron
+from mcore_sft.data.sources.foreign import count_megatron, is_bridge, read_bridge, read_megatron
 
 # Three documents: two sequences, none, one.
 DOCUMENTS = [[[5, 6, 7], [8, 9]], [], [[10, 11, 12, 13]]]

@@ -16,15 +16,15 @@ import pytest
 
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig, SourceConfig
-from mcore_sft.data.arrow_sizes import row_sizes
-from mcore_sft.data.arrow_values import json_values
+from mcore_sft.data.encode.job import Job
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.job import Job
 from mcore_sft.data.prepare import prepare
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats, Pairs
-from mcore_sft.data.sources import survey
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.sources.arrow_sizes import row_sizes
+from mcore_sft.data.sources.arrow_values import json_values
+from mcore_sft.data.sources.survey import survey
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}

@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcore_sft.data import block_files, gather
-from mcore_sft.data.asked import Asked
-from mcore_sft.data.block_files import BlockFile
-from mcore_sft.data.collect import Collector
-from mcore_sft.data.encode import Drops, Encoded
-from mcore_sft.data.gather import Output
+from mcore_sft.data.encode import block_files
+from mcore_sft.data.encode.block import Drops, Encoded
+from mcore_sft.data.encode.block_files import BlockFile
+from mcore_sft.data.encode.collect import Collector
+from mcore_sft.data.packs import gather
+from mcore_sft.data.packs.gather import Output
 from mcore_sft.data.rows import Examples
+from mcore_sft.data.selection.asked import Asked
 from mcore_sft.data.workers import Workers, no_tool
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mcore_sft.data.encode import Encoder
+from mcore_sft.data.encode.block import Encoder
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.prepare import prepare, prepare_shard
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.data.test_prepare import FIXTURES, config, contents, job, solved, write_rows
 
 

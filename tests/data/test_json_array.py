@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from mcore_sft.data import json_array
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.json_array import JsonArray
+from mcore_sft.data.sources import json_array
+from mcore_sft.data.sources.json_array import JsonArray
 
 VALUES = [{"a": "\u00e9]"}, [], 12, -3.5e7, "x, y", None, {"b": [{}]}]
 

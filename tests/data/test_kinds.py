@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from mcore_sft.config import PromptConfig
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats, Pairs
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.data.kinds import KINDS, folder_of
 
 TEXTS = (

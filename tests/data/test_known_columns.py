@@ -10,7 +10,7 @@ import pytest
 from mcore_sft.config import SourceConfig
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Chats, Pairs
-from mcore_sft.data.sources import Survey, peek, survey
+from mcore_sft.data.sources.survey import Survey, peek, survey
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 FORMS = ["rows.jsonl", "rows.parquet"]

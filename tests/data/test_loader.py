@@ -7,9 +7,9 @@ import pytest
 
 from mcore_sft.config import TrainConfig
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.loader import Filling, Loader, packs_of_a_step
-from mcore_sft.data.pack import Pack
-from mcore_sft.data.prompt import Example
+from mcore_sft.data.packs.loader import Filling, Loader, packs_of_a_step
+from mcore_sft.data.packs.pack import Pack
+from mcore_sft.data.text.prompt import Example
 
 PAD = 0
 

@@ -9,11 +9,11 @@ import pytest
 
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig
+from mcore_sft.data.encode.job import Job
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.job import Job
-from mcore_sft.data.preview import preview
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.report.preview import preview
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 BARE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"

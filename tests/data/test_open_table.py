@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcore_sft.config import SourceConfig
-from mcore_sft.data import open_table, table_blocks
-from mcore_sft.data.open_table import OpenTable
-from mcore_sft.data.sources import survey
+from mcore_sft.data.sources import open_table, table_blocks
+from mcore_sft.data.sources.open_table import OpenTable
+from mcore_sft.data.sources.survey import survey
 
 LONG = "x" * 1000
 KINDS = ["parquet", "stream", "file"]

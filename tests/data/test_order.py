@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mcore_sft.config import FilterConfig, HoldoutConfig
-from mcore_sft.data.order import held_out, row_order, visits
+from mcore_sft.data.selection.order import held_out, row_order, visits
 
 PROBLEMS = [7, 3, 7, 9, 3, 7, 3, 1]
 GROUPED = [0, 2, 5, 1, 4, 6, 3, 7]

@@ -11,7 +11,7 @@ import pytest
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.place import workroom, workspace
+from mcore_sft.data.staging import workroom, workspace
 
 
 def make(

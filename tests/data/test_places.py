@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_sft.data.places import place
+from mcore_sft.data.packs.row_names import place
 
 
 @pytest.mark.parametrize(

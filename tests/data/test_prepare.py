@@ -11,16 +11,16 @@ import pytest
 
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.encode.job import Job
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.export import export_json_lines
-from mcore_sft.data.fit import check_fit
-from mcore_sft.data.job import Job
+from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.data.prepare import merge, prepare, prepare_shard
-from mcore_sft.data.preview import preview
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.report import show_manifest
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.report.preview import preview
+from mcore_sft.data.report.report import show_manifest
+from mcore_sft.data.text.fit import check_fit
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.prompts import MathPrompt
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -189,7 +189,7 @@ def test_gigatoken_that_differs_is_given_up_for_the_whole_dataset(packed, tmp_pa
         def encode_batch(self, texts, *, parallel):
             return ak.values_astype(ak.Array([[7]] * len(texts)), "uint32")
 
-    monkeypatch.setattr("mcore_sft.data.tokenizer._load_gigatoken", lambda file: Wrong())
+    monkeypatch.setattr("mcore_sft.data.text.tokenizer._load_gigatoken", lambda file: Wrong())
     _, said = run(config(), tmp_path / "packed")
     assert "starting again with `tokenizers`" in said
     assert contents(tmp_path / "packed") == contents(packed)
@@ -436,7 +436,7 @@ MIXED = {
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
 def test_merged_shards_are_what_one_machine_writes(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 9000)
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 9000)
     rows = [*ROWS[:1500], {"problem": 3}, *ROWS[:20]]
     write_rows(tmp_path / "a.jsonl", rows)
     write_rows(tmp_path / "b.jsonl", [*ROWS[1500:], *ROWS[7:9]])
@@ -663,7 +663,7 @@ def test_place_that_cannot_be_made_is_one_sentence(tmp_path):
 
 
 def test_shards_in_the_place_of_others_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 5000)
     write_rows(tmp_path / "rows.jsonl", ROWS[:400])
     data, folder = config(tmp_path), tmp_path / "packed"
     zero, one = (prepare_shard(job(data), folder, index=i, count=2) for i in range(2))
@@ -680,7 +680,7 @@ def test_shards_in_the_place_of_others_are_refused(tmp_path, monkeypatch):
         shutil.rmtree(one)
     aside.rename(one)
     with monkeypatch.context() as changed:
-        changed.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 9000)
+        changed.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 9000)
         with pytest.raises(DataError, match=r"cut into blocks of \[5000, .*expected .*\[9000, "):
             merge(job(data), folder, count=2)
     assert merge(job(data), folder, count=2)["splits"]["train"]["rows"] == 400

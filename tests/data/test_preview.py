@@ -4,11 +4,11 @@ from pathlib import Path
 
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig
-from mcore_sft.data import sources
-from mcore_sft.data.job import Job
-from mcore_sft.data.preview import preview
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.encode.job import Job
+from mcore_sft.data.report.preview import preview
+from mcore_sft.data.sources import survey as sources
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.prompts import MathPrompt
 
 TOKENIZER = Path(__file__).parent.parent / "fixtures" / "tokenizer"

@@ -12,16 +12,16 @@ from transformers import AutoTokenizer
 
 from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, parse_section
-from mcore_sft.data import chat_files
-from mcore_sft.data.chat import require_asked
-from mcore_sft.data.chat_template import ChatTemplate
 from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prompt import MANY_BOS, NO_STOP, Prompt
-from mcore_sft.data.render import read_instruction
 from mcore_sft.data.rows import Chats, Examples, Pairs
-from mcore_sft.data.talks import NO_ANSWER, SPECIAL_IN_TEXT
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.chat import require_asked
+from mcore_sft.data.text.chat_template import ChatTemplate
+from mcore_sft.data.text.prompt import MANY_BOS, NO_STOP, Prompt
+from mcore_sft.data.text.render import read_instruction
+from mcore_sft.data.text.talks import NO_ANSWER, SPECIAL_IN_TEXT
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.prompts import MathPrompt as PromptConfig
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"

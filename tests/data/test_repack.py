@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from mcore_sft.data import encode, origins
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.encode import block as encode
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.packs import origins
+from mcore_sft.data.packs.dataset import PackedDataset
 from tests.data.test_prepare import ROWS, config, contents, run, solved, write_rows
 
 DRAW = np.random.default_rng(0)
@@ -127,7 +128,7 @@ def test_repacked_dataset_keeps_its_place_where_links_are_not_known(rows, monkey
 
     run(config(rows), rows / "packed")
     shutil.copytree(rows / "packed", rows / "old")
-    monkeypatch.setattr("mcore_sft.data.repack.os.link", unknown)
+    monkeypatch.setattr("mcore_sft.data.packs.repack.os.link", unknown)
     run(config(rows, sequence_length=300), rows / "packed", overwrite=True)
     run(config(rows), rows / "packed", overwrite=True)
     assert contents(rows / "packed") == contents(rows / "old")

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.data.dataset import Arrays
-from mcore_sft.data.encode import Sample
+from mcore_sft.data.encode.block import Sample
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum, write_index
-from mcore_sft.data.places import shown
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.proof import prove
-from mcore_sft.data.report import show_manifest, write_report
-from mcore_sft.data.report_page import _contamination
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.packs.dataset import Arrays
+from mcore_sft.data.packs.proof import prove
+from mcore_sft.data.packs.row_names import shown
+from mcore_sft.data.report.page import _contamination
+from mcore_sft.data.report.report import show_manifest, write_report
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.prompts import MathPrompt
 
 TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "fixtures" / "tokenizer")
@@ -63,8 +63,8 @@ GOOD = [
 @pytest.fixture(params=[1 << 21, 4])
 def chunk(request, monkeypatch):
     """Everything at once, and in pieces."""
-    monkeypatch.setattr("mcore_sft.data.proof._TOKENS_AT_ONCE", request.param)
-    monkeypatch.setattr("mcore_sft.data.proof._PACKS_AT_ONCE", 1 + request.param // 4)
+    monkeypatch.setattr("mcore_sft.data.packs.proof._TOKENS_AT_ONCE", request.param)
+    monkeypatch.setattr("mcore_sft.data.packs.proof._PACKS_AT_ONCE", 1 + request.param // 4)
 
 
 @pytest.mark.usefixtures("chunk")

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from mcore_sft.base import files
-from mcore_sft.data import block_files, finish, gather, store
+from mcore_sft.data import finish
 from mcore_sft.data import manifest as manifests
-from mcore_sft.data.encode import Encoder
+from mcore_sft.data.encode import block_files, store
+from mcore_sft.data.encode.block import Encoder
+from mcore_sft.data.packs import gather
 from mcore_sft.data.prepare import merge, prepare, prepare_shard
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tests.data.test_prepare import FIXTURES, ROWS, config, contents, job, write_rows
 
 SETTINGS: dict[str, Any] = {
@@ -38,7 +40,7 @@ def sources(tmp_path_factory):
     write_rows(folder / "test.jsonl", [{"problem": f"what is {i} + 1?"} for i in range(0, 90, 7)])
     with pytest.MonkeyPatch.context() as patch:
         size = (folder / "rows.jsonl").stat().st_size
-        patch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", size // BLOCKS + 1)
+        patch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", size // BLOCKS + 1)
         patch.setattr(gather, "STRETCH", 40_000)
         patch.setattr(gather, "_TOGETHER", 50_000)
         yield folder
@@ -155,7 +157,7 @@ def other_code(folder, monkeypatch):
 
 
 def other_cut(folder, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 9000)
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 9000)
     return job(config(folder, **SETTINGS))
 
 

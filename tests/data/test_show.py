@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 
 from mcore_sft.base.terminal import Console
-from mcore_sft.data.prompt import Example
-from mcore_sft.data.show import coloured, length_chart
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.report.show import coloured, length_chart
+from mcore_sft.data.text.prompt import Example
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 TOKENIZER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
 

@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from mcore_sft.data import shuffle as shuffles
-from mcore_sft.data.shuffle import shuffle
+from mcore_sft.data.selection import shuffle as shuffles
+from mcore_sft.data.selection.shuffle import shuffle
 
 SIZES = [0, 1, 2, 3, 4, 5, 63, 64, 65, 1000, 4095, 4096, 4097, 8191, 8192, 20_000]
 

@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcore_sft.config import SourceConfig
-from mcore_sft.data import table_blocks, text_blocks
-from mcore_sft.data.contamination import read_benchmarks
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.find_files import find_files
 from mcore_sft.data.indexed import write_index
-from mcore_sft.data.open_table import open_table
 from mcore_sft.data.rows import Chats, Pairs, Tokens
-from mcore_sft.data.source_file import SourceFile
-from mcore_sft.data.sources import source_size, survey
+from mcore_sft.data.selection.contamination import read_benchmarks
+from mcore_sft.data.sources import table_blocks, text_blocks
+from mcore_sft.data.sources.find_files import find_files
+from mcore_sft.data.sources.open_table import open_table
+from mcore_sft.data.sources.source_file import SourceFile
+from mcore_sft.data.sources.survey import source_size, survey
 
 TEXT_KINDS = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"]
 TEXT_KINDS += ["a.jsonl.zst", "list.json.gz"]

@@ -8,16 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mcore_sft.data import store
-from mcore_sft.data.collect import CONTAMINATED, DUPLICATE
-from mcore_sft.data.contamination import Contamination
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.encode import BAD
+from mcore_sft.data.encode import store
+from mcore_sft.data.encode.block import BAD
+from mcore_sft.data.encode.collect import CONTAMINATED, DUPLICATE
+from mcore_sft.data.encode.store import Bench
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.export import export_json_lines
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.split import NOT_SAMPLED, TOO_LONG, by_rule
 from mcore_sft.data.prepare import merge, prepare_shard
-from mcore_sft.data.split import NOT_SAMPLED, TOO_LONG, by_rule
-from mcore_sft.data.store import Bench
+from mcore_sft.data.selection.contamination import Contamination
 from tests.data.test_prepare import ROWS, config, contents, job, run, solved, texts, write_rows
 
 
@@ -101,7 +101,7 @@ def test_rows_are_compared_where_nemo_skills_compares_them(case, tmp_path):
 
 
 def test_comparing_twice_gives_the_same_bytes_from_workers_and_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 9000)
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 9000)
     write_rows(tmp_path / "rows.jsonl", drawn(400))
     filters = {"order": "nemo_skills", **NEMO["both, sampled"][0]}
     alone, _ = run(config(tmp_path, filters=filters), tmp_path / "alone")
@@ -267,7 +267,7 @@ def test_pair_names_the_first_row_of_both_sides(tmp_path):
 
 
 def test_pairs_are_written_with_the_first_row_of_a_pair(tmp_path, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 2000)
     rows = [
         *ROWS[:40],
         solved(LONG, "one"),
@@ -290,8 +290,10 @@ def test_pairs_are_written_with_the_first_row_of_a_pair(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("met", [1, 1 << 20])
 def test_each_distinct_text_is_compared_once_by_whoever_is_asked(met, tmp_path, monkeypatch):
-    monkeypatch.setattr("mcore_sft.data.text_blocks.BLOCK_BYTES", 2000)
-    monkeypatch.setattr("mcore_sft.data.asked._MET", met)  # a process forgets what it met, or not
+    monkeypatch.setattr("mcore_sft.data.sources.text_blocks.BLOCK_BYTES", 2000)
+    monkeypatch.setattr(
+        "mcore_sft.data.selection.asked._MET", met
+    )  # a process forgets what it met, or not
     compared, check = [], Contamination.check
 
     def checked(self, problems):

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer as Plain
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from mcore_sft.data import codec
-from mcore_sft.data import tokenizer as module
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text import codec
+from mcore_sft.data.text import tokenizer as module
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDER = FIXTURES / "tokenizer"

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mcore_sft.data import chat_files
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}

@@ -9,9 +9,9 @@ import pytest
 
 from mcore_sft.config import PromptConfig
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "tokenizer"
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mcore_sft.config import BenchmarkConfig, EvaluationConfig
-from mcore_sft.data.prompt import Prompt
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer
 from mcore_sft.evaluation import benchmarks, run
 from mcore_sft.evaluation.benchmarks import Benchmark, Problem
 from mcore_sft.evaluation.engines.engine import Engine

@@ -20,10 +20,10 @@ import psutil
 import pytest
 
 from mcore_sft.config import EvaluationConfig
-from mcore_sft.data import chat_files
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.evaluation.engines.engine import Completion, Engine, Request
 from mcore_sft.evaluation.engines.open import open_engine
 from mcore_sft.evaluation.errors import EvaluationError

@@ -25,7 +25,7 @@ from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint import weights
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ParallelConfig
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import families
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy, reference
 from tests import tiny

@@ -13,8 +13,8 @@ import yaml
 
 from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, ParallelConfig
-from mcore_sft.data.batch import collate
-from mcore_sft.data.pack import Pack
+from mcore_sft.data.packs.batch import collate
+from mcore_sft.data.packs.pack import Pack
 from mcore_sft.model import families
 from mcore_sft.plan.layout import Layout
 from mcore_sft.training.beside.metrics import Metrics

@@ -16,15 +16,17 @@ from transformers import AutoTokenizer
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint.describe import Description
 from mcore_sft.config import DataConfig, ParallelConfig, PromptConfig, SourceConfig
-from mcore_sft.data import chat_files, prompt_record, text_blocks
-from mcore_sft.data.dataset import PackedDataset
+from mcore_sft.data.encode import prompt_record
+from mcore_sft.data.encode.job import Job
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.fit import check_fit
-from mcore_sft.data.job import Job
+from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.data.prepare import prepare
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats, Pairs
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.sources import text_blocks
+from mcore_sft.data.text import chat_files
+from mcore_sft.data.text.fit import check_fit
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.evaluation.errors import EvaluationError
 from mcore_sft.evaluation.trained_prompt import Asked, choose
 from mcore_sft.training import packs

@@ -25,8 +25,10 @@ import to_hf
 
 from mcore_sft import command
 from mcore_sft import config as configuration
-from mcore_sft.data import progress, report, show, tokenizer
-from mcore_sft.data.prompt import Example
+from mcore_sft.data import progress
+from mcore_sft.data.report import report, show
+from mcore_sft.data.text import tokenizer
+from mcore_sft.data.text.prompt import Example
 from mcore_sft.evaluation import benchmarks, run
 from mcore_sft.evaluation.engines import vllm_engine
 from mcore_sft.evaluation.errors import EvaluationError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mcore_sft.checkpoint import weights, writer
-from mcore_sft.data.loader import Loader
+from mcore_sft.data.packs.loader import Loader
 from mcore_sft.model import build
 from mcore_sft.training import loop
 from mcore_sft.training.beside import accuracy

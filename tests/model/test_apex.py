@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mcore_sft.config import ParallelConfig
-from mcore_sft.data.batch import collate
-from mcore_sft.data.pack import Pack
+from mcore_sft.data.packs.batch import collate
+from mcore_sft.data.packs.pack import Pack
 from mcore_sft.model import build
 from tests import tiny
 from tests.runs import batch_of, gradients, loaded, on_layout, relative_norm

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mcore_sft.config import RunConfig
-from mcore_sft.data import batch as batches
+from mcore_sft.data.packs import batch as batches
 from mcore_sft.model import build
 from mcore_sft.training import optimizer as optim
 from mcore_sft.training import step

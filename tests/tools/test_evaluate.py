@@ -7,7 +7,7 @@ import evaluate
 import pytest
 
 from mcore_sft.base.errors import UserError
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.evaluation.errors import EvaluationError
 from tests.evaluation.stand_in import make_python
 from tests.tiny import make_model

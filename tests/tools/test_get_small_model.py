@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mcore_sft.data.prompt import Prompt
 from mcore_sft.data.rows import Chats
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.prompt import Prompt
+from mcore_sft.data.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ASKED = {"role": "user", "content": "What is the capital of France?"}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mcore_sft import command
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.tokenizer import Tokenizer, load_tokenizer
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests import runs
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

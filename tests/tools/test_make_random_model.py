@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import families
 from mcore_sft.model.families import FAMILIES
 from tools.demo_data import train_tokenizer

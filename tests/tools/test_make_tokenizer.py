@@ -1,6 +1,6 @@
 import pytest
 
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from tools.make_tokenizer import TextError, main, texts_in
 
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from mcore_sft import command
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.place import workspace
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.staging import workspace
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

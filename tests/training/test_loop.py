@@ -13,7 +13,7 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.checkpoint.manifest import read_manifest
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.config import ParallelConfig, RunConfig
-from mcore_sft.data.tokenizer import load_tokenizer
+from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model.families import read
 from mcore_sft.training import loop, packs
 from tests import runs

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcore_sft.data.batch import collate
+from mcore_sft.data.packs.batch import collate
 from mcore_sft.training.step import token_loss
 from tests.data.test_batch import PACK
 

@@ -23,7 +23,7 @@ from urllib.parse import urlencode
 
 import yaml
 
-from mcore_sft.data.report_page import STYLE
+from mcore_sft.data.report.page import STYLE
 
 Row = Mapping[str, Any]
 

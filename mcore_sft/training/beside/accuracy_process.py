@@ -29,7 +29,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Imported late: it takes seconds, in which the run may end.
     from mcore_sft.checkpoint.export import export
-    from mcore_sft.data.tokenizer import load_tokenizer
+    from mcore_sft.data.text.tokenizer import load_tokenizer
     from mcore_sft.evaluation import benchmarks
     from mcore_sft.evaluation.run import Evaluation, evaluate
     from mcore_sft.evaluation.trained_prompt import Asked, choose

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_sft.checkpoint.sharded import Progress
-from mcore_sft.data.batch import Batch
+from mcore_sft.data.packs.batch import Batch
 from mcore_sft.model.build import Chunks
 from mcore_sft.training.step import StepResult
 

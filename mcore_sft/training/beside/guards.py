@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mcore_sft.checkpoint.sharded import Progress
 from mcore_sft.config import TrainConfig
-from mcore_sft.data.batch import Batch
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader
+from mcore_sft.data.packs.batch import Batch
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.loader import Loader
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.beside.metrics import Metrics
 from mcore_sft.training.errors import TrainingError

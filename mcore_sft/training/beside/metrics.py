@@ -26,7 +26,7 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint.sharded import POINTER, Progress
 from mcore_sft.config import LogConfig
-from mcore_sft.data.batch import Batch
+from mcore_sft.data.packs.batch import Batch
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.runtime.hardware import peak_flops
 from mcore_sft.runtime.mesh import Mesh

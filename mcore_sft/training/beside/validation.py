@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from mcore_sft.checkpoint.sharded import Checkpoints, Progress
 from mcore_sft.config import RunConfig
-from mcore_sft.data.loader import Loader
-from mcore_sft.data.tokenizer import Tokenizer
+from mcore_sft.data.packs.loader import Loader
+from mcore_sft.data.text.tokenizer import Tokenizer
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.build import Chunks
 from mcore_sft.runtime.mesh import Mesh

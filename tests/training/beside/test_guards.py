@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mcore_sft.config import RunConfig, TrainConfig
-from mcore_sft.data.dataset import PackedDataset
-from mcore_sft.data.loader import Loader, packs_of_a_step
+from mcore_sft.data.packs.dataset import PackedDataset
+from mcore_sft.data.packs.loader import Loader, packs_of_a_step
 from mcore_sft.model import build
 from mcore_sft.training.beside.guards import PATIENCE, Mean, Share, is_spike, means_of
 from tests import runs

@@ -1,0 +1,1 @@
+"""What a packed dataset holds, for people: tables, a page, coloured text."""

@@ -1,0 +1,1 @@
+"""Rows in, those worth training on out, and their order: filters, repeats, contamination."""

@@ -1,0 +1,1 @@
+"""Files and hub datasets in, blocks of rows in columns out."""

@@ -1,0 +1,1 @@
+"""Rows in, examples out: chat templates, tokenizers, and which tokens are trained."""
