@@ -38,11 +38,11 @@ from mcore_sft.config import (
     RunConfig,
     TrainConfig,
 )
-from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.packs.batch import Batch, _share, collate
 from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.data.packs.loader import Loader
 from mcore_sft.data.packs.pack import Pack
+from mcore_sft.data.sources.conversation import Conversation, Message
 from mcore_sft.data.text.prompt import Example, Prompt
 from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.evaluation.engines.engine import Request

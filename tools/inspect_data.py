@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mcore_sft import command
+from mcore_sft.base.progress import progress
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.packs.damage import find_damage, find_structural_damage
 from mcore_sft.data.packs.dataset import Arrays, PackedDataset
 from mcore_sft.data.packs.retokenize import other_ids
-from mcore_sft.data.progress import progress
 from mcore_sft.data.report.report import show_manifest
 from mcore_sft.data.report.show import Viewer, length_chart, load_own_tokenizer
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from mcore_sft.base import files
+from mcore_sft.base.progress import progress
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint import sharded, weights
 from mcore_sft.checkpoint.describe import MODEL, RECORD, named_files, with_dtype, write_json
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import MANIFEST, read_manifest, reading, verify
 from mcore_sft.checkpoint.safetensors_folder import SHARD_BYTES, write
-from mcore_sft.data.progress import progress
 from mcore_sft.data.text import chat_files
 from mcore_sft.data.text.prompt import Prompt
 from mcore_sft.data.text.tokenizer import load_tokenizer

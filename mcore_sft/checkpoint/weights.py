@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mcore_sft.base.errors import UserError
 from mcore_sft.base.model_folder import INDEX, SINGLE
+from mcore_sft.base.progress import progress
 from mcore_sft.base.terminal import Console
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
-from mcore_sft.data.progress import progress
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.weight_table import Segment, Table, Weight
 from mcore_sft.runtime.mesh import Mesh

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from mcore_sft.base.files import end_of_links, rename, sync
+from mcore_sft.base.progress import Course
 from mcore_sft.data.encode.job import Job
 from mcore_sft.data.encode.stage import benches, collect, encode
 from mcore_sft.data.encode.store import Store
@@ -12,7 +13,6 @@ from mcore_sft.data.errors import DataError
 from mcore_sft.data.finish import rules
 from mcore_sft.data.packs.gather import Output, gather
 from mcore_sft.data.packs.split import exported
-from mcore_sft.data.progress import Course
 from mcore_sft.data.staging import workspace
 
 _BYTES = np.dtype(np.uint8)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mcore_sft.base.progress import Course
 from mcore_sft.config import HoldoutConfig
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.encode import disk
@@ -23,7 +24,6 @@ from mcore_sft.data.packs.gather import Output, gather
 from mcore_sft.data.packs.row_names import place, shown
 from mcore_sft.data.packs.split import Rules, divide
 from mcore_sft.data.packs.write import Pack, Packing, outputs, pack_split
-from mcore_sft.data.progress import Course
 from mcore_sft.data.report.report import write_report
 from mcore_sft.data.selection.contamination import Finding
 from mcore_sft.data.staging import Room

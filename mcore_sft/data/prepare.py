@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.base.progress import Course
 from mcore_sft.base.terminal import Console
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.encode import disk
@@ -34,7 +35,6 @@ from mcore_sft.data.finish import (
 from mcore_sft.data.indexed import token_type
 from mcore_sft.data.packs.repack import can_be_packed, take_over, unpacked
 from mcore_sft.data.packs.write import Pack, packing_operator
-from mcore_sft.data.progress import Course
 from mcore_sft.data.staging import Room, clear, holds_dataset, workroom
 
 READING = "checksums"

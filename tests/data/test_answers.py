@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from mcore_sft.base.terminal import Console
 from mcore_sft.config import DataConfig, PromptConfig
-from mcore_sft.data.conversation import UnfitRow, checked
 from mcore_sft.data.encode.job import Job
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.packs.dataset import PackedDataset
 from mcore_sft.data.prepare import prepare
 from mcore_sft.data.rows import Chats, Pairs
+from mcore_sft.data.sources.conversation import UnfitRow, checked
 from mcore_sft.data.text.answers import divided, reasoning_in
 from mcore_sft.data.text.prompt import Prompt
 from mcore_sft.data.text.tokenizer import load_tokenizer

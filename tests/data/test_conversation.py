@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mcore_sft.data.conversation import UnfitRow, checked, unknown_keys
+from mcore_sft.data.sources.conversation import UnfitRow, checked, unknown_keys
 
 
 def call(arguments, **more):

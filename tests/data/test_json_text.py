@@ -2,7 +2,7 @@ from decimal import Decimal
 
 import pytest
 
-from mcore_sft.data.json_text import DEEPEST, loads, raw_decode
+from mcore_sft.base.json_text import DEEPEST, loads, raw_decode
 
 
 def nested(levels: int, kind: str) -> str:

@@ -2,9 +2,9 @@ import io
 
 import pytest
 
+from mcore_sft.base import progress
+from mcore_sft.base.progress import Course
 from mcore_sft.base.terminal import Console
-from mcore_sft.data import progress
-from mcore_sft.data.progress import Course
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from mcore_sft import config as configuration
 from mcore_sft.config import ConfigError, parse_section
-from mcore_sft.data.conversation import Conversation, Message
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Chats, Examples, Pairs
+from mcore_sft.data.sources.conversation import Conversation, Message
 from mcore_sft.data.text import chat_files
 from mcore_sft.data.text.chat import require_asked
 from mcore_sft.data.text.chat_template import ChatTemplate

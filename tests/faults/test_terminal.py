@@ -25,7 +25,7 @@ import to_hf
 
 from mcore_sft import command
 from mcore_sft import config as configuration
-from mcore_sft.data import progress
+from mcore_sft.base import progress
 from mcore_sft.data.report import report, show
 from mcore_sft.data.text import tokenizer
 from mcore_sft.data.text.prompt import Example

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mcore_sft.config import FilterConfig
-from mcore_sft.data.conversation import system_text
 from mcore_sft.data.encode.prompt_record import SystemHashes, system_hashes
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
@@ -26,6 +25,7 @@ from mcore_sft.data.selection.asked import Asked, asked, said_by_users
 from mcore_sft.data.selection.duplicates import Hashes, hashes_of, joined, text_hashes
 from mcore_sft.data.selection.filters import Filters, Row
 from mcore_sft.data.sources.blocks import Block
+from mcore_sft.data.sources.conversation import system_text
 from mcore_sft.data.sources.open_table import OpenTable
 from mcore_sft.data.text.answers import TrainOn
 from mcore_sft.data.text.prompt import UNFIT, Prompt

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mcore_sft.base.progress import Advance
 from mcore_sft.config import DataConfig
 from mcore_sft.data.encode import store as stores
 from mcore_sft.data.encode.block import BAD, Drops
@@ -20,7 +21,6 @@ from mcore_sft.data.encode.collect import Collected, Collector
 from mcore_sft.data.encode.job import Job
 from mcore_sft.data.encode.store import Bench, Store
 from mcore_sft.data.errors import DataError
-from mcore_sft.data.progress import Advance
 from mcore_sft.data.selection.contamination import Finding
 from mcore_sft.data.selection.duplicates import Seen
 from mcore_sft.data.text.prompt import UNFIT

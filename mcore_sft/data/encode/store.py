@@ -73,8 +73,10 @@ def cut() -> list[int]:
 def code() -> str:
     """A checksum that stands for the code that makes a block, the packages it calls included."""
     digest = hashlib.sha256(platform.python_version().encode())
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
+    package = Path(__file__).parents[2]
+    for room in ("base", "data"):
+        for file in sorted((package / room).rglob("*.py")):
+            digest.update(file.read_bytes())
     for name in _DECIDE:
         try:
             digest.update(f"{name} {version(name)}".encode())

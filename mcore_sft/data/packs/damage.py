@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mcore_sft.base.progress import progress
 from mcore_sft.base.terminal import Console
 from mcore_sft.data import manifest as manifests
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.packs.dataset import Array, Arrays
-from mcore_sft.data.progress import progress
 from mcore_sft.data.rows import num_trained
 
 LISTED = 3

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from mcore_sft.base import json_text
 from mcore_sft.config import FilterConfig
-from mcore_sft.data import json_text
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.selection.arithmetic import has_wrong_equation, spell_out
 

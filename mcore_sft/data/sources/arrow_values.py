@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mcore_sft.data import json_text
+from mcore_sft.base import json_text
 
 Values = list[Any]
 Places = npt.NDArray[np.int64]

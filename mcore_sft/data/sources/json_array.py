@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mcore_sft.data import json_text
+from mcore_sft.base import json_text
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.sources.single_row import MAX_ROW_BYTES
 

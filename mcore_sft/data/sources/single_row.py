@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mcore_sft.data import json_text
-from mcore_sft.data.conversation import checked
+from mcore_sft.base import json_text
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.sources.conversation import checked
 from mcore_sft.data.sources.known_columns import Columns, missing
 
 MAX_ROW_BYTES = 10_000_000

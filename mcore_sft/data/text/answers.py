@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mcore_sft.data.conversation import UnfitRow, is_trained, reasoning_of
+from mcore_sft.data.sources.conversation import UnfitRow, is_trained, reasoning_of
 
 Messages = Sequence[Mapping[str, Any]]
 TrainOn = Literal["all", "last", "each"]

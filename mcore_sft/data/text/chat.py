@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mcore_sft.data.conversation import UnfitRow
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.sources.conversation import UnfitRow
 from mcore_sft.data.text.chat_template import ChatTemplate, Messages, Tools
 from mcore_sft.data.text.lost_content import require_written
 from mcore_sft.data.text.render import Answer, Instruction, Written, cut_after_stop

@@ -13,8 +13,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mcore_sft.data.conversation import REASONING, UnfitRow
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.sources.conversation import REASONING, UnfitRow
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]

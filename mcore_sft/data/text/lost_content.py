@@ -8,7 +8,7 @@ import json
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from mcore_sft.data.conversation import UnfitRow, texts_in, unknown_keys
+from mcore_sft.data.sources.conversation import UnfitRow, texts_in, unknown_keys
 from mcore_sft.data.text.chat_template import ChatTemplate, Messages, Tools
 
 

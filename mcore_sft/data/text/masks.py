@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mcore_sft.data.conversation import UnfitRow
 from mcore_sft.data.rows import Examples
+from mcore_sft.data.sources.conversation import UnfitRow
 from mcore_sft.data.text.render import Written
 from mcore_sft.data.text.tokenizer import Located, Offsets, Tokenizer, byte_places
 

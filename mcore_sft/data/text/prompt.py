@@ -22,12 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mcore_sft.config import PromptConfig, Section, parse_section
-from mcore_sft.data.conversation import (
-    Conversation,
-)
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import running_sum
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows
+from mcore_sft.data.sources.conversation import Conversation
 from mcore_sft.data.text import template_jinja
 from mcore_sft.data.text.answers import TrainOn
 from mcore_sft.data.text.chat import Chat

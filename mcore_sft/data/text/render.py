@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import yaml
 
 from mcore_sft.config import ConfigError, Section, parse_section
-from mcore_sft.data.conversation import UnfitRow, unknown_keys
 from mcore_sft.data.errors import DataError
+from mcore_sft.data.sources.conversation import UnfitRow, unknown_keys
 from mcore_sft.data.text.chat_template import Messages, Tools
 from mcore_sft.data.text.lost_content import passed_over
 from mcore_sft.data.text.tokenizer import Tokenizer

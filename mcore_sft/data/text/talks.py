@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mcore_sft.data.conversation import UnfitRow, checked, texts_in, texts_of
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.rows import Chats, Examples, Pairs, Rows
+from mcore_sft.data.sources.conversation import UnfitRow, checked, texts_in, texts_of
 from mcore_sft.data.text.answers import TrainOn, divided, reasoning_in, trained_in
 from mcore_sft.data.text.chat import Chat
 from mcore_sft.data.text.chat_template import Messages, Tools

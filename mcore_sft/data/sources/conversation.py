@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mcore_sft.data import json_text
+from mcore_sft.base import json_text
 from mcore_sft.data.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
