@@ -18,7 +18,9 @@ def test_characters_that_a_terminal_obeys_are_written_out():
 
 
 @pytest.mark.parametrize(
-    "wrapped", [str, Text, Panel, lambda text: Text(text, style="bold red")], ids=str
+    "wrapped",
+    [str, Text, Panel, lambda text: Text(text, style="bold red")],
+    ids=["str", "text", "panel", "styled"],
 )
 def test_whatever_is_printed_is_text_alone(wrapped):
     file = io.StringIO()
