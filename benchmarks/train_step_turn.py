@@ -165,7 +165,10 @@ def _own_loss(fusion: str | None) -> Iterator[Any]:
         config.cross_entropy_fusion_impl = fusion or "native"
         return config
 
-    def forward(packs: Iterator[Batch], model: Any, *, mesh: Mesh) -> tuple[Tensor, Any]:
+    def forward(
+        packs: Iterator[Batch], model: Any, *, mesh: Mesh, begins: Callable[[], None]
+    ) -> tuple[Tensor, Any]:
+        begins()
         batch = next(packs).to(mesh.device)
         learned = batch.labels != IGNORE
         losses = model(
