@@ -43,8 +43,9 @@ from mcore_sft.base.files import write_named
 from mcore_sft.base.terminal import Console, Parser
 from mcore_sft.ops import library
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
+from mcore_sft.runtime.device import torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")
 IGNORE = -100
 
 console = Console(width=140)
@@ -85,7 +86,7 @@ class Problem:
         self.case, device = case, case.device
         made = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"device": device, "generator": made}
-        dtype = DTYPES[case.dtype]
+        dtype = torch_dtype(case.dtype)
         hidden = torch.randn(case.rows, case.width, **options)
         weight = torch.randn(case.vocab, case.width, **options) * case.width**-0.5
         self.hidden = hidden.to(dtype).requires_grad_(case.backward)
@@ -481,7 +482,7 @@ def cases_of(device: str, *, quick: bool) -> list[Case]:
     masks = (0, 35, 50)
     if device == "cpu":
         shapes = [(512, 64, 8192), (512, 256, 32768), (512, 1024, 32768)]
-        kinds = product(shapes[:1], ["bf16"]) if quick else product(shapes, DTYPES)
+        kinds = product(shapes[:1], ["bf16"]) if quick else product(shapes, PRECISIONS)
         return [
             Case(device="cpu", rows=rows, width=width, vocab=vocab, dtype=dtype, masked=masked)
             for ((rows, width, vocab), dtype), masked in product(kinds, masks)

@@ -21,9 +21,9 @@ from mcore_sft.base.errors import UserError
 from mcore_sft.base.terminal import Parser, say
 from mcore_sft.data.text.tokenizer import Tokenizer, load_tokenizer
 from mcore_sft.model.families import FAMILIES, read
+from mcore_sft.runtime.device import torch_dtype
 
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "</s>")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ShapeError(UserError):
@@ -210,7 +210,7 @@ def parse_arguments() -> argparse.Namespace:
         help="embedding and head share their weights",
     )
     made.add_argument("--vocab-size", type=_count, help="default: the tokenizer's")
-    made.add_argument("--dtype", choices=DTYPES, default="fp32")
+    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     made.add_argument("--seed", type=int, default=0)
     return made.parse_args()
 
@@ -238,7 +238,7 @@ def main() -> None:
         load_tokenizer(arguments.tokenizer),
         vocab_size=arguments.vocab_size,
         seed=arguments.seed,
-        dtype=DTYPES[arguments.dtype],
+        dtype=torch_dtype(arguments.dtype),
     )
     say(f"{arguments.output}: {parameters / 1e6:,.1f} million random parameters")
 

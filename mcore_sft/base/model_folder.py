@@ -16,8 +16,6 @@ from mcore_sft.base.foreign import what_instead
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PLAIN = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-"""How safetensors names the types of weights that are not quantized -> how we do."""
 
 
 def read_bytes(path: Path) -> bytes:

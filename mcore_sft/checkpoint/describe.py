@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from mcore_sft import config as configuration
 from mcore_sft.base import files
+from mcore_sft.base.dtypes import DTYPES
 from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.manifest import read_manifest, reading
 from mcore_sft.config import RunConfig
@@ -34,7 +35,6 @@ from mcore_sft.data.text.tokenizer import load_tokenizer
 RECORD = MODEL_FILE
 MODEL = "model"
 CONFIG = "config.yaml"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 _READ_OF_BASE = ("config.json", "generation_config.json")
@@ -163,7 +163,9 @@ def _architecture(config: RunConfig, prompt: Prompt) -> dict[str, Any]:
 
 def with_dtype(found: dict[str, Any], precision: str) -> dict[str, Any]:
     """The config.json `found`, saying that its weights have `precision`, if it speaks of that."""
-    return found | {key: DTYPES[precision] for key in ("dtype", "torch_dtype") if key in found}
+    return found | {
+        key: DTYPES[precision].torch for key in ("dtype", "torch_dtype") if key in found
+    }
 
 
 def _generation(base: Path, prompt: Prompt, bos_id: int | None) -> dict[str, Any]:

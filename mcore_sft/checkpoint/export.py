@@ -30,8 +30,8 @@ from mcore_sft.data.text.prompt import Prompt
 from mcore_sft.data.text.tokenizer import load_tokenizer
 from mcore_sft.model import families
 from mcore_sft.model.architecture import Architecture
+from mcore_sft.runtime.device import torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 _OF_OTHER_WEIGHTS = ("quantization_config", "compression_config", "auto_map")
 """What a base may say that is not so of plain weights without code beside them."""
@@ -189,7 +189,7 @@ def _write_weights(
     architecture = families.read(folder)
     shapes = architecture.shapes()
     readers = [sharded.whole_tensors(path) for path in checkpoints]
-    stored = DTYPES[dtype] if dtype else readers[0](_SMALL).dtype
+    stored = torch_dtype(dtype) if dtype else readers[0](_SMALL).dtype
     if dtype:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", with_dtype(config, dtype))

@@ -18,14 +18,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mcore_sft.base.model_folder import INDEX, PLAIN, SINGLE, open_weights, weight_files
+from mcore_sft.base.dtypes import BY_SAFETENSORS, DTYPES
+from mcore_sft.base.model_folder import INDEX, SINGLE, open_weights, weight_files
 from mcore_sft.checkpoint.errors import CheckpointError
+from mcore_sft.runtime.device import dtype_name
 
 SHARD_BYTES = 5 * 10**9
 BLOCKS, BLOCK_BYTES = 16, 4096
 _READERS = 16
 """Reads at a time: a network file system answers each after a while."""
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class SafetensorsFolder:
@@ -68,12 +69,12 @@ class SafetensorsFolder:
         found: Counter[str] = Counter()
         for name in sorted(self.names().intersection(names)):
             file, stored = self._file_of[name], self._slice(name).get_dtype()
-            if stored not in PLAIN:
+            if stored not in BY_SAFETENSORS:
                 raise CheckpointError(
                     f"{self.folder / file}: {name} is quantized (got {stored}, expected "
-                    f"{', '.join(PLAIN)}). Fix: take the unquantized model (model.path)"
+                    f"{', '.join(BY_SAFETENSORS)}). Fix: take the unquantized model (model.path)"
                 )
-            found[PLAIN[stored]] += 1
+            found[BY_SAFETENSORS[stored]] += 1
         return found
 
     def files(self) -> dict[str, Path]:
@@ -215,7 +216,11 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     at = 0
     for name, shape in shapes.items():
         end = at + math.prod(shape) * dtype.itemsize
-        table[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+        table[name] = {
+            "dtype": DTYPES[dtype_name(dtype)].safetensors,
+            "shape": shape,
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers that follow are aligned

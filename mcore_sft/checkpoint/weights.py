@@ -20,6 +20,7 @@ from mcore_sft.checkpoint.errors import CheckpointError
 from mcore_sft.checkpoint.safetensors_folder import SafetensorsFolder
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.weight_table import Segment, Table, Weight
+from mcore_sft.runtime.device import dtype_name
 from mcore_sft.runtime.mesh import Mesh
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -110,7 +111,8 @@ def _said(folder: SafetensorsFolder, names: Iterable[str], dtype: torch.dtype) -
     stored = folder.types(names)
     if stored.keys() == {"fp32"} and dtype == torch.float32:
         return
-    ours, exact = _EXACT[dtype]
+    ours = dtype_name(dtype)
+    exact = _EXACT[ours]
     rounded = " and ".join(sorted(stored.keys() - exact))
     yield (
         f"base weights in {' and '.join(sorted(stored))}: the fp32 main weights start from "
@@ -118,8 +120,8 @@ def _said(folder: SafetensorsFolder, names: Iterable[str], dtype: torch.dtype) -
     )
 
 
-_EXACT = {torch.float32: ("fp32", {"fp32", "bf16", "fp16"}), torch.bfloat16: ("bf16", {"bf16"})}
-"""Type of the model's weights -> its name, and the types all of whose values it has."""
+_EXACT = {"fp32": {"fp32", "bf16", "fp16"}, "bf16": {"bf16"}}
+"""Type of the model's weights -> the types all of whose values it has."""
 
 
 def export(

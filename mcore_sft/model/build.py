@@ -14,6 +14,7 @@ from mcore_sft.config import ConfigError, ModelConfig, TrainConfig
 from mcore_sft.model.architecture import Architecture, rope_frequencies
 from mcore_sft.model.layers import ApexRMSNorm, FusedSwiGLU, PackedAttention, RMSNorm
 from mcore_sft.ops.linear_cross_entropy import linear_cross_entropy
+from mcore_sft.runtime.device import torch_dtype
 from mcore_sft.runtime.hardware import (
     attention_backend,
     layer_implementation,
@@ -38,7 +39,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Chunks = list[DistributedDataParallel]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Gpt(GPTModel):
@@ -228,7 +228,7 @@ def transformer_config(
             "a pipeline stage"
         )
     _require_eight_bit_sizes(architecture, train, mesh)
-    dtype = DTYPES[train.precision]
+    dtype = torch_dtype(train.precision)
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from mcore_sft.config import OptimizerConfig, TrainConfig
-from mcore_sft.model.build import DTYPES, Chunks
+from mcore_sft.model.build import Chunks
 from mcore_sft.runtime import megatron_core
+from mcore_sft.runtime.device import torch_dtype
 from mcore_sft.runtime.mesh import Mesh
 from mcore_sft.training.errors import TrainingError
 from mcore_sft.training.schedules import SCHEDULES
@@ -35,7 +36,7 @@ def build(
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
         bf16=train.precision == "bf16",
-        params_dtype=DTYPES[train.precision],
+        params_dtype=torch_dtype(train.precision),
         clip_grad=settings.clip_grad or 0.0,
         use_distributed_optimizer=mesh.parallel.distributed_optimizer,
     )

@@ -1,8 +1,11 @@
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mcore_sft.evaluation.grading import grade
 from mcore_sft.evaluation.grading.compare.equivalence import Outcome
 from mcore_sft.evaluation.grading.grade import Grader, Pair
 from tests.evaluation.forks import BOMB, wait_for_busy_fork, wait_until_gone, workers
@@ -102,3 +105,16 @@ def test_a_second_opinion_names_what_is_disputed() -> None:
 def test_answers_that_mean_the_same_are_one_class(grader: Grader) -> None:
     answers = [["1/2", None, r"\frac12", "3", "0.5", "3.0"], [None], ["b+2^a", "2^a+b", "a"]]
     assert grader.classes(answers) == [(0, -1, 0, 1, 0, 1), (-1,), (0, 0, 1)]
+
+
+def test_the_page_of_grading_says_what_happens_and_needs_no_torch() -> None:
+    page = (Path(grade.__file__).parent / "README.md").read_text(encoding="utf-8")
+    program = page.partition("```python\n")[2].partition("```")[0]
+    program = f"""responses = ["42", r"\\boxed{{42}}"]
+import sys
+{program}
+assert same_answer("42", "42.0").correct and not same_answer("p+q", "q-p").correct
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -22,9 +22,8 @@ from mcore_sft.evaluation.engines.engine import (
     completion,
 )
 from mcore_sft.evaluation.errors import EvaluationError
-from mcore_sft.runtime.device import device
+from mcore_sft.runtime.device import device, torch_dtype
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows that are done are taken out of the cache once they are this share of a batch: copying the
 # cache costs about as much as some ten steps of the rows that leave.
 _SHARE_DONE = 0.25
@@ -193,7 +192,7 @@ def _load(folder: Path, config: EvaluationConfig) -> Any:
     try:
         model, found = hugging_face.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_DTYPES[config.precision],
+            dtype=torch_dtype(config.precision),
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mcore_sft.base.dtypes import DTYPES
 from mcore_sft.base.terminal import say
 from mcore_sft.config import EvaluationConfig
 from mcore_sft.evaluation.engines.engine import (
@@ -30,7 +31,6 @@ from mcore_sft.evaluation.engines.engine import (
 from mcore_sft.evaluation.errors import EvaluationError
 
 _SCRIPT = Path(__file__).with_name("vllm_process.py")
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # What the environment says already stays. On a CPU vLLM would take nine tenths of all memory for
 # keys and values (here GiB), want a NUMA node for each tensor-parallel rank, and spin where it
 # waits; on a GPU the first three decide nothing.
@@ -117,7 +117,7 @@ class VllmEngine(Engine):
         if self._process is None:
             settings = {
                 "model": str(self._folder.absolute()),
-                "dtype": _DTYPES[self._config.precision],
+                "dtype": DTYPES[self._config.precision].torch,
                 "tensor_parallel_size": self._config.vllm.tensor_parallel,
                 "gpu_memory_utilization": self._config.vllm.gpu_memory_utilization,
                 "max_model_len": room,

@@ -60,6 +60,16 @@ class Graded:
         return decided and (self.second == "equal") != self.verdict.correct
 
 
+def same_answer(gold: str, prediction: str, *, timeout: float = TIMEOUT) -> Verdict:
+    """Whether `prediction`, which somebody has extracted, means the same as `gold`.
+
+    Starts a worker where only symbolic mathematics can tell, and ends it: for many pairs, a
+    `Grader` keeps its workers. `timeout`: seconds of processor time. Errors as in `Grader`.
+    """
+    with Grader(timeout=timeout) as grader:
+        return grader.same(gold, prediction)
+
+
 class Grader:
     """Grades within `timeout` seconds of processor time each, on up to `processes` workers.
 

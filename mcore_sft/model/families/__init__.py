@@ -6,8 +6,9 @@ config.json -> Architecture
 from pathlib import Path
 from typing import Any
 
+from mcore_sft.base.dtypes import BY_SAFETENSORS
 from mcore_sft.base.errors import UserError
-from mcore_sft.base.model_folder import PLAIN, read_json, stored_types, weight_files
+from mcore_sft.base.model_folder import read_json, stored_types, weight_files
 from mcore_sft.config import ConfigError
 from mcore_sft.model.architecture import Architecture
 from mcore_sft.model.families.llama import Llama
@@ -61,7 +62,7 @@ def _refuse_quantized_weights(path: Path, config: dict[str, Any]) -> None:
         return
     files = set(weight_files(path.parent).values())
     types = {found for file in files for found in stored_types(path.parent / file).values()}
-    if not types <= PLAIN.keys():
+    if not types <= BY_SAFETENSORS.keys():
         method = quantization
         if isinstance(quantization, dict):
             method = quantization.get("quant_method", "no quant_method")
