@@ -36,6 +36,7 @@ def dropped_by(row, count_tokens=None, **options):
         (r"\boxed{\{1, 2\}} \boxed{\}}", True, True),
         (r"\boxed{3\boxed{4", False, False),
         (r"\boxed 3 \boxed 4", False, False),
+        (r"\boxed{3} for {x}, \boxed 4", False, False),
     ],
 )
 def test_drop_multi_boxed(solution, by_nemo_skills, balanced):
