@@ -37,7 +37,10 @@ COVERED: Mapping[str, tuple[str, ...]] = {
     "mcore_sft/evaluation/scores/statistics.py": ("tests/evaluation/test_statistics.py",),
     "mcore_sft/data/selection/arithmetic.py": ("tests/data/test_arithmetic.py",),
     "mcore_sft/data/selection/filters.py": ("tests/data/test_filters.py",),
-    "mcore_sft/data/sources/columns.py": ("tests/data/test_columns.py",),
+    "mcore_sft/data/sources/columns.py": (
+        "tests/data/test_columns.py",
+        "tests/data/test_known_columns.py",
+    ),
     "mcore_sft/data/packs/loader.py": ("tests/data/test_loader.py",),
     "mcore_sft/data/packs/batch.py": ("tests/data/test_batch.py",),
 }
