@@ -37,8 +37,8 @@ class PromptConfig(Section):
     """What a chat template asks for by name, such as `enable_thinking: false`; an exported model
     keeps it."""
     date: datetime.date | None = None
-    """The day that a chat template is told where it asks for today's; an exported model keeps it.
-    Without it a template that can do without is told none."""
+    """Date that a chat template gets when it asks for today's; an exported model keeps it. Without
+    it, a template that needs no date gets none."""
 
     @model_validator(mode="after")
     def _belong_to_chat(self) -> Self:
@@ -102,7 +102,7 @@ class FilterConfig(Section):
     """
 
     drop_multi_boxed: Literal[True, False, "balanced"] = False
-    r"""Drop solutions with two `\boxed{...}`; `balanced` heeds nested braces and empty boxes."""
+    r"""Drop solutions with two `\boxed{...}`; `balanced` pairs braces and skips empty boxes."""
     remove_contaminated: bool = False
     """Drop problems that `contamination_file` holds, to the letter."""
     contamination_file: Place | None = None
