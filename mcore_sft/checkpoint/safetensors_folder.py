@@ -213,14 +213,11 @@ def _bytes(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> memoryview:
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     """How a safetensors file begins: the size of a JSON table, and the table."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stored = DTYPES[dtype_name(dtype)].safetensors
     at = 0
     for name, shape in shapes.items():
         end = at + math.prod(shape) * dtype.itemsize
-        table[name] = {
-            "dtype": DTYPES[dtype_name(dtype)].safetensors,
-            "shape": shape,
-            "data_offsets": [at, end],
-        }
+        table[name] = {"dtype": stored, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers that follow are aligned

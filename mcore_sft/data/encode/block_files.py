@@ -116,11 +116,6 @@ class BlockFile:
         dtype, _, size, _ = self._lies["lengths"]
         return int(size) // int(np.dtype(dtype).itemsize)
 
-    @property
-    def bytes_of_tokens(self) -> int:
-        """Bytes of the column `tokens`."""
-        return int(self._lies["tokens"][2])
-
     def column(self, name: str) -> npt.NDArray[Any]:
         """One column; `DataError` if it is damaged."""
         dtype, begin, size, checksum = self._lies[name]

@@ -101,7 +101,8 @@ class Collected:
     @property
     def sources(self) -> npt.NDArray[np.int16]:
         """Which source each example is from [N]."""
-        return self._repeated([part.source for part in self.parts], np.int16)
+        counts = [part.stop - part.start for part in self.parts]
+        return np.repeat(np.array([part.source for part in self.parts], np.int16), counts)
 
     @property
     def positions(self) -> Ids:
@@ -136,10 +137,6 @@ class Collected:
     def _part(self, index: int) -> Part:
         starts = [part.start for part in self.parts]
         return self.parts[int(np.searchsorted(starts, index, side="right")) - 1]
-
-    def _repeated(self, values: Sequence[int], dtype: type[np.generic]) -> npt.NDArray[Any]:
-        counts = [part.stop - part.start for part in self.parts]
-        return np.repeat(np.array(values, dtype), counts)
 
 
 class Collector:

@@ -25,9 +25,11 @@ from mcore_sft.data.workers import Workers
 STRETCH = 32 << 20
 """Bytes of the tokens of a stretch, which are ordered in memory; of very many, more."""
 
+SPAN_BYTES = 8
+"""Bytes of a trained run: two int32."""
+
 _MOST = 1024  # stretches
 _TOGETHER = 48 << 20  # bytes of tokens that are scattered together
-_SPAN = 8  # bytes
 _NOWHERE = 2**32 - 1
 
 
@@ -135,7 +137,7 @@ def _cut(
     spans_at = output.begin
     for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
         some = rows[first:last]
-        spans = _SPAN * int(everything.span_counts[some].sum(dtype=np.int64))
+        spans = SPAN_BYTES * int(everything.span_counts[some].sum(dtype=np.int64))
         yield _Stretch(
             rows=some,
             place=_Place(
@@ -181,7 +183,7 @@ class _Scattering:
             there = ranks != _NOWHERE
             stretch = np.searchsorted(self._firsts, ranks[there], side="right") - 1
             for column, counts in enumerate((lengths, span_counts)):
-                unit = (self._token_bytes, _SPAN)[column]
+                unit = (self._token_bytes, SPAN_BYTES)[column]
                 sums = np.bincount(stretch, counts[some][there], minlength=len(at))
                 at[:, column] += unit * sums.astype(np.int64)
             self.ends.append({self._places[n].tokens: int(at[n, 0]) for n in self._in_order})

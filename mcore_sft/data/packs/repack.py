@@ -15,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_sft.data import manifest as manifests
+from mcore_sft.data.encode.collect import Mask
 from mcore_sft.data.errors import DataError
 from mcore_sft.data.indexed import IndexedTokens, running_sum
 from mcore_sft.data.packs import origins
+from mcore_sft.data.packs.gather import SPAN_BYTES
 from mcore_sft.data.packs.write import begin_examples, long_prefix
 
 _OF_EXAMPLES = ("bin", "idx", "spans.npy", "span_offsets.npy")
 _KEPT = ("origins.npy", "origins.json", "systems.npy", "contamination.jsonl")
-_SPAN = 8  # bytes
-
-Mask = npt.NDArray[np.bool_]
 
 
 def unpacked(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +117,9 @@ class _Halves:
         lengths, counts = tokens[which], self._span_counts[which]
         begin_examples(prefix, lengths, counts, self._dtype)
         self._splice(Path(f"{prefix}.bin"), "bin", tokens * np.int64(self._dtype.itemsize), which)
-        self._splice(Path(f"{prefix}.spans.npy"), "spans.npy", self._span_counts * _SPAN, which)
+        self._splice(
+            Path(f"{prefix}.spans.npy"), "spans.npy", self._span_counts * SPAN_BYTES, which
+        )
 
     def _splice(self, file: Path, name: str, sizes: npt.NDArray[np.int64], which: Mask) -> None:
         """Append to `file` what the examples have in the files `name`, of so many bytes each."""

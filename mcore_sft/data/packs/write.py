@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_sft.data.encode.block import SAMPLES, excerpt
-from mcore_sft.data.encode.collect import SHOWN, Collected, Ids, Lengths
+from mcore_sft.data.encode.collect import SHOWN, Collected, Ids, Lengths, Mask
 from mcore_sft.data.encode.prompt_record import Way, record
 from mcore_sft.data.indexed import IndexedTokens, begin_array, running_sum, write_index
 from mcore_sft.data.packs import origins
@@ -27,8 +27,6 @@ from mcore_sft.data.rows import num_trained
 
 Pack = Callable[[Lengths, int, int], tuple[Ids, Ids]]
 """Lengths, capacity, seed -> order, offsets (`ops.packing`)."""
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
